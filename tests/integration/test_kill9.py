@@ -1,0 +1,119 @@
+"""kill -9 of any part under load: what it carried ends in an error or a retry in time, nothing else notices."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from tests.integration.deployment import Command, Deployment, metric
+from tests.integration.greedy import Answer, Prompt, ask, prompts
+
+BOUND_S = 5.0
+NUM_CLIENTS = 6
+CALM_S = 1.5
+"""Load before the kill, and between the kill and the restart."""
+
+
+@dataclass
+class Outcome:
+    prompt: int
+    started: float
+    ended: float
+    answer: Answer | None
+    error: str
+
+
+VICTIMS: dict[str, Callable[[Deployment], Command]] = {
+    "prefill-sidecar": lambda split: split.prefillers[0].sidecar,
+    "decode-sidecar": lambda split: split.decoders[0].sidecar,
+    "prefill-engine": lambda split: split.prefillers[0].engine,
+    "decode-engine": lambda split: split.decoders[0].engine,
+}
+
+
+@pytest.mark.timeout(240)
+async def test_each_part_killed_in_turn_under_load(tiny_model: Path) -> None:
+    asked = prompts(40, seed=13)[20:]
+    with Deployment(tiny_model, num_prefill=2, num_decode=2) as split:
+        async with aiohttp.ClientSession() as session:
+            expected = [await ask(session, split.url, prompt, stream=False) for prompt in asked]
+            for name, victim in VICTIMS.items():
+                await _kill_and_restart(split, session, victim(split), asked, expected, name)
+                await _is_used_again(split, session, victim(split), asked)
+        assert split.settles(within_s=BOUND_S) == {}
+
+
+async def _kill_and_restart(
+    split: Deployment,
+    session: aiohttp.ClientSession,
+    victim: Command,
+    asked: list[Prompt],
+    expected: list[Answer],
+    name: str,
+) -> None:
+    outcomes: list[Outcome] = []
+    stop = asyncio.Event()
+    clients = [
+        asyncio.create_task(_client(split.url, session, asked, index, outcomes, stop)) for index in range(NUM_CLIENTS)
+    ]
+    await asyncio.sleep(CALM_S)
+    victim.kill9()
+    killed = time.monotonic()
+    await asyncio.sleep(CALM_S)
+    victim.start()
+    await asyncio.to_thread(victim.wait_ready)
+    await asyncio.sleep(CALM_S)
+    stop.set()
+    await asyncio.gather(*clients)
+    for outcome in outcomes:
+        if outcome.answer is not None:
+            assert outcome.answer == expected[outcome.prompt], f"{name}: a wrong text"
+            continue
+        carried = outcome.started <= killed
+        assert carried, f"{name}: a request that began {outcome.started - killed:.2f} s after the kill: {outcome.error}"
+        assert outcome.ended - killed < BOUND_S, f"{name}: ended {outcome.ended - killed:.1f} s after the kill"
+    in_flight = [o for o in outcomes if o.started <= killed < o.ended]
+    assert in_flight, f"{name}: nothing was in flight"
+    assert max(o.ended - killed for o in in_flight) < BOUND_S
+
+
+async def _client(
+    url: str,
+    session: aiohttp.ClientSession,
+    asked: list[Prompt],
+    index: int,
+    outcomes: list[Outcome],
+    stop: asyncio.Event,
+) -> None:
+    number = index
+    while not stop.is_set():
+        number += NUM_CLIENTS
+        prompt = number % len(asked)
+        started = time.monotonic()
+        try:
+            answer = await ask(session, url, asked[prompt], stream=bool(number % 2))
+            outcomes.append(Outcome(prompt, started, time.monotonic(), answer, ""))
+        except (AssertionError, aiohttp.ClientError) as error:
+            outcomes.append(Outcome(prompt, started, time.monotonic(), None, repr(error)))
+
+
+async def _is_used_again(
+    split: Deployment, session: aiohttp.ClientSession, victim: Command, asked: list[Prompt]
+) -> None:
+    """The restarted part carries requests again, with nobody having told the proxy."""
+    instance = next(i for i in split.instances if victim in (i.engine, i.sidecar))
+    before = metric(instance.url, "vllm:prompt_tokens_total")
+    deadline = time.monotonic() + 10
+    while metric(instance.url, "vllm:prompt_tokens_total") == before:
+        assert time.monotonic() < deadline, f"{instance.engine.name} gets no requests after its restart"
+        await asyncio.gather(*(ask(session, split.url, prompt, stream=False) for prompt in asked[:4]))
+    if instance.role == "decode":
+        pulled = metric(instance.sidecar_url, "baton_sidecar_pull_blocks_total")
+        await asyncio.gather(*(ask(session, split.url, prompt, stream=False) for prompt in asked[4:12]))
+        assert metric(instance.sidecar_url, "baton_sidecar_pull_blocks_total") > pulled
