@@ -1,0 +1,36 @@
+"""KV hand-off contracts, one pure file each: how the two bodies are made and what is done with an orphan.
+
+To add one: a file beside `pull.py` with a class that satisfies `Contract`, and a line in `CONTRACTS`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from proxy.contracts.pull import PullContract
+from proxy.openai_api import ApiCall
+
+
+class Contract(Protocol):
+    name: str
+
+    def splits(self, call: ApiCall) -> bool:
+        """Whether the call can be prefilled elsewhere; if not, a decoder computes it alone."""
+        ...
+
+    def prefill_body(self, call: ApiCall) -> bytes: ...
+
+    def kv_of(self, prefill_answer: bytes) -> dict[str, Any] | None:
+        """The KV the prefiller handed out, opaque, or None. Raises ValueError if the answer is not understood."""
+        ...
+
+    def decode_body(self, call: ApiCall, kv: dict[str, Any] | None) -> bytes: ...
+
+    def may_reclaim(self, kv: dict[str, Any], dispatched: bool) -> bool:
+        """Whether sending `reclaim_body` is safe, given that a decoder was or was not sent this KV already."""
+        ...
+
+    def reclaim_body(self, call: ApiCall, kv: dict[str, Any]) -> bytes: ...
+
+
+CONTRACTS: dict[str, type[Contract]] = {"pull": PullContract}

@@ -1,0 +1,204 @@
+"""Wiring, and the life of the process: start, serve, drain, stop. Only this file constructs the parts."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import signal
+import socket
+from time import monotonic
+
+from aiohttp import web
+
+from proxy.access_log import AccessLog
+from proxy.config import Address, ProxyConfig
+from proxy.contracts import CONTRACTS
+from proxy.control_api import ControlApi
+from proxy.dispatch import Dispatcher
+from proxy.drain import wait_until
+from proxy.errors import StartError
+from proxy.frontend import ClientConnection, Services
+from proxy.health_probe import Prober
+from proxy.instance import Fleet, Role
+from proxy.kv_ledger import KvLedger
+from proxy.load_ledger import settle_speeds
+from proxy.metrics import ProxyMetrics
+from proxy.reclaim import Reclaimer
+from proxy.report import Reporter
+from proxy.scheduling import POLICIES
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.25  # of the one coarse timer: overdue and idle connections, the access log, speeds, drained instances
+SPEED_DRIFT_A_TICK = 0.01  # an outdated speed is half forgotten after about 17 s
+
+
+class ProxyApp:
+    """`start()`, then `drain()`, then `stop()`. `addresses` is where it listens."""
+
+    def __init__(self, config: ProxyConfig, loop: asyncio.AbstractEventLoop) -> None:
+        self.config = config
+        self._loop = loop
+        bearer = os.environ.get("OPENAI_API_KEY")
+        bearer_line = f"Authorization: Bearer {bearer}\r\n".encode("latin-1") if bearer else b""
+        contract = CONTRACTS[config.contract]()
+        self.fleet = Fleet(config, loop)
+        self.kv_ledger = KvLedger()
+        self.metrics = ProxyMetrics(self.fleet, self.kv_ledger, self.num_in_flight)
+        self.reclaimer = Reclaimer(config, contract, self.fleet, self.kv_ledger, loop)
+        self._access_log = AccessLog(log.isEnabledFor(logging.INFO))
+        self.dispatcher = Dispatcher(
+            config,
+            contract,
+            POLICIES[config.policy](),
+            self.fleet,
+            self.kv_ledger,
+            self.reclaimer,
+            Reporter(self.metrics, self._access_log),
+            loop,
+            bearer_line,
+        )
+        self.prober = Prober(config, self.fleet, loop, bearer_line)
+        self._control = ControlApi(
+            config,
+            self.fleet,
+            self.kv_ledger,
+            self.reclaimer,
+            self.prober,
+            self.metrics,
+            self.num_in_flight,
+            bearer_line,
+        )
+        self._runner = web.AppRunner(
+            self._control.application(), access_log=None, handle_signals=False, handler_cancellation=True
+        )
+        self._services: Services
+        self._servers: list[asyncio.Server] = []
+        self._ticker: asyncio.Task[None] | None = None
+        self.addresses: list[Address] = []
+
+    def num_in_flight(self) -> int:
+        return len(self.dispatcher.open)
+
+    async def start(self) -> None:
+        """Raises StartError if it cannot listen; nothing is left open then."""
+        sockets = listening_sockets(self.config.host, self.config.port, self.config.listen_backlog)
+        await self._runner.setup()
+        server = self._runner.server
+        assert server is not None
+        self._services = Services(self.config, self._loop, self.dispatcher.serve, server, self.metrics.refused)
+        for one in sockets:
+            self._servers.append(
+                await self._loop.create_server(
+                    lambda: ClientConnection(self._services), sock=one, backlog=self.config.listen_backlog
+                )
+            )
+            self.addresses.append(Address(*one.getsockname()[:2]))
+        self.prober.follow()
+        self._ticker = self._loop.create_task(self._tick())
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            now = monotonic()
+            for instance in self.fleet.all:
+                instance.pool.sweep(now)
+            for connection in list(self._services.connections):
+                connection.check_idle(now)
+            for role in Role:
+                settle_speeds((one.load for one in self.fleet.members[role]), SPEED_DRIFT_A_TICK)
+            if self.fleet.drop_drained():
+                self.prober.follow()
+            self._access_log.flush()
+
+    async def drain(self) -> bool:
+        """Take no more connections and wait for what is in flight. Returns whether all of it ended in time."""
+        for server in self._servers:
+            server.close()
+        self._services.draining = True
+        for connection in list(self._services.connections):
+            connection.close_if_idle()
+        return await wait_until(lambda: not self.dispatcher.open, self.config.drain_timeout_s)
+
+    async def stop(self) -> None:
+        for connection in list(self._services.connections):
+            connection.break_off()
+        await asyncio.sleep(0)
+        await wait_until(lambda: not self.dispatcher.open, 1.0)
+        await self.reclaimer.finish()
+        self.prober.stop()
+        if self._ticker is not None:
+            self._ticker.cancel()
+        await self._runner.cleanup()
+        for instance in self.fleet.all:
+            instance.pool.close()
+        await asyncio.sleep(0)
+        self._access_log.flush()
+
+
+def listening_sockets(host: str, port: int, backlog: int) -> list[socket.socket]:
+    """One bound socket for each address `host` means, all on one port. Raises StartError."""
+    try:
+        found = socket.getaddrinfo(host.strip("[]") or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise StartError(f"--host {host}: {error.strerror or error}") from None
+    sockets: list[socket.socket] = []
+    unusable: OSError | None = None
+    for family, kind, protocol, _, address in dict.fromkeys(found):
+        try:
+            one = socket.socket(family, kind, protocol)
+        except OSError as error:  # an address family this machine lacks
+            unusable = error
+            continue
+        try:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            one.bind((address[0], port or (sockets[0].getsockname()[1] if sockets else 0), *address[2:]))
+            one.listen(backlog)
+            one.setblocking(False)
+            sockets.append(one)
+        except OSError as error:
+            one.close()
+            unusable = error
+            if error.errno == errno.EADDRNOTAVAIL:
+                continue  # localhost may name ::1 where there is no IPv6
+            for other in sockets:
+                other.close()
+            raise StartError(_cannot_listen(host, port, error)) from None
+    if not sockets:
+        raise StartError(_cannot_listen(host, port, unusable))
+    return sockets
+
+
+def _cannot_listen(host: str, port: int, error: OSError | None) -> str:
+    if error is not None and error.errno == errno.EADDRINUSE:
+        return f"port {port} on {host} is in use; stop what listens there or choose another with --port"
+    if error is not None and error.errno == errno.EACCES:
+        return f"port {port} needs privileges; choose one above 1023 with --port"
+    return f"cannot listen on {host}:{port}: {error.strerror if error else 'no address'}; choose another with --host"
+
+
+async def run(config: ProxyConfig) -> None:
+    """Serve until SIGTERM or SIGINT, then drain. A second signal ends it at once."""
+    loop = asyncio.get_running_loop()
+    told = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, told.set)
+    app = ProxyApp(config, loop)
+    await app.start()
+    print("ready", " ".join(f"listen={address}" for address in app.addresses), flush=True)
+    log.info(
+        "event=ready contract=%s policy=%s prefillers=%s decoders=%s", config.contract, config.policy,
+        ",".join(map(str, config.prefillers)), ",".join(map(str, config.decoders)),
+    )  # fmt: skip
+    await told.wait()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.remove_signal_handler(number)
+        signal.signal(number, lambda *_: os._exit(1))
+    log.info("event=draining in_flight=%d timeout_s=%s", app.num_in_flight(), config.drain_timeout_s)
+    in_time = await app.drain()
+    await app.stop()
+    log.info("event=stopped drained=%s", in_time)

@@ -1,0 +1,96 @@
+"""Command `pd-proxy`. The flags are made from `ProxyConfig`; a wrong one is answered in one line."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import importlib.metadata
+import logging
+import sys
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import uvloop
+
+from proxy.app import run
+from proxy.config import ProxyConfig, load_config, nearest
+from proxy.errors import ConfigError, StartError
+
+# The seeds write these in the singular too.
+SINGULAR = {
+    "prefiller_hosts": "--prefiller-host",
+    "prefiller_ports": "--prefiller-port",
+    "decoder_hosts": "--decoder-host",
+    "decoder_ports": "--decoder-port",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: "):
+            flag = message.removeprefix("unrecognized arguments: ").split()[0]
+            known = [option for action in self._actions for option in action.option_strings]
+            message = f"unknown flag {flag}{nearest(flag, known)}"
+        raise ConfigError(message)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = _Parser(
+        prog="pd-proxy",
+        description="Prefill/decode proxy: picks a prefiller and a decoder for every OpenAI request.",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--version", action="version", version=f"pd-baton {importlib.metadata.version('pd-baton')}")
+    made.add_argument("--config", type=Path, metavar="FILE.toml", help="configuration file; flags override it")
+    for name, field in ProxyConfig.model_fields.items():
+        flags = ["--" + name.replace("_", "-")]
+        if name in SINGULAR:
+            flags.append(SINGULAR[name])
+        default = field.default
+        text = (field.description or "").replace("%", "%%")
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        help_text = f"{text} (default: {shown})" if shown not in ("", False) else text
+        if field.annotation is bool:
+            made.add_argument(*flags, dest=name, action="store_true", default=argparse.SUPPRESS, help=help_text)
+        elif typing.get_origin(field.annotation) is tuple:
+            made.add_argument(*flags, dest=name, nargs="+", default=argparse.SUPPRESS, metavar="X", help=help_text)
+        else:
+            made.add_argument(*flags, dest=name, default=argparse.SUPPRESS, metavar="X", help=help_text)
+    return made
+
+
+def read_config(argv: Sequence[str]) -> ProxyConfig:
+    """Raises ConfigError."""
+    flags: dict[str, Any] = vars(parser().parse_args(argv))
+    path = flags.pop("config")
+    if "log_level" in flags:
+        flags["log_level"] = flags["log_level"].upper()
+    return load_config(path, flags)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    try:
+        config = read_config(sys.argv[1:] if argv is None else argv)
+    except ConfigError as error:
+        print(f"pd-proxy: {error}", file=sys.stderr)
+        sys.exit(2)
+    logging.basicConfig(
+        level=config.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr
+    )
+    for foreign in ("aiohttp", "asyncio"):
+        logging.getLogger(foreign).setLevel(max(logging.WARNING, logging.getLogger().level))
+    gc.freeze()
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(run(config))
+    except StartError as error:
+        print(f"pd-proxy: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

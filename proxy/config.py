@@ -1,0 +1,162 @@
+"""The proxy's configuration, declared once: the TOML file and the flags are both made from this class.
+
+Names and defaults of the first group are those of the vllm-ascend example proxies (ascend-proxy.md 2.1).
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from proxy.contracts import CONTRACTS
+from proxy.errors import ConfigError
+from proxy.scheduling import POLICIES
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+Seconds = Annotated[float, Field(gt=0, le=86400)]
+Bytes = Annotated[int, Field(ge=1)]
+LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
+
+
+class Address(NamedTuple):
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+class ProxyConfig(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+    host: str = Field("localhost", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one and logs it")
+    prefiller_hosts: tuple[str, ...] = Field(("localhost",), description="hosts of the prefillers")
+    prefiller_ports: tuple[Port, ...] = Field((8001,), description="their ports; one host may have several")
+    prefiller_hosts_num: tuple[int, ...] = Field((), description="how often each prefiller host is repeated")
+    prefiller_ports_inc: tuple[int, ...] = Field((), description="how many consecutive ports each prefiller port means")
+    decoder_hosts: tuple[str, ...] = Field(("localhost",), description="hosts of the decoders")
+    decoder_ports: tuple[Port, ...] = Field((8002,), description="their ports; one host may have several")
+    decoder_hosts_num: tuple[int, ...] = Field((), description="how often each decoder host is repeated")
+    decoder_ports_inc: tuple[int, ...] = Field((), description="how many consecutive ports each decoder port means")
+    max_retries: int = Field(3, ge=0, le=100, description="attempts a leg of a request (at least one is made)")
+    retry_delay: float = Field(0.001, ge=0, le=60, description="seconds before the first retry, doubled for each next")
+    max_waiting_retries: int = Field(3, ge=1, description="probes before an added instance that is down is dropped")
+    waiting_retry_interval: float = Field(10, gt=0, description="seconds between probes of an added instance")
+    workers: int = Field(1, ge=1, description="processes (only 1 so far)")
+    log_level: LogLevel = Field("INFO", description="DEBUG, INFO, WARNING, ERROR or CRITICAL")
+
+    contract: str = Field("pull", description="KV hand-off contract: " + ", ".join(CONTRACTS))
+    policy: str = Field("least_load", description="how an instance is chosen: " + ", ".join(POLICIES))
+    allow_client_kv_transfer_params: bool = Field(
+        False, description="let clients send kv_transfer_params of their own; such a request goes to a decoder as it is"
+    )
+
+    max_body_bytes: Bytes = Field(64 << 20, description="largest request body; beyond it 413")
+    max_head_bytes: Bytes = Field(64 << 10, description="largest request head; beyond it 431")
+    max_answer_bytes: Bytes = Field(256 << 20, description="largest answer that is held before it is passed on")
+    max_first_event_bytes: Bytes = Field(4 << 20, description="largest first event of a stream that is waited for")
+    listen_backlog: int = Field(4096, ge=1, le=65535, description="connections the kernel may queue")
+
+    connect_timeout_s: Seconds = Field(5, description="to connect to an instance")
+    prefill_timeout_s: Seconds = Field(600, description="from sending a prefill to its whole answer")
+    first_token_timeout_s: Seconds = Field(
+        600, description="from sending a decode to its first event (or whole answer)"
+    )
+    between_tokens_timeout_s: Seconds = Field(300, description="silence in the middle of a stream")
+    request_read_timeout_s: Seconds = Field(60, description="for a client to send a whole request")
+    client_keepalive_s: Seconds = Field(75, description="idle time of a client's connection")
+    upstream_keepalive_s: Seconds = Field(
+        4, description="idle time of a connection to an instance; less than the 5 s after which vLLM closes it"
+    )
+    drain_timeout_s: Seconds = Field(30, description="for requests in flight when told to stop")
+    reclaim_timeout_s: Seconds = Field(5, description="for giving orphaned KV back")
+    health_interval_s: Seconds = Field(5, description="between probes of an instance that is well")
+    health_retry_interval_s: Seconds = Field(0.5, description="between probes of an instance that is out")
+    health_timeout_s: Seconds = Field(3, description="for the answer to a probe")
+    health_max_failures: int = Field(2, ge=1, description="consecutive connect failures that take an instance out")
+
+    @property
+    def prefillers(self) -> tuple[Address, ...]:
+        return expand(
+            "prefiller", self.prefiller_hosts, self.prefiller_ports, self.prefiller_hosts_num, self.prefiller_ports_inc
+        )
+
+    @property
+    def decoders(self) -> tuple[Address, ...]:
+        return expand("decoder", self.decoder_hosts, self.decoder_ports, self.decoder_hosts_num, self.decoder_ports_inc)
+
+
+def expand(
+    role: str, hosts: Sequence[str], ports: Sequence[int], hosts_num: Sequence[int], ports_inc: Sequence[int]
+) -> tuple[Address, ...]:
+    """Hosts and ports, repeated and incremented as the seeds' flags have it, paired up. Raises ConfigError.
+
+    `hosts A B`, `hosts_num 2 1` means A A B; `ports 9000 9100`, `ports_inc 2 1` means 9000 9001 9100.
+    """
+    for flag, values, counts in (("hosts", hosts, hosts_num), ("ports", ports, ports_inc)):
+        suffix = "num" if flag == "hosts" else "inc"
+        if counts and (len(counts) != len(values) or min(counts) < 1):
+            raise ConfigError(
+                f"--{role}-{flag}-{suffix} needs one number of at least 1 for each of the {len(values)} --{role}-{flag}"
+            )
+    all_hosts = [host for host, num in zip(hosts, hosts_num or (1,) * len(hosts), strict=True) for _ in range(num)]
+    all_ports = [port + i for port, inc in zip(ports, ports_inc or (1,) * len(ports), strict=True) for i in range(inc)]
+    if len(all_hosts) == 1:
+        all_hosts *= len(all_ports)
+    if len(all_hosts) != len(all_ports):
+        raise ConfigError(
+            f"{len(all_hosts)} --{role}-hosts but {len(all_ports)} --{role}-ports: give one port for each host, "
+            "or one host with several ports"
+        )
+    if all_ports and max(all_ports) > 65535:
+        raise ConfigError(f"--{role}-ports-inc goes beyond port 65535")
+    found = tuple(Address(host.strip("[]"), port) for host, port in zip(all_hosts, all_ports, strict=True))
+    twice = next((address for i, address in enumerate(found) if address in found[:i]), None)
+    if twice:
+        raise ConfigError(f"--{role}-hosts and --{role}-ports name {twice} twice")
+    return found
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def load_config(path: Path | None, flags: Mapping[str, Any]) -> ProxyConfig:
+    """The file's values with the flags' on top. Raises ConfigError, one line."""
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = tomllib.loads(path.read_text())
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read {path}: {error}") from None
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{path} is not TOML: {error}") from None
+    known = list(ProxyConfig.model_fields)
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"{path}: unknown key '{key}'{nearest(key, known)}")
+    try:
+        config = ProxyConfig(**{**values, **flags})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][0])
+        name = "--" + key.replace("_", "-") if key in flags else f"{path}: '{key}'"
+        raise ConfigError(f"{name}: {first['msg']}, got {first['input']!r}") from None
+    _check(config)
+    return config
+
+
+def _check(config: ProxyConfig) -> None:
+    for name, value, known in (("contract", config.contract, CONTRACTS), ("policy", config.policy, POLICIES)):
+        if value not in known:
+            raise ConfigError(f"--{name} {value}: not one of {', '.join(known)}{nearest(value, list(known))}")
+    if config.workers > 1:
+        raise ConfigError("--workers: only 1 is supported so far; start one proxy a core behind a balancer instead")
+    _ = config.prefillers, config.decoders  # raise where hosts and ports do not fit together

@@ -1,0 +1,92 @@
+"""One request on its way through: what dispatch knows of it, and everything it must give back when it ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from proxy.frontend import ClientConnection
+from proxy.http1 import RequestHead
+from proxy.instance import Instance
+from proxy.kv_ledger import KvEntry
+from proxy.load_ledger import Reservation
+from proxy.openai_api import ApiCall
+from proxy.retry import Budget
+from proxy.scheduling.cost import Cost
+
+
+class Flow:
+    """Times are of the monotonic clock, in seconds; zero means "not reached"."""
+
+    __slots__ = (
+        "arrived",
+        "avoid",
+        "budget",
+        "call",
+        "client",
+        "close",
+        "cost",
+        "decode_load",
+        "decoder",
+        "entry",
+        "first_event_at",
+        "forwarded",
+        "head",
+        "headers_sent",
+        "num_chunks",
+        "outcome",
+        "prefill_attempts",
+        "prefill_load",
+        "prefilled",
+        "prefilled_at",
+        "prefiller",
+        "request_id",
+        "route",
+        "sent_at",
+        "status",
+        "stream",
+    )
+
+    def __init__(
+        self, client: ClientConnection, head: RequestHead, route: str, request_id: str, budget: Budget, arrived: float
+    ) -> None:
+        self.client = client
+        self.head = head
+        self.route = route
+        self.request_id = request_id
+        self.budget = budget
+        self.arrived = arrived
+        self.close = not head.keep_alive or head.version == "1.0"
+        self.call: ApiCall
+        self.cost: Cost
+        self.forwarded = b""
+        self.prefiller: Instance | None = None
+        self.decoder: Instance | None = None
+        self.prefill_load: Reservation | None = None
+        self.decode_load: Reservation | None = None
+        self.entry: KvEntry | None = None
+        self.prefilled = False
+        self.prefill_attempts = 0
+        self.avoid: set[Instance] = set()
+        self.headers_sent = False
+        self.stream = False
+        self.status = 0
+        self.outcome = "error"
+        self.sent_at = 0.0
+        self.prefilled_at = 0.0
+        self.first_event_at = 0.0
+        self.num_chunks = 0
+
+    @property
+    def kv(self) -> dict[str, Any] | None:
+        return self.entry.kv if self.entry is not None else None
+
+    @property
+    def upstream_id(self) -> str:
+        """The X-Request-Id of both legs. A prefill that is repeated gets a new one: the engine may know the old."""
+        return self.request_id if self.prefill_attempts <= 1 else f"{self.request_id}-{self.prefill_attempts}"
+
+    def release_loads(self) -> None:
+        if self.prefill_load is not None:
+            self.prefill_load.release()
+        if self.decode_load is not None:
+            self.decode_load.release()

@@ -1,0 +1,260 @@
+"""The client's side of a connection: requests in, answers out, in order.
+
+The hot routes are served here; any other request is handed, connection and all, to the aiohttp application, which
+answers it and closes. A body is held whole before an instance is troubled (both legs and every retry need it), so an
+upload needs no back-pressure of its own: it is bounded by `max_body_bytes`, and what a client pipelines behind it by
+one read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable
+from time import monotonic
+from typing import TYPE_CHECKING, cast
+
+from proxy import http1
+from proxy.config import ProxyConfig
+from proxy.errors import BadHead, ProxyError, TooLarge
+from proxy.http1 import HEAD_END, ChunkDecoder, RequestHead
+from proxy.openai_api import ROUTES
+
+if TYPE_CHECKING:
+    from proxy.upstream import UpstreamConnection
+
+LINGER_S = 2.0  # to let a refused client read our answer before the connection is reset
+_CONNECTION_LINE = re.compile(rb"\r\n(?:connection|keep-alive)[ \t]*:[^\r\n]*", re.IGNORECASE)
+
+# state
+HEAD, BODY, BUSY, LINGER, CLOSED = "head", "body", "busy", "linger", "closed"
+
+
+class Services:
+    """What a client's connection needs of the rest of the proxy; `app.py` fills it."""
+
+    __slots__ = ("config", "connections", "control_protocol", "draining", "loop", "refused", "serve")
+
+    def __init__(
+        self,
+        config: ProxyConfig,
+        loop: asyncio.AbstractEventLoop,
+        serve: Callable[[ClientConnection, RequestHead, bytes], asyncio.Task[None]],
+        control_protocol: Callable[[], asyncio.Protocol],
+        refused: Callable[[int], None],
+    ) -> None:
+        self.config = config
+        self.loop = loop
+        self.serve = serve
+        self.control_protocol = control_protocol
+        self.refused = refused
+        self.connections: set[ClientConnection] = set()
+        self.draining = False
+
+
+class ClientConnection(asyncio.Protocol):
+    __slots__ = (
+        "_ahead",
+        "_body",
+        "_body_size",
+        "_decoder",
+        "_head",
+        "_head_bytes",
+        "_relayed",
+        "_services",
+        "_task",
+        "since",
+        "state",
+        "transport",
+        "write",
+    )
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self.state = CLOSED
+        self._head = RequestHead()
+        self._head_bytes = b""
+        self._body: list[bytes] = []
+        self._body_size = 0
+        self._decoder: ChunkDecoder | None = None
+        self._ahead = b""
+        self._task: asyncio.Task[None] | None = None
+        self._relayed: UpstreamConnection | None = None
+        self.since = 0.0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # uvloop's transports have this interface and are not of this class
+        self.transport = transport = cast(asyncio.Transport, transport)
+        self.write: Callable[[bytes], None] = transport.write
+        self.state = HEAD
+        self.since = monotonic()
+        self._services.connections.add(self)
+        if self._services.draining:
+            transport.close()
+
+    # --- reading a request
+
+    def data_received(self, data: bytes) -> None:
+        if self.state is BUSY:  # pipelined: the next request waits for its turn
+            self._ahead += data
+            if len(self._ahead) > self._services.config.max_head_bytes:
+                self.transport.pause_reading()
+            return
+        if self.state in (LINGER, CLOSED):
+            return
+        try:
+            while data and self.state in (HEAD, BODY):
+                data = self._read_head(data) if self.state is HEAD else self._read_body(data)
+            if self.state is BUSY:
+                self._ahead = data
+        except ProxyError as error:
+            self._refuse(error)
+
+    def _read_head(self, data: bytes) -> bytes:
+        """Returns what follows the head, or what there is of a body to be read."""
+        known = len(self._head_bytes)
+        if not known:
+            data = data.lstrip(b"\r\n")  # RFC 9112 section 2.2
+            self.since = monotonic()
+        seen = self._head_bytes + data if known else data
+        end = seen.find(HEAD_END, max(0, known - 3))
+        head_size = len(seen) if end < 0 else end + 4
+        if head_size > self._services.config.max_head_bytes:
+            raise BadHead("The request head is larger than the limit (--max-head-bytes).", 431)
+        self._head.feed(seen[known:head_size])
+        self._head_bytes = seen[:head_size]
+        if end < 0:
+            return b""
+        head = self._head
+        if not head.complete:
+            raise BadHead("Malformed HTTP request.")
+        rest = seen[head_size:]
+        if head.path not in ROUTES or head.method != b"POST":
+            self._hand_over(rest)
+            return b""
+        self._begin_body(head)
+        return self._read_body(rest)
+
+    def _begin_body(self, head: RequestHead) -> None:
+        limit = self._services.config.max_body_bytes
+        if head.content_length > limit:
+            raise TooLarge(limit)
+        if head.content_encoding not in (b"", b"identity"):
+            raise ProxyError(415, "A compressed request body is not understood.", param="Content-Encoding")
+        if head.expects_continue:
+            self.transport.write(http1.CONTINUE)
+        self.state = BODY
+        self._decoder = ChunkDecoder() if head.chunked else None
+
+    def _read_body(self, data: bytes) -> bytes:
+        head = self._head
+        if self._decoder is None:
+            missing = head.content_length - self._body_size
+            if len(data) < missing:
+                self._body.append(data)
+                self._body_size += len(data)
+                return b""
+            body = b"".join([*self._body, data[:missing]]) if self._body or len(data) > missing else data
+            rest = data[missing:]
+        else:
+            pieces, used = self._decoder.feed(data)
+            self._body += pieces
+            self._body_size += sum(map(len, pieces))
+            if self._body_size > self._services.config.max_body_bytes:
+                raise TooLarge(self._services.config.max_body_bytes)
+            if not self._decoder.complete:
+                return b""
+            body, rest = b"".join(self._body), data[used:]
+        self._reset()
+        self.state = BUSY
+        self._task = self._services.serve(self, head, body)
+        return rest
+
+    def _reset(self) -> None:
+        self._head = RequestHead()
+        self._head_bytes = b""
+        self._body = []
+        self._body_size = 0
+        self._decoder = None
+
+    def _hand_over(self, rest: bytes) -> None:
+        """Give the connection to the aiohttp application, with `Connection: close` in the head."""
+        head = _CONNECTION_LINE.sub(b"", self._head_bytes)
+        protocol = self._services.control_protocol()
+        self._services.connections.discard(self)
+        self.state = CLOSED
+        self.transport.set_protocol(protocol)
+        protocol.connection_made(self.transport)
+        protocol.data_received(head[:-2] + b"Connection: close\r\n\r\n" + rest)
+
+    def _refuse(self, error: ProxyError) -> None:
+        """Answer what is not a request we can read, and end the connection once the client has had time to see it."""
+        self._services.refused(error.status)
+        self.transport.write(http1.simple_response(error.status, error.body(), close=True))
+        self._linger()
+
+    def _linger(self) -> None:
+        self.state = LINGER
+        self.since = monotonic()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+
+    # --- answering
+
+    def relay_from(self, upstream: UpstreamConnection) -> None:
+        """Let the client's pace slow `upstream` down until `answered`."""
+        self._relayed = upstream
+
+    def answered(self, *, close: bool) -> None:
+        """The answer was written in full: read the next request, or close."""
+        self._relayed = None
+        self._task = None
+        if self.state is not BUSY:
+            return
+        if close or self._services.draining:
+            self.transport.close()
+            return
+        self.state = HEAD
+        self.since = monotonic()
+        ahead, self._ahead = self._ahead, b""
+        if ahead:
+            self.transport.resume_reading()
+            self.data_received(ahead)
+
+    def break_off(self) -> None:
+        """The answer cannot be finished: end the connection so that the client notices."""
+        self._relayed = None
+        self.transport.abort()
+
+    def pause_writing(self) -> None:
+        if self._relayed is not None:
+            self._relayed.pause()
+
+    def resume_writing(self) -> None:
+        if self._relayed is not None:
+            self._relayed.resume()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.state = CLOSED
+        self._services.connections.discard(self)
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+
+    # --- time
+
+    def check_idle(self, now: float) -> None:
+        """Called now and then: ends connections that read, idle or linger for too long."""
+        config = self._services.config
+        age = now - self.since
+        if self.state is LINGER and age > LINGER_S:
+            self.transport.abort()
+        elif self.state is BODY or (self.state is HEAD and self._head_bytes):
+            if age > config.request_read_timeout_s:
+                self._refuse(ProxyError(408, "The request did not arrive in time."))
+        elif self.state is HEAD and age > config.client_keepalive_s:
+            self.transport.close()
+
+    def close_if_idle(self) -> None:
+        if self.state is HEAD and not self._head_bytes:
+            self.transport.close()

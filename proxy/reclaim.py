@@ -1,0 +1,102 @@
+"""Giving KV back that nobody will read, in the background: a decoder is told to drop it (INTERFACES:
+`release_only`)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from time import monotonic
+from typing import Any
+
+from proxy.config import ProxyConfig
+from proxy.contracts import Contract
+from proxy.errors import UpstreamFailure
+from proxy.instance import Fleet, Instance, Role
+from proxy.kv_ledger import KvEntry, KvLedger, KvState
+from proxy.openai_api import ApiCall
+from proxy.scheduling.candidate import candidates
+
+log = logging.getLogger(__name__)
+
+
+class Reclaimer:
+    def __init__(
+        self,
+        config: ProxyConfig,
+        contract: Contract,
+        fleet: Fleet,
+        ledger: KvLedger,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self._config = config
+        self._contract = contract
+        self._fleet = fleet
+        self._ledger = ledger
+        self._loop = loop
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def give_back(self, entry: KvEntry, call: ApiCall, target: bytes, forwarded: bytes) -> None:
+        """Take `entry` over. `target` and `forwarded` are the request target and header lines of the original
+        request."""
+        if not self._contract.may_reclaim(entry.kv, entry.dispatched):
+            self._ledger.move(entry, KvState.ORPHANED)
+            return
+        self._ledger.move(entry, KvState.RECLAIMING)
+        task = self._loop.create_task(self._reclaim(entry, call, target, forwarded))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _reclaim(self, entry: KvEntry, call: ApiCall, target: bytes, forwarded: bytes) -> None:
+        head = b"POST %b HTTP/1.1\r\n%bX-Request-Id: %b\r\n" % (
+            target,
+            forwarded,
+            f"{entry.request_id}-reclaim".encode("ascii"),
+        )
+        state, reason = KvState.ORPHANED, "no decoder"
+        try:
+            body = self._contract.reclaim_body(call, entry.kv)
+            async with asyncio.timeout(self._config.reclaim_timeout_s):
+                status, reason = await self._ask_decoders(head, body, entry.kv)
+            if 200 <= status < 300:
+                state = KvState.RECLAIMED
+        except TimeoutError:
+            reason = "no answer in time"
+        finally:
+            self._ledger.move(entry, state)
+            if state is KvState.ORPHANED:
+                log.warning(
+                    "event=kv_orphaned request_id=%s prefiller=%s reason=%r", entry.request_id, entry.prefiller, reason
+                )
+
+    async def _ask_decoders(self, head: bytes, body: bytes, kv: dict[str, Any]) -> tuple[int, str]:
+        """The status of the first decoder that answers; another is asked only if the first was never reached, unless
+        the contract allows a second dispatch."""
+        tried: set[Instance] = set()
+        reason = "no decoder"
+        while fit := candidates(self._fleet.members[Role.DECODE], tried, monotonic()):
+            decoder = min(fit, key=lambda one: one.load.num_requests)
+            if decoder in tried:
+                break
+            tried.add(decoder)
+            try:
+                answer = await decoder.pool.call(head, body, timeout_s=self._config.reclaim_timeout_s)
+            except UpstreamFailure as failure:
+                reason = failure.message
+                if not self._contract.may_reclaim(kv, True):
+                    break
+                continue
+            return answer.status, f"status {answer.status}"
+        return 0, reason
+
+    @property
+    def num_open(self) -> int:
+        return len(self._tasks)
+
+    async def finish(self) -> None:
+        """Wait for what is under way; every reclaim has a deadline of its own."""
+        if self._tasks:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def cancel(self) -> None:
+        for task in self._tasks:
+            task.cancel()

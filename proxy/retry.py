@@ -1,0 +1,86 @@
+"""What follows from a failure: the whole table, and the budget that bounds it.
+
+Two questions decide a row. Was the request read (a refused connection: certainly not)? Could the KV be gone (a decoder
+that had the request may have pulled and released it)? A 4xx is the client's and is never retried.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import NamedTuple
+
+from proxy.errors import Failure
+
+
+class Leg(enum.Enum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class Action(enum.Enum):
+    SAME_INSTANCE = "same_instance"  # at once, on a fresh connection
+    OTHER_PREFILLER = "other_prefiller"
+    OTHER_DECODER = "other_decoder"  # with the KV there is
+    PREFILL_AGAIN = "prefill_again"  # from scratch
+    PASS_ON = "pass_on"  # the instance's own answer goes to the client
+    END_ANSWER = "end_answer"  # the client has the beginning: an error event and an honest end
+    FAIL = "fail"  # out of attempts: the row's status
+
+
+class Row(NamedTuple):
+    action: Action
+    status: int  # what the client gets when attempts run out and there is no answer of the instance to pass on
+    unwell: bool  # counts against the instance's health
+
+
+_P, _D = Leg.PREFILL, Leg.DECODE
+
+TABLE: dict[tuple[Leg, Failure], Row] = {
+    (_P, Failure.REFUSED): Row(Action.OTHER_PREFILLER, 503, True),
+    (_P, Failure.CONNECT_TIMEOUT): Row(Action.OTHER_PREFILLER, 503, True),
+    (_P, Failure.STALE): Row(Action.SAME_INSTANCE, 502, False),
+    (_P, Failure.RESET): Row(Action.OTHER_PREFILLER, 502, False),
+    (_P, Failure.TIMEOUT): Row(Action.OTHER_PREFILLER, 504, False),
+    (_P, Failure.GARBAGE): Row(Action.OTHER_PREFILLER, 502, False),
+    (_P, Failure.CLIENT_ERROR): Row(Action.PASS_ON, 502, False),
+    (_P, Failure.SERVER_ERROR): Row(Action.OTHER_PREFILLER, 502, False),
+    (_P, Failure.ERROR_EVENT): Row(Action.OTHER_PREFILLER, 502, False),
+    (_P, Failure.LOST_MID_ANSWER): Row(Action.OTHER_PREFILLER, 502, False),
+    (_D, Failure.REFUSED): Row(Action.OTHER_DECODER, 503, True),
+    (_D, Failure.CONNECT_TIMEOUT): Row(Action.OTHER_DECODER, 503, True),
+    (_D, Failure.STALE): Row(Action.PREFILL_AGAIN, 502, False),
+    (_D, Failure.RESET): Row(Action.PREFILL_AGAIN, 502, False),
+    (_D, Failure.TIMEOUT): Row(Action.PREFILL_AGAIN, 504, False),
+    (_D, Failure.GARBAGE): Row(Action.PREFILL_AGAIN, 502, False),
+    (_D, Failure.CLIENT_ERROR): Row(Action.PASS_ON, 502, False),
+    (_D, Failure.SERVER_ERROR): Row(Action.PREFILL_AGAIN, 502, False),
+    (_D, Failure.ERROR_EVENT): Row(Action.PREFILL_AGAIN, 502, False),
+    (_D, Failure.LOST_MID_ANSWER): Row(Action.END_ANSWER, 502, False),
+}
+
+
+class Budget:
+    """How often each leg may still be tried; `--max-retries` attempts a leg, at least one (as in the seeds' proxy)."""
+
+    __slots__ = ("_delay_s", "_left", "num_retries")
+
+    def __init__(self, max_attempts: int, retry_delay_s: float) -> None:
+        self._left = {Leg.PREFILL: max(1, max_attempts), Leg.DECODE: max(1, max_attempts)}
+        self._delay_s = retry_delay_s
+        self.num_retries = 0
+
+    def spend(self, leg: Leg) -> None:
+        self._left[leg] -= 1
+
+    def decide(self, leg: Leg, failure: Failure) -> tuple[Action, float]:
+        """The action, and the seconds to wait before it: `retry_delay` doubled per retry, none on a stale
+        connection."""
+        action = TABLE[leg, failure].action
+        if action in (Action.PASS_ON, Action.END_ANSWER):
+            return action, 0.0
+        needed = Leg.PREFILL if action is Action.PREFILL_AGAIN else leg
+        if self._left[leg] <= 0 or self._left[needed] <= 0:
+            return Action.FAIL, 0.0
+        self.num_retries += 1
+        delay = 0.0 if failure is Failure.STALE else self._delay_s * 2 ** (self.num_retries - 1)
+        return action, delay

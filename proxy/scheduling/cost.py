@@ -1,0 +1,27 @@
+"""What a request costs an instance, in tokens, guessed before anybody has tokenised it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from proxy.openai_api import ApiCall
+
+# A step costs something whatever it computes. The seeds' formula has 120.07 + 0.0345 * tokens, which makes short
+# prompts all alike (ascend-proxy.md 2.1); 64 tokens of overhead keeps a short prompt cheap and not free.
+STEP_OVERHEAD_TOKENS = 64
+# A stream's place in the decode batch, in tokens of KV read per step; beyond it the KV it holds counts.
+STREAM_TOKENS = 256
+UNKNOWN_OUTPUT_TOKENS = 256
+MAX_EXPECTED_OUTPUT_TOKENS = 1024  # clients ask for far more than they use
+
+
+class Cost(NamedTuple):
+    prefill_tokens: int
+    decode_tokens: int
+
+
+def cost_of(call: ApiCall) -> Cost:
+    prompt = call.num_prompt_tokens
+    output = min(call.max_new_tokens or UNKNOWN_OUTPUT_TOKENS, MAX_EXPECTED_OUTPUT_TOKENS)
+    num_streams = call.num_prompts * (call.fields.get("n") or 1)
+    return Cost(prompt + STEP_OVERHEAD_TOKENS, prompt + num_streams * (STREAM_TOKENS + output))

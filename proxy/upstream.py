@@ -1,0 +1,429 @@
+"""Pooled HTTP/1.1 connections to one instance.
+
+A connection carries one request at a time. Until its answer has come (whole, or up to the first telling event of a
+stream) everything is gathered and a future says how it went; from then on bytes go from `data_received` to a sink (the
+client's `write`) as they come, framing included, and the parser only tracks where the message ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Iterator
+from time import monotonic
+from typing import cast
+
+import httptools
+
+from proxy import http1, sse
+from proxy.config import Address, ProxyConfig
+from proxy.errors import Failure, UpstreamFailure
+from proxy.http1 import HEAD_END, ResponseHead
+
+GATHER_WHOLE, GATHER_FIRST_EVENT = False, True
+# A relayed message that can be ended in good order ends like this: an event, then the end of its chunk.
+_EVENT_AND_CHUNK_END = b"\n\n\r\n"
+GRACE_S = 1.0  # for whoever waited in vain to close the connection
+
+
+class Answer:
+    """What an instance answered: all of it (`complete`), or a stream up to its first telling event."""
+
+    __slots__ = ("complete", "connection", "first_event", "head", "raw")
+
+    def __init__(
+        self, connection: UpstreamConnection, head: ResponseHead, raw: bytes, complete: bool, first_event: bytes | None
+    ) -> None:
+        self.connection = connection
+        self.head = head
+        self.raw = raw  # of the body, with its framing
+        self.complete = complete
+        self.first_event = first_event
+
+    @property
+    def status(self) -> int:
+        return self.head.status
+
+    @property
+    def body(self) -> bytes:
+        return http1.dechunk(self.raw) if self.head.chunked else self.raw
+
+    def as_error(self, status: int, body: bytes) -> Answer:
+        """The answer an engine would have given, had it known of the error before it sent its 200."""
+        head = ResponseHead()
+        head.status = status
+        head.add(b"Content-Type", b"application/json")
+        return Answer(self.connection, head, body, True, None)
+
+
+class UpstreamConnection(asyncio.Protocol):
+    """States: idle (no `waiter`, no `sink`), gathering (`waiter` set), relaying (`sink` set), closed."""
+
+    __slots__ = (
+        "_chunks",
+        "_complete",
+        "_feed",
+        "_first_chunk",
+        "_first_event_only",
+        "_head",
+        "_head_end",
+        "_heard",
+        "_last",
+        "_num_interim",
+        "_on_end",
+        "_overrun",
+        "_parser",
+        "_paused",
+        "_raw",
+        "_reused",
+        "_sink",
+        "deadline",
+        "idle_since",
+        "lingers",
+        "on_chunk_complete",
+        "pool",
+        "transport",
+        "waiter",
+    )
+
+    def __init__(self, pool: UpstreamPool) -> None:
+        self.pool = pool
+        self.transport: asyncio.Transport | None = None
+        self.waiter: asyncio.Future[Answer] | None = None
+        self._chunks: Iterator[int] = itertools.count()
+        self._first_chunk = 0
+        self.on_chunk_complete = self._chunks.__next__  # llhttp calls it once a chunk: engines send an event a chunk
+        self._parser = http1.response_parser(self)
+        self._feed = self._parser.feed_data
+        self._head = ResponseHead()
+        self._head_end = 0
+        self._num_interim = 0
+        self._raw = bytearray()
+        self._complete = False
+        self._overrun = False
+        self._reused = False
+        self._first_event_only = False
+        self._sink: Callable[[bytes], None] | None = None
+        self._on_end: Callable[[Failure | None], None] | None = None
+        self._last = b""
+        self._heard = False
+        self._paused = False
+        self.lingers = False
+        self.deadline = 0.0
+        self.idle_since = 0.0
+
+    # --- llhttp's callbacks
+
+    def on_message_begin(self) -> None:
+        if self._complete or (self.waiter is None and self._sink is None):
+            self._overrun = True  # more than one answer to one request
+        self._head = ResponseHead()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._head.add(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._head.status = self._parser.get_status_code()
+
+    def on_message_complete(self) -> None:
+        if self._head.status < 200:
+            self._num_interim += 1
+            self._head.status = 0
+        else:
+            self._head.keep_alive = self._parser.should_keep_alive()
+            self._complete = True
+
+    # --- one request
+
+    def send(self, head: bytes, body: bytes, *, first_event_only: bool, deadline: float) -> asyncio.Future[Answer]:
+        """Send a request on this idle connection. The future fails with UpstreamFailure or is cancelled by its waiter.
+
+        After a cancellation or a TIMEOUT the connection is still open: the waiter calls `close` or `hang_up`."""
+        assert self.transport is not None
+        self._first_event_only = first_event_only
+        self._raw = bytearray()
+        self._head_end = 0
+        self._complete = False
+        self.deadline = deadline
+        if len(body) < 16384:
+            self.transport.write(head + body)
+        else:
+            self.transport.write(head)
+            self.transport.write(body)
+        self.waiter = waiter = self.pool.loop.create_future()
+        return waiter
+
+    def data_received(self, data: bytes) -> None:
+        sink = self._sink
+        if sink is None:
+            self._gather(data)
+            return
+        try:
+            self._feed(data)
+        except httptools.HttpParserError:
+            self._ended(Failure.GARBAGE)
+            return
+        if self._overrun:
+            self._ended(Failure.GARBAGE)
+            return
+        self._heard = True
+        self._last = data
+        sink(data)
+        if self._complete:
+            self._ended(None)
+
+    def _gather(self, data: bytes) -> None:
+        self._raw += data
+        try:
+            self._feed(data)
+        except httptools.HttpParserError as error:
+            self._failed(Failure.GARBAGE, f"not HTTP: {error}")
+            return
+        if self._overrun:
+            self._failed(Failure.GARBAGE, "more than one answer to one request")
+            return
+        while self._num_interim:  # 1xx heads are skipped (RFC 9110 section 15.2)
+            self._num_interim -= 1
+            del self._raw[: self._raw.find(HEAD_END) + 4]
+        head = self._head
+        if not self._head_end:
+            if not head.status:
+                return
+            self._head_end = self._raw.find(HEAD_END) + 4
+            head.close_delimited = not head.chunked and head.content_length is None and head.status not in (204, 304)
+        if self._complete:
+            self._answered(None)
+        elif self._first_event_only and head.event_stream and head.status == 200:
+            body = bytes(self._raw[self._head_end :])
+            event = sse.first_telling_event(http1.dechunk(body) if head.chunked else body)
+            if event is not None or len(body) > self.pool.config.max_first_event_bytes:
+                self._answered(event)
+        elif len(self._raw) > self.pool.config.max_answer_bytes:
+            self._failed(Failure.GARBAGE, "the answer is larger than --max-answer-bytes")
+
+    def _answered(self, event: bytes | None) -> None:
+        waiter = self.waiter
+        if waiter is None or waiter.done():
+            return  # the gate has opened already, and more came before anybody took it: it is in `_raw`
+        head = self._head
+        raw = bytes(self._raw[self._head_end :])
+        if event is None and self._first_event_only and head.event_stream and head.status == 200:
+            event = sse.first_telling_event(http1.dechunk(raw) if head.chunked else raw)
+        answer = Answer(self, head, raw, self._complete, event)
+        waiter.set_result(answer)
+        if self._complete:
+            self._end_exchange()
+
+    def _failed(self, failure: Failure, message: str) -> None:
+        waiter = self.waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_exception(UpstreamFailure(failure, f"{self.pool.address}: {message}"))
+        if failure is not Failure.TIMEOUT:
+            self.close()
+
+    # --- relaying
+
+    def relay(self, sink: Callable[[bytes], None], on_end: Callable[[Failure | None], None], timeout_s: float) -> bytes:
+        """Pass what comes from now on to `sink`, and say once how it ended. Returns the body bytes there are already.
+
+        If the message is complete by now, or the connection died since the first event, `on_end` is called at once."""
+        first = bytes(self._raw[self._head_end :])
+        self._raw = bytearray()
+        self.waiter = None
+        self._first_chunk = next(self._chunks)
+        self._last = first
+        self._heard = True
+        self._on_end = on_end
+        self._sink = sink
+        self.deadline = monotonic() + timeout_s
+        return first
+
+    def resume_relay(self) -> None:
+        """To be called after what `relay` returned was written: reports an end that has come meanwhile."""
+        if self._complete:
+            self._ended(None)
+        elif self.transport is None or self.transport.is_closing():
+            self._ended(self._failure_at_loss())
+
+    def stop_relay(self) -> None:
+        """The client is gone: what still comes is for nobody."""
+        self._sink = self._on_end = None
+        self.close()
+
+    def _ended(self, failure: Failure | None) -> None:
+        on_end, self._on_end = self._on_end, None
+        self._sink = None
+        if failure is None:
+            self._end_exchange()
+        else:
+            self.close()
+        if on_end is not None:
+            on_end(failure)
+
+    def ends_well(self) -> bool:
+        """Whether what was relayed ends at the end of a chunk and of an event, so that one more can be added.
+
+        Asked after a loss only: the parser itself is asked, by feeding it the last chunk, whether it awaits a chunk."""
+        if not self._head.chunked or not self._last.endswith(_EVENT_AND_CHUNK_END):
+            return False
+        try:
+            self._feed(http1.LAST_CHUNK)
+        except httptools.HttpParserError:
+            return False
+        return self._complete
+
+    def pause(self) -> None:
+        if self.transport is not None and not self.transport.is_closing():
+            self._paused = True
+            self.transport.pause_reading()
+
+    def resume(self) -> None:
+        if self._paused and self.transport is not None and not self.transport.is_closing():
+            self._paused = False
+            self._heard = True
+            self.transport.resume_reading()
+
+    # --- the end of an exchange, and of the connection
+
+    def _end_exchange(self) -> None:
+        if self._head.keep_alive and not self._overrun and not self._head.close_delimited and not self.lingers:
+            if self._paused:
+                self.resume()
+            self.waiter = None
+            self._reused = True
+            self.pool.put_back(self)
+        else:
+            self.close()
+
+    def hang_up(self, on_answer: Callable[[Answer], None], deadline: float) -> None:
+        """Nobody wants the answer, but it may hand out KV: close our half and read on until the instance ends it.
+
+        `on_answer` is called only if a whole answer arrives before `deadline`."""
+        if self.transport is None or self.transport.is_closing():
+            return
+        self.lingers = True
+        waiter = self.waiter = self.pool.loop.create_future()
+        waiter.add_done_callback(
+            lambda done: None if done.cancelled() or done.exception() is not None else on_answer(done.result())
+        )
+        self.deadline = deadline
+        self._first_event_only = GATHER_WHOLE
+        self.transport.write_eof()
+
+    def close(self) -> None:
+        self.pool.active.discard(self)
+        if self.transport is not None:
+            self.transport.abort()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # uvloop's transports have this interface and are not of this class
+        self.transport = transport = cast(asyncio.Transport, transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.pool.forget(self)
+        if self._sink is not None:
+            self._ended(self._failure_at_loss() if exc is None else Failure.LOST_MID_ANSWER)
+        elif self.waiter is not None and not self.waiter.done():
+            if exc is None and self._head_end and self._head.close_delimited:
+                self._complete = True
+                self._answered(None)
+            elif self._reused and not self._raw:
+                self._failed(Failure.STALE, "the reused connection was closed")
+            else:
+                self._failed(Failure.RESET, "the connection was closed before the answer was there")
+
+    def _failure_at_loss(self) -> Failure | None:
+        return None if self._head.close_delimited else Failure.LOST_MID_ANSWER
+
+    def check_deadline(self, now: float, between_tokens_s: float) -> None:
+        """Called now and then for a connection in use; one coarse scan instead of a timer a request."""
+        if self._sink is not None and (self._heard or self._paused):
+            self._heard = False
+            self.deadline = now + between_tokens_s
+        elif now > self.deadline:
+            if self._sink is not None:
+                self._ended(Failure.LOST_MID_ANSWER)
+            elif self.lingers or self.waiter is None or self.waiter.done():
+                self.close()
+            else:
+                self.deadline = now + GRACE_S
+                self._failed(Failure.TIMEOUT, "no answer in time")
+
+    @property
+    def num_chunks(self) -> int:
+        """How many chunks have come since `relay` (asking counts as one, so ask once)."""
+        return next(self._chunks) - self._first_chunk - 1
+
+
+class UpstreamPool:
+    """Connections to one instance, last used first. `active` are those with a request on them."""
+
+    def __init__(self, address: Address, config: ProxyConfig, loop: asyncio.AbstractEventLoop) -> None:
+        self.address = address
+        self.config = config
+        self.loop = loop
+        self.host_line = b"Host: %b\r\n" % str(address).encode("idna" if not address.host.isascii() else "ascii")
+        self.idle: list[UpstreamConnection] = []
+        self.active: set[UpstreamConnection] = set()
+        self.closed = False
+
+    def take_idle(self) -> UpstreamConnection | None:
+        while self.idle:
+            connection = self.idle.pop()
+            transport = connection.transport
+            if transport is not None and not transport.is_closing():
+                self.active.add(connection)
+                return connection
+        return None
+
+    async def connect(self) -> UpstreamConnection:
+        """A fresh connection. Raises UpstreamFailure (REFUSED or CONNECT_TIMEOUT): nothing was sent."""
+        host, port = self.address
+        try:
+            async with asyncio.timeout(self.config.connect_timeout_s):
+                _, connection = await self.loop.create_connection(lambda: UpstreamConnection(self), host, port)
+        except TimeoutError:
+            raise UpstreamFailure(Failure.CONNECT_TIMEOUT, f"{self.address}: no connection in time") from None
+        except OSError as error:
+            raise UpstreamFailure(Failure.REFUSED, f"{self.address}: {error.strerror or error}") from None
+        self.active.add(connection)
+        return connection
+
+    async def call(self, head: bytes, body: bytes = b"", *, timeout_s: float) -> Answer:
+        """A request on the control path, whole answer. `head` is all of the head but Host, Content-Length and the empty
+        line. Raises UpstreamFailure."""
+        connection = self.take_idle() or await self.connect()
+        lines = b"%b%bContent-Length: %d\r\n\r\n" % (head, self.host_line, len(body))
+        try:
+            return await connection.send(lines, body, first_event_only=GATHER_WHOLE, deadline=monotonic() + timeout_s)
+        except (asyncio.CancelledError, UpstreamFailure):
+            connection.close()
+            raise
+
+    def put_back(self, connection: UpstreamConnection) -> None:
+        self.active.discard(connection)
+        if self.closed:
+            connection.close()
+        else:
+            connection.idle_since = monotonic()
+            self.idle.append(connection)
+
+    def forget(self, connection: UpstreamConnection) -> None:
+        self.active.discard(connection)
+        if connection in self.idle:
+            self.idle.remove(connection)
+
+    def sweep(self, now: float) -> None:
+        """Expire what is overdue, and close what has been idle for long."""
+        for connection in list(self.active):
+            connection.check_deadline(now, self.config.between_tokens_timeout_s)
+        too_old = now - self.config.upstream_keepalive_s
+        for connection in [one for one in self.idle if one.idle_since < too_old]:
+            self.idle.remove(connection)
+            connection.close()
+
+    def close(self, *, idle_only: bool = False) -> None:
+        self.closed = not idle_only
+        for connection in [*self.idle, *(() if idle_only else self.active)]:
+            connection.close()
+        self.idle.clear()
