@@ -18,6 +18,11 @@ class Screen:
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stdout
+        self._nowhere: TextIO | None = None
+
+    def close(self) -> None:
+        if self._nowhere is not None:
+            self._nowhere.close()
 
     def line(self, text: str = "") -> None:
         self.piece(text + "\n")
@@ -28,7 +33,7 @@ class Screen:
             self._stream.write(text)
             self._stream.flush()
         except (BrokenPipeError, ValueError):
-            self._stream = open(os.devnull, "w")  # noqa: SIM115 the screen's own for the rest of its life
+            self._stream = self._nowhere = open(os.devnull, "w")  # noqa: SIM115 as long as the screen
 
     def event(self, text: str) -> None:
         self.line(f"{time.strftime('%H:%M:%S')} {text}")

@@ -1,8 +1,8 @@
 """A stand-in for any of the commands: writes down that it began and ended, and serves what the supervisor asks for.
 
 python stand_in.py JOURNAL KIND [the command's own flags]; behaves worse where the environment says so:
-STAND_IN_DIE_AT_ONCE=NAME (status 3 after a word), STAND_IN_DEAF=NAME (ignores SIGTERM), STAND_IN_SICK=NAME (health 503),
-STAND_IN_CHILD=NAME (starts a child of its own, which ignores SIGTERM).
+STAND_IN_DIE_AT_ONCE=NAME (status 3 after a word), STAND_IN_DEAF=NAME (ignores SIGTERM), STAND_IN_SICK=NAME (health
+503), STAND_IN_CHILD=NAME (starts a child of its own, which ignores SIGTERM).
 """
 
 from __future__ import annotations
