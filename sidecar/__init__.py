@@ -1,0 +1,1 @@
+"""The KV sidecar: one process beside every engine rank that moves KV blocks between engines."""

@@ -1,0 +1,314 @@
+"""How an engine speaks to its sidecar: blocking calls, a reader thread, completions as events.
+
+Thread-safe; the standard library and msgspec are all it needs, because it is loaded inside engines. A pull that
+returned normally is followed by exactly one PullEnded from `poll`, whatever happens, after writing has stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from sidecar import protocol
+from sidecar.errors import FrameError, LayoutRefused, OfferRefused, SidecarError, SidecarUnavailable, VersionMismatch
+from sidecar.framing import FrameDecoder, encode_frame
+from sidecar.layout import KvLayout
+from sidecar.protocol import (
+    ENGINE_FRAME_BYTES,
+    PROTOCOL_VERSION,
+    Abandon,
+    CallFailed,
+    Drop,
+    EngineHello,
+    Event,
+    Message,
+    Offer,
+    OfferBlocks,
+    OfferEnded,
+    PoolRegistered,
+    Pull,
+    PullEnded,
+    PullSource,
+    Refused,
+    RegisterPool,
+    Revoke,
+    SidecarHello,
+    SidecarLost,
+    decode,
+    encode,
+)  # fmt: skip
+
+CALL_TIMEOUT_S = 5.0
+"""One round trip over a unix socket; past this the sidecar hangs and its connection is given up."""
+REGISTER_TIMEOUT_S = 120.0
+"""The sidecar faults the whole pool in: about 0.3 s a GiB."""
+READ_BYTES = 256 * 1024
+
+_ERRORS = {"LayoutRefused": LayoutRefused, "OfferRefused": OfferRefused}
+_M = TypeVar("_M", bound=Message)
+
+
+class _Call:
+    """A caller waiting for its answer."""
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.answer: Message | None = None
+
+
+class SidecarClient:
+    """One connection to a sidecar; made by `connect`, dead for good once SidecarLost has been polled."""
+
+    def __init__(
+        self, sock: socket.socket, hello: SidecarHello, decoder: FrameDecoder, on_event: Callable[[], None] | None
+    ) -> None:
+        self.hello = hello
+        self._sock = sock
+        self._decoder = decoder
+        self._on_event = on_event
+        self._lock = threading.Lock()
+        self._send_lock = threading.Lock()
+        self._calls: dict[int, _Call] = {}
+        self._next_call_id = 1
+        self._pulls: dict[str, PullSource] = {}
+        self._events: deque[Event] = deque()
+        self._broken = ""
+        self._closed = False
+        self._reader = threading.Thread(target=self._read, name="sidecar-client", daemon=True)
+        self._reader.start()
+
+    @classmethod
+    def connect(
+        cls, socket_path: str, *, on_event: Callable[[], None] | None = None, timeout_s: float = 10.0
+    ) -> SidecarClient:
+        """Connect and exchange hellos. `on_event` is called on the reader thread when `poll` has something.
+
+        Raises SidecarUnavailable, or its child VersionMismatch.
+        """
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        sock.settimeout(timeout_s)
+        decoder = FrameDecoder(ENGINE_FRAME_BYTES)
+        try:
+            sock.connect(socket_path)
+            sock.sendall(encode_frame(encode(EngineHello(PROTOCOL_VERSION, f"pid {os.getpid()}"))))
+            frames: list[bytes] = []
+            while not frames:
+                chunk = sock.recv(READ_BYTES)
+                if not chunk:
+                    raise SidecarUnavailable(f"the sidecar at {socket_path} closed the connection at once")
+                frames = decoder.feed(chunk)
+            hello = decode(protocol.to_engine, frames[0])
+            if isinstance(hello, Refused):
+                raise VersionMismatch(f"the sidecar at {socket_path} refused: {hello.message}")
+            if not isinstance(hello, SidecarHello) or hello.protocol_version != PROTOCOL_VERSION:
+                raise VersionMismatch(f"what answers at {socket_path} is not a sidecar of version {PROTOCOL_VERSION}")
+        except BaseException as error:
+            sock.close()
+            if isinstance(error, OSError | FrameError):
+                reason = "no answer in time" if isinstance(error, TimeoutError) else str(error)
+                raise SidecarUnavailable(f"no sidecar at {socket_path}: {reason}") from error
+            raise
+        sock.settimeout(None)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(CALL_TIMEOUT_S), 0))
+        return cls(sock, hello, decoder, on_event)
+
+    def register_pool(self, fd: int, layout: KvLayout) -> str:
+        """Hand the pool's memfd over, which stays ours too. Returns the registration's epoch.
+
+        A pool registered before is retired first: its leases are void and its pulls end. Raises LayoutRefused or
+        SidecarUnavailable.
+        """
+        answer = self._call(lambda call_id: RegisterPool(call_id, layout), PoolRegistered, REGISTER_TIMEOUT_S, (fd,))
+        return answer.epoch
+
+    def offer(self, request_id: str, block_ids: Sequence[int], num_tokens: int, ttl_s: float) -> Offer:
+        """Lease blocks; OfferEnded follows once, unless SidecarLost comes first. Raises OfferRefused."""
+        ids = list(block_ids)
+        if ids and min(ids) < 0:
+            raise OfferRefused(f"block {min(ids)} is not in the pool")
+        return self._call(lambda call_id: OfferBlocks(call_id, request_id, ids, num_tokens, ttl_s), Offer)
+
+    def revoke(self, transfer_id: str) -> None:
+        """Take an offer back; OfferEnded follows, unless it has ended already."""
+        self._send(Revoke(transfer_id))
+
+    def pull(
+        self,
+        pull_id: str,
+        source: PullSource,
+        local_block_ids: Sequence[int],
+        *,
+        first_block: int = 0,
+        deadline_s: float = 30.0,
+    ) -> None:
+        """Fetch the lease's blocks from `first_block` on into `local_block_ids`; one PullEnded follows.
+
+        Raises SidecarUnavailable, and then no event follows, or ValueError on a pull_id in use or a negative number.
+        """
+        ids = list(local_block_ids)
+        if first_block < 0 or deadline_s < 0 or (ids and min(ids) < 0):
+            raise ValueError("first_block, deadline_s and block ids cannot be negative")
+        payload = encode(Pull(pull_id, source, ids, first_block, deadline_s))
+        with self._lock:
+            self._check_alive()
+            if pull_id in self._pulls:
+                raise ValueError(f"pull {pull_id!r} is open already")
+            self._pulls[pull_id] = source
+        try:
+            self._send_payload(payload)
+        except SidecarUnavailable:
+            with self._lock:
+                if self._pulls.pop(pull_id, None) is not None:
+                    raise
+            # The reader saw the end first and has reported this pull.
+
+    def abandon(self, pull_id: str) -> None:
+        """Nobody wants it any more; its PullEnded still follows. An ended pull is left alone."""
+        self._send(Abandon(pull_id))
+
+    def drop(self, source: PullSource) -> None:
+        """Tell the producer that nobody will read this lease. Idempotent, answers nothing."""
+        self._send(Drop(source))
+
+    def poll(self) -> list[Event]:
+        """Everything that has happened since the last call, in order."""
+        events: list[Event] = []
+        with contextlib.suppress(IndexError):
+            while True:
+                events.append(self._events.popleft())
+        return events
+
+    def close(self) -> None:
+        """End the connection, which to the sidecar is the engine's death. No event follows. Idempotent."""
+        with self._lock:
+            self._closed = True
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        if threading.current_thread() is not self._reader:
+            self._reader.join()
+        self._sock.close()
+
+    def _call(
+        self,
+        make: Callable[[int], Message],
+        expected: type[_M],
+        timeout_s: float = CALL_TIMEOUT_S,
+        fds: tuple[int, ...] = (),
+    ) -> _M:
+        call = _Call()
+        with self._lock:
+            self._check_alive()
+            call_id, self._next_call_id = self._next_call_id, self._next_call_id + 1
+            self._calls[call_id] = call
+        try:
+            self._send_payload(encode(make(call_id)), fds)
+            if not call.done.wait(timeout_s):
+                self._give_up(f"the sidecar did not answer within {timeout_s:g} s")
+        finally:
+            with self._lock:
+                self._calls.pop(call_id, None)
+        answer = call.answer
+        if isinstance(answer, CallFailed):
+            raise _ERRORS.get(answer.kind, SidecarError)(answer.message)
+        if not isinstance(answer, expected):
+            raise SidecarUnavailable(self._broken or "the sidecar's connection ended")
+        return answer
+
+    def _send(self, message: Message) -> None:
+        with self._lock:
+            self._check_alive()
+        self._send_payload(encode(message))
+
+    def _send_payload(self, payload: bytes, fds: tuple[int, ...] = ()) -> None:
+        frame = encode_frame(payload)
+        with self._send_lock:
+            if self._broken:
+                raise SidecarUnavailable(self._broken)
+            try:
+                sent = socket.send_fds(self._sock, [frame], fds) if fds else 0
+                self._sock.sendall(memoryview(frame)[sent:])
+            except OSError as error:
+                message = f"sending to the sidecar failed: {error.strerror}"
+                self._give_up(message)
+                raise SidecarUnavailable(message) from error
+
+    def _give_up(self, message: str) -> None:
+        """Use the connection no more. Open pulls are NOT reported yet: a stopped sidecar may still write when it
+        resumes. It reads the end of our stream then, or dies; both end in the reader seeing the end of its own."""
+        with self._lock:
+            self._broken = self._broken or message
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_WR)
+
+    def _check_alive(self) -> None:
+        if self._broken or self._closed:
+            raise SidecarUnavailable(self._broken or "this client is closed")
+
+    def _read(self) -> None:
+        message = "the sidecar closed the connection"
+        try:
+            while chunk := self._sock.recv(READ_BYTES):
+                notable = False
+                for frame in self._decoder.feed(chunk):
+                    notable |= self._take(decode(protocol.to_engine, frame))
+                if notable:
+                    self._notify()
+        except OSError as error:
+            message = f"the connection to the sidecar broke: {error.strerror}"
+        except FrameError as error:
+            message = f"the sidecar speaks nonsense: {error}"
+            self._await_end()
+        self._lose(message)
+
+    def _take(self, message: Message) -> bool:
+        """Hand one message to its caller or to `poll`; whether it went to `poll`."""
+        if isinstance(message, OfferEnded):
+            self._events.append(message)
+            return True
+        if isinstance(message, PullEnded):
+            with self._lock:
+                expected = self._pulls.pop(message.pull_id, None)
+            if expected is not None:
+                self._events.append(message)
+            return expected is not None
+        if isinstance(message, PoolRegistered | Offer | CallFailed):
+            with self._lock:
+                call = self._calls.pop(message.call_id, None)
+            if call is not None:
+                call.answer = message
+                call.done.set()
+        return False
+
+    def _await_end(self) -> None:
+        """Wait for the sidecar to close: until then it may write."""
+        self._give_up("the sidecar speaks nonsense")
+        with contextlib.suppress(OSError):
+            while self._sock.recv(READ_BYTES):
+                pass
+
+    def _lose(self, message: str) -> None:
+        """The sidecar, and with it every mapping of our pool, is gone: report what was open, wake who waits."""
+        with self._lock:
+            self._broken = self._broken or message
+            calls, self._calls = self._calls, {}
+            pulls, self._pulls = self._pulls, {}
+            closed = self._closed
+        for call in calls.values():
+            call.done.set()
+        if closed:
+            return
+        for pull_id, source in pulls.items():
+            peer = f"{source.engine_id}@{source.host}:{source.port}"
+            self._events.append(PullEnded(pull_id, False, "sidecar_lost", message, 0, 0, 0.0, "", peer))
+        self._events.append(SidecarLost(message))
+        self._notify()
+
+    def _notify(self) -> None:
+        if self._on_event is not None:
+            self._on_event()

@@ -1,0 +1,160 @@
+"""Frames over a connected socket on the event loop, with descriptors beside them on unix sockets.
+
+asyncio's streams cannot receive descriptors and cost a task per connection; this is a reader callback, a write
+buffer and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import struct
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from sidecar.errors import FrameError
+from sidecar.framing import FrameDecoder, encode_frame
+
+logger = logging.getLogger(__name__)
+
+READ_BYTES = 256 * 1024
+MAX_FDS = 4
+"""Descriptors that may wait for the frame they belong to; one message carries one."""
+MAX_UNSENT_BYTES = 64 << 20
+"""An end that leaves this much unread is given up."""
+
+_UCRED = struct.Struct("3i")
+
+
+class FrameConnection:
+    """One connected non-blocking socket. `on_frame` is called for each frame, `on_closed` once, from the loop."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        *,
+        max_frame_bytes: int,
+        on_frame: Callable[[bytes], None],
+        on_closed: Callable[[str], None],
+    ) -> None:
+        self._sock = sock
+        self._loop = asyncio.get_running_loop()
+        self._decoder = FrameDecoder(max_frame_bytes)
+        self._on_frame = on_frame
+        self._on_closed = on_closed
+        self._unix = sock.family == socket.AF_UNIX
+        self._unsent = bytearray()
+        self._fds: deque[int] = deque()
+        self.closed = False
+        sock.setblocking(False)
+        if not self._unix:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._fileno = sock.fileno()
+        self._loop.add_reader(self._fileno, self._readable)
+
+    def fileno(self) -> int:
+        """The socket's descriptor."""
+        return self._fileno
+
+    def send(self, payload: bytes, fds: Sequence[int] = ()) -> None:
+        """Queue one frame; `fds` go with its first byte and stay the caller's. Does nothing once closed."""
+        if self.closed:
+            return
+        frame = encode_frame(payload)
+        if self._unsent:
+            self._unsent += frame
+        else:
+            try:
+                sent = socket.send_fds(self._sock, [frame], list(fds)) if fds else self._sock.send(frame)
+            except (BlockingIOError, InterruptedError):
+                sent = 0
+            except OSError as error:
+                self.close(f"sending failed: {error.strerror}")
+                return
+            if sent == len(frame):
+                return
+            if sent == 0 and fds:
+                self.close("the other end does not read its descriptors")
+                return
+            self._unsent += memoryview(frame)[sent:]
+            self._loop.add_writer(self._fileno, self._writable)
+        if len(self._unsent) > MAX_UNSENT_BYTES:
+            self.close(f"{len(self._unsent)} bytes lie unread at the other end")
+
+    def take_fd(self) -> int:
+        """The descriptor that came with the frame being handled, now the caller's. Raises FrameError without one."""
+        if not self._fds:
+            raise FrameError("a descriptor was expected with this message")
+        return self._fds.popleft()
+
+    def close(self, why: str) -> None:
+        """Close now; `on_closed(why)` follows from the loop. Idempotent."""
+        if self.closed:
+            return
+        self.closed = True
+        self._loop.remove_reader(self._fileno)
+        self._loop.remove_writer(self._fileno)
+        with contextlib.suppress(OSError):
+            # A child process may hold a duplicate: the other end must see the end all the same.
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._sock.close()
+        self._close_fds()
+        self._loop.call_soon(self._on_closed, why)
+
+    def _readable(self) -> None:
+        try:
+            if self._unix:
+                chunk, fds, flags, _ = socket.recv_fds(self._sock, READ_BYTES, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+                self._fds.extend(fds)
+                if flags & socket.MSG_CTRUNC or len(self._fds) > MAX_FDS:
+                    self.close("too many descriptors")
+                    return
+            else:
+                chunk = self._sock.recv(READ_BYTES)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self.close(f"receiving failed: {error.strerror}")
+            return
+        if not chunk:
+            self.close("the other end closed the connection")
+            return
+        self._take(chunk)
+
+    def _take(self, chunk: bytes) -> None:
+        try:
+            for frame in self._decoder.feed(chunk):
+                if self.closed:
+                    return
+                self._on_frame(frame)
+        except FrameError as error:
+            logger.warning("bad_frame error=%s", error)
+            self.close(f"bad frame: {error}")
+        if not self._decoder.mid_frame:
+            self._close_fds()
+
+    def _close_fds(self) -> None:
+        while self._fds:
+            os.close(self._fds.popleft())
+
+    def _writable(self) -> None:
+        try:
+            sent = self._sock.send(self._unsent)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self.close(f"sending failed: {error.strerror}")
+            return
+        del self._unsent[:sent]
+        if not self._unsent:
+            self._loop.remove_writer(self._fileno)
+
+
+def same_user(sock: socket.socket) -> bool:
+    """Whether the process at the other end of a unix socket runs as our user (or as root)."""
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    _, uid, _ = _UCRED.unpack(credentials)
+    return uid in (0, os.getuid())

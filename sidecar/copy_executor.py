@@ -1,0 +1,156 @@
+"""Threads that copy spans of mapped memory, chunk by chunk and fair between transfers.
+
+ctypes.memmove runs without the interpreter's lock. A long transfer does not hold back a short one: after each chunk
+a worker takes the next chunk of the transfer that has waited longest.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+CHUNK_BYTES = 1 << 20
+"""About 0.2 ms of copying: how long a stop, or a short transfer behind a long one, waits at most for each thread."""
+MIN_SHARED_SPAN_BYTES = 48 << 10
+"""Below this the threads spend more on passing the interpreter's lock than they gain (measured: 16 KiB loses)."""
+
+Move = tuple[int, int, int]
+"""(destination address, source address, bytes)."""
+
+_memmove = ctypes.memmove
+
+
+class CopyJob:
+    """One transfer's copy. `on_end(completed)` is called once, on a worker thread, when nothing writes any more."""
+
+    def __init__(self, moves: Sequence[Move], on_end: Callable[[bool], None]) -> None:
+        self._moves = moves
+        self._on_end = on_end
+        self._index = 0
+        self._offset = 0
+        self.num_bytes = sum(length for _, _, length in moves)
+        self.alone = self.num_bytes < len(moves) * MIN_SHARED_SPAN_BYTES
+        self.active = 0
+        self.stopped = False
+
+    @property
+    def exhausted(self) -> bool:
+        return self.stopped or self._index >= len(self._moves)
+
+    def next_chunk(self, chunk_bytes: int) -> list[Move]:
+        """The next moves, `chunk_bytes` together or a little less."""
+        chunk: list[Move] = []
+        room = chunk_bytes
+        while room > 0 and self._index < len(self._moves):
+            destination, source, length = self._moves[self._index]
+            size = min(length - self._offset, room)
+            chunk.append((destination + self._offset, source + self._offset, size))
+            room -= size
+            self._offset += size
+            if self._offset == length:
+                self._index += 1
+                self._offset = 0
+        return chunk
+
+    def end(self) -> None:
+        self._on_end(not self.stopped)
+
+
+class CopyExecutor:
+    """`num_threads` workers. `bytes_per_s` caps all copying together, to leave memory bandwidth to the engine."""
+
+    def __init__(self, num_threads: int, bytes_per_s: int = 0) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._chunk_bytes = min(CHUNK_BYTES, max(4096, bytes_per_s // 50)) if bytes_per_s else CHUNK_BYTES
+        self._queue: deque[CopyJob] = deque()
+        self._condition = threading.Condition()
+        self._closing = False
+        self._free_at = 0.0
+        self._threads = [
+            threading.Thread(target=self._work, name=f"copy-{index}", daemon=True) for index in range(num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, moves: Sequence[Move], on_end: Callable[[bool], None]) -> CopyJob:
+        """Begin copying; see CopyJob."""
+        job = CopyJob(moves, on_end)
+        with self._condition:
+            if self._closing:
+                job.stopped = True
+            else:
+                self._queue.append(job)
+                self._condition.notify(1 if job.alone else len(self._threads))
+        if job.stopped:
+            job.end()
+        return job
+
+    def stop(self, job: CopyJob) -> None:
+        """Write no further chunk; the job ends when those under way are through. A finished job is left alone."""
+        with self._condition:
+            if job.exhausted:
+                return
+            job.stopped = True
+            if job in self._queue:
+                self._queue.remove(job)
+            ended = job.active == 0
+            self._condition.notify_all()
+        if ended:
+            job.end()
+
+    def close(self) -> None:
+        """Stop every job and end the threads."""
+        with self._condition:
+            self._closing = True
+            jobs = list(self._queue)
+        for job in jobs:
+            self.stop(job)
+        with self._condition:
+            self._condition.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self) -> None:
+        while True:
+            with self._condition:
+                while not self._queue and not self._closing:
+                    self._condition.wait()
+                if not self._queue:
+                    return
+                job, chunk = self._next()
+                self._throttle(job, sum(length for _, _, length in chunk))
+                if job.stopped:
+                    chunk = []
+            for destination, source, length in chunk:
+                _memmove(destination, source, length)
+            with self._condition:
+                job.active -= 1
+                job.stopped = job.stopped or (self._closing and not job.exhausted)
+                if job.alone and not job.exhausted:
+                    self._queue.append(job)
+                    self._condition.notify()
+                ended = job.active == 0 and job.exhausted
+            if ended:
+                job.end()
+
+    def _next(self) -> tuple[CopyJob, list[Move]]:
+        """The next chunk of the job that has waited longest; called with the lock held."""
+        job = self._queue.popleft()
+        chunk = job.next_chunk(self._chunk_bytes)
+        job.active += 1
+        if not job.exhausted and not job.alone:
+            self._queue.append(job)
+        return job, chunk
+
+    def _throttle(self, job: CopyJob, num_bytes: int) -> None:
+        """Wait, lock released, until the cap allows `num_bytes` more or the job is stopped."""
+        if not self._bytes_per_s:
+            return
+        now = time.monotonic()
+        start = max(now, self._free_at)
+        self._free_at = start + num_bytes / self._bytes_per_s
+        while not job.stopped and (wait_s := start - time.monotonic()) > 0:
+            self._condition.wait(wait_s)

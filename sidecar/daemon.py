@@ -1,0 +1,228 @@
+"""The sidecar process: makes everything, serves until told to stop, takes everything apart in order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+
+from aiohttp import web
+
+from sidecar.config import SidecarConfig
+from sidecar.copy_executor import CopyExecutor
+from sidecar.engine_session import EngineSession
+from sidecar.errors import LayoutRefused, StartError
+from sidecar.leases import State
+from sidecar.metrics import CONTENT_TYPE, SidecarMetrics
+from sidecar.offers import Offers
+from sidecar.peer_session import PeerSession
+from sidecar.peers import PeerTable
+from sidecar.regions import boot_id
+from sidecar.registration import Identity, Registration
+from sidecar.server import EngineSocket, Listener, listen_abstract, listen_tcp
+from sidecar.tenancy import Tenancy
+from sidecar.transfer_table import TransferTable
+from sidecar.transport.contract import Transport
+from sidecar.transport.registry import available_transports
+
+logger = logging.getLogger(__name__)
+
+DRAIN_S = 2.0
+"""Pulls under way at SIGTERM get this long to end by themselves."""
+
+
+class Daemon:
+    """One sidecar; also the Host of its engine sessions."""
+
+    def __init__(self, config: SidecarConfig) -> None:
+        """Bind every socket and find the transports. Raises StartError, with nothing left behind."""
+        self._config = config
+        self._executor = CopyExecutor(config.copy_threads, config.copy_bytes_per_s)
+        self.transports: dict[str, Transport] = available_transports(config, self._executor)
+        self.metrics = SidecarMetrics()
+        self._tenancy: Tenancy | None = None
+        self._tenant_session: EngineSession | None = None
+        self._sessions: set[EngineSession] = set()
+        self._peer_sessions: set[PeerSession] = set()
+        self._num_epochs = 0
+        self._stopping = asyncio.Event()
+        self._sockets: list[socket.socket] = []
+        host, port = _split(config.listen)
+        try:
+            self._peer_sock = self._keep(listen_tcp(host, port, "--listen"))
+            self._metrics_sock = self._keep(listen_tcp(host, config.metrics_port, "--metrics-port"))
+            peer_socket = f"pd-sidecar-{secrets.token_hex(16)}"
+            self._local_sock = self._keep(listen_abstract(peer_socket))
+            self._engine_socket = EngineSocket(config.socket)
+        except BaseException:
+            for sock in self._sockets:
+                sock.close()
+            self._executor.close()
+            raise
+        self._keep(self._engine_socket.sock)
+        self.identity = Identity(
+            config.engine_id, config.rank, secrets.token_hex(8), boot_id(), config.advertise_host or host,
+            self._peer_sock.getsockname()[1], peer_socket if "shm" in self.transports else "", tuple(self.transports),
+        )  # fmt: skip
+
+    async def serve(self) -> None:
+        """Run until SIGTERM or SIGINT, then drain."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stopping.set)
+        if self._config.exit_on_stdin_eof:
+            loop.add_reader(sys.stdin.fileno(), self._stdin_readable)
+        listeners = [
+            Listener(self._engine_socket.sock, self._engine_connected),
+            Listener(self._peer_sock, self._peer_connected),
+            Listener(self._local_sock, self._peer_connected),
+        ]
+        runner = await self._serve_http()
+        self._say_ready()
+        try:
+            await self._stopping.wait()
+            logger.info("stopping")
+            for listener in listeners:
+                listener.close()
+            await self._drain()
+        finally:
+            self._engine_socket.remove()
+            await runner.cleanup()
+            self._executor.close()
+
+    def next_epoch(self) -> str:
+        """A name for the next registration, unlike any other of any process."""
+        self._num_epochs += 1
+        return f"{self.identity.sidecar_epoch}-{self._num_epochs}"
+
+    async def admit(self, session: EngineSession, registration: Registration) -> Tenancy:
+        """See engine_session.Host."""
+        if self._tenancy is not None:
+            raise LayoutRefused("another engine has its pool registered with this sidecar")
+        config, metrics = self._config, self.metrics
+        offers = Offers(config, registration.epoch, registration.layout.num_blocks, metrics, session.send)
+        peers = PeerTable(config, self.identity, registration, self.transports, metrics)
+        pulls = TransferTable(config, registration, peers, metrics, session.send)
+        self._tenancy = Tenancy(registration, offers, peers, pulls, self.transports.values())
+        self._tenant_session = session
+        logger.info(
+            "pool_registered epoch=%s bytes=%d layout=%s",
+            registration.epoch, registration.region.num_bytes, registration.layout,
+        )  # fmt: skip
+        return self._tenancy
+
+    async def dismiss(self, session: EngineSession, why: str) -> None:
+        """See engine_session.Host."""
+        if self._tenant_session is not session or self._tenancy is None:
+            return
+        tenancy = self._tenancy
+        await tenancy.retire(why)
+        self._tenancy = None
+        self._tenant_session = None
+
+    def _tenant(self) -> Tenancy | None:
+        """Who may be read from now."""
+        return self._tenancy if self._tenancy and not self._tenancy.registration.retired else None
+
+    def _engine_connected(self, sock: socket.socket) -> None:
+        session = EngineSession(sock, self)
+        self._sessions.add(session)
+        session.ended.add_done_callback(lambda _: self._sessions.discard(session))
+
+    def _peer_connected(self, sock: socket.socket) -> None:
+        if len(self._peer_sessions) >= self._config.max_peers:
+            logger.warning("peer_refused limit=%d", self._config.max_peers)
+            sock.close()
+            return
+        self._peer_sessions.add(
+            PeerSession(
+                sock, self._config, self.identity, self.transports, self.metrics, self._tenant,
+                self._peer_sessions.discard,
+            )
+        )  # fmt: skip
+
+    async def _drain(self) -> None:
+        if self._tenancy is not None:
+            await self._tenancy.pulls.drain(DRAIN_S)
+            await self._tenancy.pulls.close("the sidecar is stopping")
+        sessions = list(self._sessions)
+        for session in sessions:
+            session.close("the sidecar is stopping")
+        if sessions:
+            await asyncio.wait([session.ended for session in sessions])
+        for peer in list(self._peer_sessions):
+            peer.close("the sidecar is stopping")
+        await asyncio.sleep(0)
+
+    async def _serve_http(self) -> web.AppRunner:
+        application = web.Application()
+        application.router.add_get("/metrics", self._metrics_page)
+        application.router.add_get("/healthz", self._health_page)
+        runner = web.AppRunner(application, access_log=None, handle_signals=False)
+        await runner.setup()
+        await web.SockSite(runner, self._metrics_sock).start()
+        return runner
+
+    async def _metrics_page(self, request: web.Request) -> web.Response:
+        tenancy = self._tenancy
+        for state in (State.OFFERED, State.CLAIMED):
+            self.metrics.leases.labels(state).set(tenancy.offers.count(state) if tenancy else 0)
+        self.metrics.open_pulls.set(len(tenancy.pulls) if tenancy else 0)
+        self.metrics.registered_bytes.set(tenancy.registration.region.num_bytes if tenancy else 0)
+        return web.Response(body=self.metrics.page(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def _health_page(self, request: web.Request) -> web.Response:
+        """200 also without an engine, which is a state and not a fault; 503 when a transport is broken."""
+        faults = {name: fault for name, transport in self.transports.items() if (fault := transport.fault())}
+        tenant = self._tenant()
+        state = {
+            "status": "broken" if faults else "ok",
+            "engine_id": self.identity.engine_id,
+            "engine_registered": tenant is not None,
+            "epoch": tenant.registration.epoch if tenant else None,
+            "transports": list(self.transports),
+            "faults": faults,
+        }
+        return web.json_response(state, status=503 if faults else 200)
+
+    def _say_ready(self) -> None:
+        peer, metrics = self._peer_sock.getsockname(), self._metrics_sock.getsockname()
+        line = (
+            f"ready socket={self._config.socket} listen={_join(peer)} metrics={_join(metrics)} "
+            f"transports={','.join(self.transports)}"
+        )
+        print(line, flush=True)
+        logger.info("%s engine_id=%s pid=%d", line, self._config.engine_id, os.getpid())
+
+    def _stdin_readable(self) -> None:
+        if not os.read(sys.stdin.fileno(), 4096):
+            asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
+            logger.info("stdin_ended")
+            self._stopping.set()
+
+    def _keep(self, sock: socket.socket) -> socket.socket:
+        self._sockets.append(sock)
+        return sock
+
+
+async def run(config: SidecarConfig) -> None:
+    """Serve one sidecar until it is told to stop. Raises StartError."""
+    await Daemon(config).serve()
+
+
+def _split(listen: str) -> tuple[str, int]:
+    host, separator, port = listen.rpartition(":")
+    if not separator or not host or not port.isdigit() or int(port) > 65535:
+        raise StartError(f"--listen {listen}: give it as HOST:PORT")
+    return host.strip("[]"), int(port)
+
+
+def _join(address: tuple[object, ...]) -> str:
+    host = str(address[0])
+    return f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
+
+

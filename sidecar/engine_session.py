@@ -1,0 +1,168 @@
+"""One connection from an engine: hello, then registration, offers and pulls. Its end is the engine's death."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from typing import Protocol
+
+from sidecar import protocol
+from sidecar.connection import FrameConnection
+from sidecar.errors import FrameError, LayoutRefused, OfferRefused
+from sidecar.protocol import (
+    ENGINE_FRAME_BYTES,
+    PROTOCOL_VERSION,
+    Abandon,
+    CallFailed,
+    Drop,
+    EngineHello,
+    Message,
+    OfferBlocks,
+    PoolRegistered,
+    Pull,
+    PullEnded,
+    Refused,
+    RegisterPool,
+    Revoke,
+    SidecarHello,
+    decode,
+    encode,
+    version_fault,
+)  # fmt: skip
+from sidecar.registration import Identity, Registration, register
+from sidecar.tenancy import Tenancy
+
+logger = logging.getLogger(__name__)
+
+
+class Host(Protocol):
+    """What an engine's session needs of the sidecar around it."""
+
+    identity: Identity
+
+    def next_epoch(self) -> str: ...
+
+    async def admit(self, session: EngineSession, registration: Registration) -> Tenancy:
+        """Make the session's pool the one that is served. Raises LayoutRefused while another engine's is."""
+        ...
+
+    async def dismiss(self, session: EngineSession, why: str) -> None:
+        """The session ends or registers anew: retire its tenancy, if it has one."""
+        ...
+
+
+class EngineSession:
+    """One connected engine."""
+
+    def __init__(self, sock: socket.socket, host: Host) -> None:
+        self._host = host
+        self._greeted = False
+        self._tenancy: Tenancy | None = None
+        self._registering: asyncio.Task[None] | None = None
+        self._connection = FrameConnection(
+            sock, max_frame_bytes=ENGINE_FRAME_BYTES, on_frame=self._take, on_closed=self._closed
+        )
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def send(self, message: Message) -> None:
+        """Queue one message; silently nothing once the engine has gone."""
+        self._connection.send(encode(message))
+
+    def close(self, why: str) -> None:
+        """End the session; `ended` is done when its tenancy is gone."""
+        self._connection.close(why)
+
+    def _take(self, frame: bytes) -> None:
+        if not self._greeted:
+            if fault := version_fault(frame, "engine_hello"):
+                self.send(Refused("incompatible", fault))
+                self.close(fault)
+                return
+            self._greet()
+            return
+        message = decode(protocol.from_engine, frame)
+        if isinstance(message, EngineHello):
+            raise FrameError("a second hello")
+        if isinstance(message, RegisterPool):
+            self._register(message)
+        elif isinstance(message, OfferBlocks):
+            self._offer(message)
+        elif isinstance(message, Pull):
+            self._pull(message)
+        elif self._tenancy is not None:
+            self._act(message, self._tenancy)
+
+    def _greet(self) -> None:
+        identity = self._host.identity
+        self._greeted = True
+        self.send(
+            SidecarHello(
+                identity.engine_id, identity.rank, identity.host, identity.port, identity.transports,
+                identity.sidecar_epoch, PROTOCOL_VERSION,
+            )
+        )  # fmt: skip
+
+    def _act(self, message: Revoke | Abandon | Drop, tenancy: Tenancy) -> None:
+        if isinstance(message, Revoke):
+            tenancy.offers.revoke(message.transfer_id)
+        elif isinstance(message, Abandon):
+            tenancy.pulls.abandon(message.pull_id)
+        else:
+            tenancy.pulls.drop(message.source)
+
+    def _offer(self, message: OfferBlocks) -> None:
+        try:
+            if self._tenancy is None:
+                raise OfferRefused("no pool is registered")
+            self.send(self._tenancy.offers.offer(message))
+        except OfferRefused as error:
+            self.send(CallFailed(message.call_id, "OfferRefused", str(error)))
+
+    def _pull(self, message: Pull) -> None:
+        if self._tenancy is not None:
+            self._tenancy.pulls.begin(message)
+            return
+        source = message.source
+        peer = f"{source.engine_id}@{source.host}:{source.port}"
+        self.send(PullEnded(message.pull_id, False, "invalid", "no pool is registered", 0, 0, 0.0, "", peer))
+
+    def _register(self, message: RegisterPool) -> None:
+        fd = self._connection.take_fd()
+        previous, self._registering = self._registering, None
+        self._registering = asyncio.ensure_future(self._take_pool(message, fd, previous))
+
+    async def _take_pool(self, message: RegisterPool, fd: int, previous: asyncio.Task[None] | None) -> None:
+        if previous is not None:
+            await previous
+        self._tenancy = None
+        await self._host.dismiss(self, "the engine registers another pool")
+        try:
+            registration = await register(self._host.next_epoch(), message.layout, fd, self._connection.fileno())
+            if self._connection.closed:
+                registration.close()
+                return
+            try:
+                self._tenancy = await self._host.admit(self, registration)
+            except LayoutRefused:
+                registration.close()
+                raise
+        except LayoutRefused as error:
+            logger.warning("pool_refused error=%s", error)
+            self.send(CallFailed(message.call_id, "LayoutRefused", str(error)))
+            return
+        self.send(PoolRegistered(message.call_id, registration.epoch))
+
+    def _closed(self, why: str) -> None:
+        asyncio.ensure_future(self._leave(why)).add_done_callback(self._left)
+
+    async def _leave(self, why: str) -> None:
+        if self._registering is not None:
+            await self._registering
+        self._tenancy = None
+        await self._host.dismiss(self, f"the engine is gone: {why}")
+
+    def _left(self, done: asyncio.Task[None]) -> None:
+        if error := done.exception():
+            logger.error("engine_session_crashed error=%r", error)
+        self.ended.set_result(None)

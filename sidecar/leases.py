@@ -1,0 +1,235 @@
+"""Leases: which blocks of our pool may be read by whom, until when. Pure: a state table, a heap, time as `now`.
+
+A lease is offered by the engine, claimed by one consumer before it reads a byte, and released after. A claim extends
+the lease while its heartbeats come; a claimant whose connection dies gives it back. What ended is remembered for a
+while, so that a late reader hears why.
+"""
+
+from __future__ import annotations
+
+import heapq
+import hmac
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from sidecar.errors import Refusal
+
+
+class State(StrEnum):
+    OFFERED = "offered"
+    CLAIMED = "claimed"
+    CONSUMED = "consumed"
+    DROPPED = "dropped"
+    EXPIRED = "expired"
+    REVOKED = "revoked"
+
+
+class Happening(StrEnum):
+    CLAIM = "claim"
+    HEARTBEAT = "heartbeat"
+    CONSUME = "consume"
+    RETURN = "return"
+    DROP = "drop"
+    EXPIRE = "expire"
+    REVOKE = "revoke"
+
+
+TRANSITIONS: dict[tuple[State, Happening], State] = {
+    (State.OFFERED, Happening.CLAIM): State.CLAIMED,
+    (State.OFFERED, Happening.DROP): State.DROPPED,
+    (State.OFFERED, Happening.EXPIRE): State.EXPIRED,
+    (State.OFFERED, Happening.REVOKE): State.REVOKED,
+    (State.CLAIMED, Happening.CLAIM): State.CLAIMED,  # the same engine over a new connection
+    (State.CLAIMED, Happening.HEARTBEAT): State.CLAIMED,
+    (State.CLAIMED, Happening.CONSUME): State.CONSUMED,
+    (State.CLAIMED, Happening.RETURN): State.OFFERED,
+    (State.CLAIMED, Happening.DROP): State.DROPPED,
+    (State.CLAIMED, Happening.EXPIRE): State.EXPIRED,
+    (State.CLAIMED, Happening.REVOKE): State.REVOKED,
+}
+"""What is legal; everything else is refused. CONSUMED, DROPPED, EXPIRED and REVOKED are final."""
+
+FINAL = frozenset({State.CONSUMED, State.DROPPED, State.EXPIRED, State.REVOKED})
+MAX_REMEMBERED = 4096
+"""Ended leases that can still be told from unknown ones; about half a megabyte."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claimant:
+    """Who claims: an engine, through one connection."""
+
+    engine_id: str
+    connection_id: int
+
+
+@dataclass(slots=True)
+class Lease:
+    """Blocks handed out. `expires_at` moves with claims and heartbeats, `offer_expires_at` does not."""
+
+    transfer_id: str
+    token: str
+    request_id: str
+    block_ids: tuple[int, ...]
+    num_tokens: int
+    offer_expires_at: float
+    expires_at: float
+    state: State = State.OFFERED
+    claimant: Claimant | None = None
+    claimed_at: float = 0.0
+
+
+class LeaseTable:
+    """Every live lease of one registration. Each lease that ends stands once in `take_ended()`."""
+
+    def __init__(self, *, claim_ttl_s: float, max_claim_s: float, max_leases: int) -> None:
+        self._claim_ttl_s = claim_ttl_s
+        self._max_claim_s = max_claim_s
+        self._max_leases = max_leases
+        self._leases: dict[str, Lease] = {}
+        self._expiries: list[tuple[float, str]] = []
+        self._remembered: OrderedDict[str, State] = OrderedDict()
+        self._ended: list[tuple[str, State]] = []
+
+    def __len__(self) -> int:
+        return len(self._leases)
+
+    def count(self, state: State) -> int:
+        """How many live leases are in `state`."""
+        return sum(lease.state is state for lease in self._leases.values())
+
+    def offer(
+        self,
+        transfer_id: str,
+        token: str,
+        request_id: str,
+        block_ids: Sequence[int],
+        num_tokens: int,
+        ttl_s: float,
+        now: float,
+    ) -> Lease:
+        """A new lease until `now + ttl_s`. Raises Refusal("invalid") at the limit of leases."""
+        if len(self._leases) >= self._max_leases:
+            raise Refusal("invalid", f"{self._max_leases} leases are out, which is the limit")
+        expires_at = now + ttl_s
+        lease = Lease(transfer_id, token, request_id, tuple(block_ids), num_tokens, expires_at, expires_at)
+        self._leases[transfer_id] = lease
+        heapq.heappush(self._expiries, (expires_at, transfer_id))
+        return lease
+
+    def claim(self, transfer_id: str, token: str, claimant: Claimant, now: float) -> Lease:
+        """Give the lease to `claimant`. Raises Refusal."""
+        lease = self._find(transfer_id, token, claimant.engine_id, now)
+        self._step(lease, Happening.CLAIM)
+        lease.claimant = claimant
+        lease.claimed_at = now
+        lease.expires_at = max(lease.offer_expires_at, now + self._claim_ttl_s)
+        return lease
+
+    def heartbeat(self, transfer_id: str, token: str, claimant: Claimant, now: float) -> Lease:
+        """Extend a claimed lease, up to the longest claim. Raises Refusal."""
+        lease = self._find(transfer_id, token, claimant.engine_id, now)
+        self._step(lease, Happening.HEARTBEAT)
+        longest = lease.claimed_at + self._max_claim_s
+        lease.expires_at = max(lease.expires_at, min(now + self._claim_ttl_s, longest))
+        return lease
+
+    def consume(self, transfer_id: str, token: str, claimant: Claimant, now: float) -> None:
+        """Confirm that what `claimant` read was valid until now; the lease ends. Raises Refusal if it was not."""
+        self._end(self._find(transfer_id, token, claimant.engine_id, now), Happening.CONSUME)
+
+    def give_back(self, transfer_id: str, token: str, claimant: Claimant, now: float) -> None:
+        """The claimant did not read it; another may claim it while the offer lasts. Raises Refusal."""
+        self._return(self._find(transfer_id, token, claimant.engine_id, now), now)
+
+    def drop(self, transfer_id: str, token: str, engine_id: str, now: float) -> None:
+        """Nobody will read it. Raises Refusal, also if another engine has it claimed."""
+        self._end(self._find(transfer_id, token, engine_id, now), Happening.DROP)
+
+    def revoke(self, transfer_id: str) -> bool:
+        """The producer takes it back; False if it had ended."""
+        lease = self._leases.get(transfer_id)
+        if lease is None:
+            return False
+        self._end(lease, Happening.REVOKE)
+        return True
+
+    def connection_lost(self, connection_id: int, now: float) -> None:
+        """Give back all that was claimed through this connection."""
+        lost = [
+            lease for lease in self._leases.values() if lease.claimant and lease.claimant.connection_id == connection_id
+        ]
+        for lease in lost:
+            self._return(lease, now)
+
+    def expire(self, now: float) -> None:
+        """End every lease whose time has run out."""
+        while self._expiries and self._expiries[0][0] <= now:
+            _, transfer_id = heapq.heappop(self._expiries)
+            lease = self._leases.get(transfer_id)
+            if lease is None:
+                continue
+            if lease.expires_at <= now:
+                self._end(lease, Happening.EXPIRE)
+            else:
+                heapq.heappush(self._expiries, (lease.expires_at, transfer_id))
+
+    def next_expiry(self) -> float | None:
+        """When `expire` has something to look at; None with no lease out."""
+        if not self._leases:
+            self._expiries.clear()
+        return self._expiries[0][0] if self._expiries else None
+
+    def void(self) -> list[str]:
+        """End everything because the pool is gone; the ids that were live."""
+        ids = list(self._leases)
+        for transfer_id in ids:
+            self._end(self._leases[transfer_id], Happening.REVOKE)
+        return ids
+
+    def take_ended(self) -> list[tuple[str, State]]:
+        """Leases that have ended since the last call, with the state they ended in."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def _find(self, transfer_id: str, token: str, engine_id: str, now: float) -> Lease:
+        lease = self._leases.get(transfer_id)
+        if lease is None:
+            state = self._remembered.get(transfer_id)
+            if state is None:
+                raise Refusal("unknown", f"no transfer {transfer_id!r} here")
+            if state is State.EXPIRED:
+                raise Refusal("expired", f"the lease of transfer {transfer_id!r} has expired")
+            raise Refusal("released", f"transfer {transfer_id!r} was {state}")
+        if not hmac.compare_digest(lease.token.encode(), token.encode(errors="replace")):
+            raise Refusal("wrong_token", f"the token is not that of transfer {transfer_id!r}")
+        if lease.expires_at <= now:
+            self._end(lease, Happening.EXPIRE)
+            raise Refusal("expired", f"the lease of transfer {transfer_id!r} has expired")
+        if lease.claimant is not None and lease.claimant.engine_id != engine_id:
+            raise Refusal("wrong_engine", f"transfer {transfer_id!r} is claimed by engine {lease.claimant.engine_id!r}")
+        return lease
+
+    def _step(self, lease: Lease, happening: Happening) -> None:
+        state = TRANSITIONS.get((lease.state, happening))
+        if state is None:
+            raise Refusal("unknown", f"transfer {lease.transfer_id!r} is {lease.state}: no {happening} possible")
+        lease.state = state
+
+    def _return(self, lease: Lease, now: float) -> None:
+        self._step(lease, Happening.RETURN)
+        lease.claimant = None
+        lease.expires_at = lease.offer_expires_at
+        if lease.expires_at <= now:
+            self._end(lease, Happening.EXPIRE)
+        else:
+            heapq.heappush(self._expiries, (lease.expires_at, lease.transfer_id))
+
+    def _end(self, lease: Lease, happening: Happening) -> None:
+        self._step(lease, happening)
+        del self._leases[lease.transfer_id]
+        self._remembered[lease.transfer_id] = lease.state
+        if len(self._remembered) > MAX_REMEMBERED:
+            self._remembered.popitem(last=False)
+        self._ended.append((lease.transfer_id, lease.state))

@@ -1,0 +1,124 @@
+"""The lease table with a clock: hands out offers, ends what expires, tells the engine what has ended."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable
+
+from sidecar.config import SidecarConfig
+from sidecar.errors import OfferRefused, Refusal
+from sidecar.leases import Claimant, Lease, LeaseTable, State
+from sidecar.metrics import SidecarMetrics
+from sidecar.protocol import Offer, OfferBlocks, OfferEnded
+
+
+class Offers:
+    """Every lease on one registered pool. `on_ended` is called once for each lease that ends."""
+
+    def __init__(
+        self,
+        config: SidecarConfig,
+        epoch: str,
+        num_blocks: int,
+        metrics: SidecarMetrics,
+        on_ended: Callable[[OfferEnded], None],
+    ) -> None:
+        self._table = LeaseTable(
+            claim_ttl_s=config.claim_ttl_s, max_claim_s=config.max_claim_s, max_leases=config.max_leases
+        )
+        self._epoch = epoch
+        self._num_blocks = num_blocks
+        self._metrics = metrics
+        self._on_ended = on_ended
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def count(self, state: State) -> int:
+        """Live leases in `state`."""
+        return self._table.count(state)
+
+    def offer(self, request: OfferBlocks) -> Offer:
+        """Lease the engine's blocks. Raises OfferRefused."""
+        block_ids = request.block_ids
+        if block_ids and max(block_ids) >= self._num_blocks:
+            raise OfferRefused(f"block {max(block_ids)} is not in the pool of {self._num_blocks} blocks")
+        transfer_id, token = secrets.token_hex(8), secrets.token_hex(16)
+        now = self._loop.time()
+        try:
+            self._table.offer(
+                transfer_id, token, request.request_id, block_ids, request.num_tokens, request.ttl_s, now
+            )
+        except Refusal as refusal:
+            raise OfferRefused(refusal.message) from refusal
+        self._settle()
+        return Offer(transfer_id, token, self._epoch, time.time() + request.ttl_s, request.call_id)
+
+    def claim(self, transfer_id: str, token: str, claimant: Claimant) -> tuple[Lease, float]:
+        """The lease, now the claimant's, and the seconds it lasts without a heartbeat. Raises Refusal."""
+        now = self._loop.time()
+        try:
+            lease = self._table.claim(transfer_id, token, claimant, now)
+        finally:
+            self._settle()
+        return lease, lease.expires_at - now
+
+    def heartbeat(self, transfer_id: str, token: str, claimant: Claimant) -> None:
+        """Extend a claim. Raises Refusal."""
+        try:
+            self._table.heartbeat(transfer_id, token, claimant, self._loop.time())
+        finally:
+            self._settle()
+
+    def release(self, transfer_id: str, token: str, claimant: Claimant, outcome: str) -> None:
+        """End a claim as consumed, returned or dropped. Raises Refusal."""
+        now = self._loop.time()
+        try:
+            if outcome == "consumed":
+                self._table.consume(transfer_id, token, claimant, now)
+            elif outcome == "returned":
+                self._table.give_back(transfer_id, token, claimant, now)
+            elif outcome == "dropped":
+                self._table.drop(transfer_id, token, claimant.engine_id, now)
+            else:
+                raise Refusal("invalid", f"a release is consumed, returned or dropped, not {outcome!r}")
+        finally:
+            self._settle()
+
+    def revoke(self, transfer_id: str) -> None:
+        """The engine takes an offer back; one that has ended is left alone."""
+        self._table.revoke(transfer_id)
+        self._settle()
+
+    def connection_lost(self, connection_id: int) -> None:
+        """What a consumer had claimed through this connection may be claimed again."""
+        self._table.connection_lost(connection_id, self._loop.time())
+        self._settle()
+
+    def close(self) -> None:
+        """The pool goes away: every lease ends as revoked."""
+        self._table.void()
+        self._settle()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _settle(self) -> None:
+        """Report what ended and set the timer to the next expiry."""
+        for transfer_id, state in self._table.take_ended():
+            self._metrics.offer_ended(str(state))
+            self._on_ended(OfferEnded(transfer_id, str(state)))
+        next_expiry = self._table.next_expiry()
+        if self._timer is not None:
+            if next_expiry is not None and self._timer.when() <= next_expiry:
+                return
+            self._timer.cancel()
+            self._timer = None
+        if next_expiry is not None:
+            self._timer = self._loop.call_at(next_expiry, self._expire)
+
+    def _expire(self) -> None:
+        self._timer = None
+        self._table.expire(self._loop.time())
+        self._settle()

@@ -1,0 +1,268 @@
+"""Connections to producers, kept for the next pull: one link a producer's registration.
+
+A link is made off the main path and shared by every pull that waits for it; a producer that hangs holds up only
+those. Each link beats for the leases claimed through it, and is cut when the producer leaves a call unanswered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from functools import partial
+from typing import Protocol
+
+from sidecar.config import SidecarConfig
+from sidecar.errors import PeerLost, Refusal
+from sidecar.layout import layout_fault, mismatch
+from sidecar.metrics import SidecarMetrics
+from sidecar.peer_control import Answer, PeerControl, dial
+from sidecar.protocol import (
+    PROTOCOL_VERSION,
+    Claim,
+    Heartbeat,
+    OpenRegion,
+    PeerHello,
+    PeerWelcome,
+    PullSource,
+    RegionOpened,
+    Release,
+)  # fmt: skip
+from sidecar.registration import Identity, Registration
+from sidecar.transport.contract import PeerMemory, Transport, common
+
+logger = logging.getLogger(__name__)
+
+Key = tuple[str, int, str, str]
+"""Host, port, engine id, epoch."""
+
+
+class Reader(Protocol):
+    """A pull, as its link sees it."""
+
+    source: PullSource
+
+    def interrupt(self, reason: str, message: str) -> None: ...
+
+
+class Link:
+    """One producer, reached and checked: control connection, transport chosen, its pool at hand."""
+
+    def __init__(self, key: Key, control: PeerControl, welcome: PeerWelcome, memory: PeerMemory) -> None:
+        self.key = key
+        self.name = f"{key[2]}@{key[0]}:{key[1]}"
+        self.layout = welcome.layout
+        self.num_bytes = welcome.layout.pool_bytes
+        self.memory = memory
+        self.readers: set[Reader] = set()
+        self.used_at = asyncio.get_running_loop().time()
+        self.control = control
+
+    def claim(self, source: PullSource) -> Answer:
+        """Ask for the lease; Claimed or Refusal."""
+        return self.control.call(lambda call_id: Claim(call_id, source.transfer_id, source.token))
+
+    def release(self, source: PullSource, outcome: str) -> Answer:
+        """Say how the read went; Done only if the lease was valid until now."""
+        return self.control.call(lambda call_id: Release(call_id, source.transfer_id, source.token, outcome))
+
+    def beat(self) -> None:
+        """One heartbeat for each lease claimed here; a pull whose lease is lost is interrupted."""
+        for reader in self.readers:
+            source = reader.source
+            answer = self.control.call(partial(Heartbeat, transfer_id=source.transfer_id, token=source.token))
+            answer.add_done_callback(partial(self._beaten, reader))
+
+    @staticmethod
+    def _beaten(reader: Reader, done: Answer) -> None:
+        refusal = None if done.cancelled() else done.exception()
+        if isinstance(refusal, Refusal) and not isinstance(refusal, PeerLost):
+            reader.interrupt(refusal.reason, refusal.message)
+
+
+class PeerTable:
+    """Every link of one registration."""
+
+    def __init__(
+        self,
+        config: SidecarConfig,
+        identity: Identity,
+        registration: Registration,
+        transports: Mapping[str, Transport],
+        metrics: SidecarMetrics,
+    ) -> None:
+        self._config = config
+        self._identity = identity
+        self._registration = registration
+        self._transports = transports
+        self._metrics = metrics
+        self._links: dict[Key, Link] = {}
+        self._connecting: dict[Key, asyncio.Task[Link]] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.get_running_loop()
+        self._ticker = asyncio.ensure_future(self._tick())
+
+    def live(self, source: PullSource) -> Link | None:
+        """The pooled link to `source`'s producer, if there is one."""
+        link = self._links.get(_key(source))
+        if link is not None:
+            link.used_at = self._loop.time()
+        return link
+
+    def connect(self, source: PullSource) -> asyncio.Task[Link]:
+        """Begin to reach the producer, or join those who wait already. Its result raises Refusal."""
+        key = _key(source)
+        task = self._connecting.get(key)
+        if task is None:
+            task = asyncio.ensure_future(self._connect(key))
+            self._connecting[key] = task
+            task.add_done_callback(lambda done: self._connected(key, done))
+        return task
+
+    def cut(self, link: Link, why: str) -> asyncio.Task[None]:
+        """Give a link up: its pulls are interrupted, and the task ends when nothing of the peer writes any more."""
+        link.control.on_closed = lambda _: None
+        link.control.close(why)
+        return self._forget(link, why)
+
+    async def drop(self, source: PullSource) -> None:
+        """Tell the producer that nobody will read this lease. Raises Refusal; PeerLost is worth another try."""
+        link = self.live(source)
+        if link is not None:
+            await link.release(source, "dropped")
+            return
+        control, _ = await dial((source.host, source.port), self._hello(_key(source)), self._config.connect_timeout_s)
+        try:
+            async with asyncio.timeout(self._config.answer_timeout_s):
+                await control.call(lambda call_id: Release(call_id, source.transfer_id, source.token, "dropped"))
+        except TimeoutError as error:
+            raise PeerLost("the drop was not answered") from error
+        finally:
+            control.close("dropped")
+
+    async def close(self) -> None:
+        """Cut every link; when this returns, no peer writes here."""
+        self._ticker.cancel()
+        connecting = list(self._connecting.values())
+        for task in connecting:
+            task.cancel()
+        await asyncio.gather(*connecting, return_exceptions=True)
+        for link in list(self._links.values()):
+            self.cut(link, "the pool is no longer registered")
+        while self._closing:
+            await asyncio.wait(self._closing)
+
+    def _hello(self, key: Key) -> PeerHello:
+        identity = self._identity
+        return PeerHello(
+            PROTOCOL_VERSION, identity.engine_id, identity.rank, identity.sidecar_epoch, identity.boot_id,
+            identity.transports, key[2], key[3], self._registration.layout,
+        )  # fmt: skip
+
+    async def _connect(self, key: Key) -> Link:
+        if len(self._links) >= self._config.max_peers:
+            raise PeerLost(f"{self._config.max_peers} peers are connected, which is the limit")
+        hello = self._hello(key)
+        control, welcome = await dial((key[0], key[1]), hello, self._config.connect_timeout_s)
+        try:
+            self._check(welcome)
+            same_host = welcome.boot_id == self._identity.boot_id and welcome.peer_socket != ""
+            if same_host and "shm" in common(self._identity.transports, welcome.transports, same_host=True):
+                local = await self._dial_local(welcome.peer_socket, hello)
+                same_host = local is not None
+                if local is not None:
+                    control.close("continued over the peer socket")
+                    control = local
+            link = Link(key, control, welcome, await self._reach(control, welcome, same_host=same_host))
+        except BaseException:
+            control.close("no pull is possible")
+            raise
+        if control.closed:
+            await link.memory.close()
+            raise PeerLost("the connection to the producer's sidecar ended")
+        self._links[key] = link
+        control.on_closed = lambda why: self._lost(link, why)
+        self._metrics.link_opened(link.memory.transport, link.name)
+        logger.info("peer_connected peer=%s transport=%s same_host=%s", link.name, link.memory.transport, same_host)
+        return link
+
+    def _check(self, welcome: PeerWelcome) -> None:
+        fault = (
+            welcome.mismatch or layout_fault(welcome.layout) or mismatch(welcome.layout, self._registration.layout)
+        )
+        if fault:
+            raise Refusal("incompatible", fault)
+
+    async def _dial_local(self, peer_socket: str, hello: PeerHello) -> PeerControl | None:
+        try:
+            control, _ = await dial("\0" + peer_socket, hello, self._config.connect_timeout_s)
+        except PeerLost as error:
+            logger.info("peer_socket_unreachable error=%s", error.message)
+            return None
+        return control
+
+    async def _reach(self, control: PeerControl, welcome: PeerWelcome, *, same_host: bool) -> PeerMemory:
+        """The producer's pool over the best transport that works. Raises Refusal."""
+        names = common(self._identity.transports, welcome.transports, same_host=same_host)
+        failure = Refusal(
+            "incompatible",
+            f"no common transport: here {', '.join(self._identity.transports)}, the producer has "
+            f"{', '.join(welcome.transports)}, {'one host' if same_host else 'different hosts'}",
+        )
+        for name in names:
+            try:
+                async with asyncio.timeout(self._config.open_timeout_s):
+                    opened = await control.call(partial(OpenRegion, transport=name))
+                    assert isinstance(opened, RegionOpened)
+                    if opened.num_bytes < welcome.layout.pool_bytes:
+                        raise Refusal("incompatible", f"the producer's region has only {opened.num_bytes} bytes")
+                    return await self._transports[name].open(self._registration, opened, control.take_fd())
+            except TimeoutError:
+                failure = PeerLost(f"opening {name} took longer than {self._config.open_timeout_s:g} s")
+            except PeerLost:
+                raise
+            except Refusal as refusal:
+                failure = refusal
+            logger.warning("transport_failed transport=%s error=%s", name, failure.message)
+        raise failure
+
+    def _connected(self, key: Key, done: asyncio.Task[Link]) -> None:
+        self._connecting.pop(key, None)
+        if not done.cancelled():
+            done.exception()
+
+    def _lost(self, link: Link, why: str) -> None:
+        self._forget(link, why)
+
+    def _forget(self, link: Link, why: str) -> asyncio.Task[None]:
+        if self._links.get(link.key) is link:
+            del self._links[link.key]
+            self._metrics.link_closed(link.memory.transport, link.name)
+            logger.info("peer_disconnected peer=%s reason=%s", link.name, why)
+        for reader in list(link.readers):
+            reader.interrupt("unreachable", f"the connection to {link.name} ended: {why}")
+        task: asyncio.Task[None] = asyncio.ensure_future(link.memory.close())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+        return task
+
+    async def _tick(self) -> None:
+        """Heartbeats, unanswered calls and idle links, for as long as the registration lives."""
+        while True:
+            await asyncio.sleep(self._config.heartbeat_s)
+            now = self._loop.time()
+            for link in list(self._links.values()):
+                since = link.control.waiting_since
+                if since is not None and now - since > self._config.answer_timeout_s:
+                    self.cut(link, f"no answer for {now - since:.1f} s")
+                elif link.readers:
+                    link.beat()
+                    link.used_at = now
+                elif now - link.used_at > self._config.peer_idle_s:
+                    self.cut(link, "idle")
+
+
+def _key(source: PullSource) -> Key:
+    return (source.host, source.port, source.engine_id, source.epoch)
+
+

@@ -1,0 +1,296 @@
+"""The messages between an engine and its sidecar, and between sidecars. Pure.
+
+Each frame (see framing) holds one msgpack map with the message's type under "type". Every connection begins with the
+caller's hello, which names its version; the other end answers with its own hello or with `Refused` and closes.
+Messages with a `call_id` are answered by exactly one message with the same `call_id`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeVar
+
+import msgspec
+
+from sidecar.errors import FrameError
+from sidecar.layout import KvLayout, Plane
+
+__all__ = ["CHANGES", "PROTOCOL_VERSION", "KvLayout", "Plane"]
+
+CHANGES = {1: "the first: engine socket, peer control, transports shm and mooncake, pull direction"}
+"""What each version changed; an end speaks exactly one."""
+PROTOCOL_VERSION = max(CHANGES)
+
+ENGINE_FRAME_BYTES = 16 << 20
+"""A lease or pull of a million blocks fits: five bytes a block id."""
+PEER_FRAME_BYTES = 16 << 20
+
+Natural = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+Id = Annotated[str, msgspec.Meta(max_length=16384)]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=86400 * 366)]
+
+
+class Message(msgspec.Struct, tag_field="type", frozen=True):
+    """What travels in a frame."""
+
+
+class Refused(Message, tag="refused", frozen=True):
+    """The hello was not accepted; the connection is closed after this."""
+
+    reason: str
+    message: str
+
+
+# Between an engine and its sidecar.
+
+
+class EngineHello(Message, tag="engine_hello", frozen=True):
+    version: int
+    client: str
+
+
+class SidecarHello(Message, tag="sidecar_hello", frozen=True):
+    """Who the sidecar is; `host` and `port` are where peers reach it."""
+
+    engine_id: str
+    rank: int
+    host: str
+    port: int
+    transports: tuple[str, ...]
+    sidecar_epoch: str
+    protocol_version: int
+
+
+class RegisterPool(Message, tag="register_pool", frozen=True):
+    """The pool's memfd comes with this frame (SCM_RIGHTS)."""
+
+    call_id: Natural
+    layout: KvLayout
+
+
+class PoolRegistered(Message, tag="pool_registered", frozen=True):
+    call_id: Natural
+    epoch: str
+
+
+class OfferBlocks(Message, tag="offer_blocks", frozen=True):
+    call_id: Natural
+    request_id: Id
+    block_ids: list[Natural]
+    num_tokens: Natural
+    ttl_s: Seconds
+
+
+class Offer(Message, tag="offer", frozen=True):
+    """A lease on blocks, to be claimed with `token`; `expires_at` is unix time."""
+
+    transfer_id: str
+    token: str
+    epoch: str
+    expires_at: float
+    call_id: Natural = 0
+
+
+class CallFailed(Message, tag="call_failed", frozen=True):
+    """`kind` names the error class the client raises."""
+
+    call_id: Natural
+    kind: str
+    message: str
+
+
+class Revoke(Message, tag="revoke", frozen=True):
+    transfer_id: Id
+
+
+class PullSource(msgspec.Struct, frozen=True):
+    """Where a lease lies: the producer's sidecar and what it said in its offer."""
+
+    host: str
+    port: int
+    engine_id: str
+    transfer_id: str
+    token: str
+    epoch: str
+    num_blocks: int
+
+
+class Pull(Message, tag="pull", frozen=True):
+    """local_block_ids[i] receives the lease's block number first_block + i."""
+
+    pull_id: Id
+    source: PullSource
+    local_block_ids: list[Natural]
+    first_block: Natural
+    deadline_s: Seconds
+
+
+class Abandon(Message, tag="abandon", frozen=True):
+    pull_id: Id
+
+
+class Drop(Message, tag="drop", frozen=True):
+    """Tell the producer that nobody will read this lease."""
+
+    source: PullSource
+
+
+class OfferEnded(Message, tag="offer_ended", frozen=True):
+    """`outcome` is consumed, dropped, expired or revoked; the blocks are the engine's again."""
+
+    transfer_id: str
+    outcome: str
+
+
+class PullEnded(Message, tag="pull_ended", frozen=True):
+    """The pull has stopped writing. `reason` is "" or one of errors.REASONS; `peer` is engine_id@host:port."""
+
+    pull_id: str
+    ok: bool
+    reason: str
+    message: str
+    num_blocks: int
+    num_bytes: int
+    seconds: float
+    transport: str
+    peer: str
+
+
+class SidecarLost(msgspec.Struct, frozen=True):
+    """Made by the client when the connection has ended: every offer is void, every pull has been reported."""
+
+    message: str
+
+
+Event = OfferEnded | PullEnded | SidecarLost
+
+# Between sidecars.
+
+
+class PeerHello(Message, tag="peer_hello", frozen=True):
+    """A consumer's sidecar introduces itself and names the producer and the registration that it wants to read."""
+
+    version: int
+    engine_id: Id
+    rank: int
+    sidecar_epoch: Id
+    boot_id: Id
+    transports: tuple[str, ...]
+    wants_engine_id: Id
+    wants_epoch: Id
+    layout: KvLayout | None
+
+
+class PeerWelcome(Message, tag="peer_welcome", frozen=True):
+    """`mismatch` is not empty if claims will be refused as incompatible; drops are still taken."""
+
+    version: int
+    engine_id: str
+    epoch: str
+    boot_id: str
+    transports: tuple[str, ...]
+    peer_socket: str
+    layout: KvLayout
+    mismatch: str
+
+
+class OpenRegion(Message, tag="open_region", frozen=True):
+    """Ask for the producer's pool over `transport`; over shm the answer carries a read-only descriptor."""
+
+    call_id: Natural
+    transport: str
+
+
+class RegionOpened(Message, tag="region_opened", frozen=True):
+    """`session` and `base_address` are Mooncake's names for the serving end; over shm a descriptor comes along."""
+
+    call_id: Natural
+    num_bytes: Natural
+    with_descriptor: bool = False
+    session: str = ""
+    base_address: Natural = 0
+
+
+class Claim(Message, tag="claim", frozen=True):
+    call_id: Natural
+    transfer_id: Id
+    token: Id
+
+
+class Claimed(Message, tag="claimed", frozen=True):
+    """The lease's blocks: the only list a consumer may read by."""
+
+    call_id: Natural
+    block_ids: list[Natural]
+    num_tokens: Natural
+    expires_in_s: float
+
+
+class Heartbeat(Message, tag="heartbeat", frozen=True):
+    call_id: Natural
+    transfer_id: Id
+    token: Id
+
+
+class Release(Message, tag="release", frozen=True):
+    """`outcome`: consumed (confirmed only if the lease was still valid), returned (may be claimed again), dropped."""
+
+    call_id: Natural
+    transfer_id: Id
+    token: Id
+    outcome: str
+
+
+class Done(Message, tag="done", frozen=True):
+    """The heartbeat was taken or the release was valid."""
+
+    call_id: Natural
+
+
+class CallRefused(Message, tag="call_refused", frozen=True):
+    call_id: Natural
+    reason: str
+    message: str
+
+
+class _AnyHello(msgspec.Struct):
+    """The part of a hello that every version has."""
+
+    type: str
+    version: int
+
+
+FromEngine = EngineHello | RegisterPool | OfferBlocks | Revoke | Pull | Abandon | Drop
+ToEngine = SidecarHello | Refused | PoolRegistered | Offer | CallFailed | OfferEnded | PullEnded
+FromConsumer = PeerHello | OpenRegion | Claim | Heartbeat | Release
+ToConsumer = PeerWelcome | Refused | RegionOpened | Claimed | Done | CallRefused
+
+_T = TypeVar("_T")
+_encoder = msgspec.msgpack.Encoder()
+_any_hello = msgspec.msgpack.Decoder(_AnyHello)
+from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+from_consumer: msgspec.msgpack.Decoder[FromConsumer] = msgspec.msgpack.Decoder(FromConsumer)
+to_consumer: msgspec.msgpack.Decoder[ToConsumer] = msgspec.msgpack.Decoder(ToConsumer)
+
+
+def encode(message: Message) -> bytes:
+    """The payload of a frame."""
+    return _encoder.encode(message)
+
+
+def decode(decoder: msgspec.msgpack.Decoder[_T], payload: bytes) -> _T:
+    """The message in `payload`. Raises FrameError on garbage, an unknown type or a field of a wrong type."""
+    try:
+        return decoder.decode(payload)
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise FrameError(f"not a message: {error}") from error
+
+
+def version_fault(payload: bytes, expected_type: str) -> str:
+    """Why the first frame of a connection is not a hello of our version; "" if it is. Raises FrameError on garbage."""
+    hello = decode(_any_hello, payload)
+    if hello.type != expected_type:
+        raise FrameError(f"the connection began with {hello.type!r} instead of {expected_type!r}")
+    if hello.version != PROTOCOL_VERSION:
+        return f"the protocol version differs: here {PROTOCOL_VERSION}, there {hello.version}"
+    return ""

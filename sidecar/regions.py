@@ -1,0 +1,69 @@
+"""Registered memory: pools mapped into this process, by the C library's mmap.
+
+The C calls run without the interpreter's lock, so that faulting in a large pool does not stop the event loop, and
+give plain addresses, which the copy threads and Mooncake need.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+from pathlib import Path
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (
+    ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long,
+)  # fmt: skip
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+F_ADD_SEALS = 1033
+F_SEAL_SHRINK = 0x0002
+"""linux/fcntl.h; Python 3.11 names them only in part."""
+
+
+class Region:
+    """A shared mapping of a pool; pages are faulted in at once, so that no transfer pays for first touches."""
+
+    def __init__(self, fd: int, num_bytes: int, *, writable: bool) -> None:
+        """Map the first `num_bytes` of `fd`, which stays the caller's. Raises OSError."""
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        address = _libc.mmap(None, num_bytes, protection, mmap.MAP_SHARED | mmap.MAP_POPULATE, fd, 0)
+        if address in (None, _MAP_FAILED):
+            code = ctypes.get_errno()
+            raise OSError(code, f"cannot map {num_bytes} bytes: {os.strerror(code)}")
+        self.address: int = address
+        self.num_bytes = num_bytes
+
+    def close(self) -> None:
+        """Unmap; nobody may be copying any more. Idempotent."""
+        if self.num_bytes:
+            _libc.munmap(self.address, self.num_bytes)
+            self.num_bytes = 0
+
+
+def reopen_read_only(fd: int) -> int:
+    """A descriptor of the same memory through which it can be read, never written."""
+    return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def size_of(fd: int) -> int:
+    """Bytes behind a descriptor of memory or a regular file."""
+    return os.fstat(fd).st_size
+
+
+def forbid_shrinking(fd: int) -> bool:
+    """Seal a memfd against truncation, which would turn a copy into SIGBUS; False if it was made without sealing."""
+    try:
+        fcntl.fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK)
+    except OSError:
+        return False
+    return True
+
+
+def boot_id() -> str:
+    """What two processes of one running kernel have in common."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -1,0 +1,64 @@
+"""Who this sidecar is, and the pool its engine has registered."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from dataclasses import dataclass
+
+from sidecar.errors import LayoutRefused
+from sidecar.layout import KvLayout, layout_fault
+from sidecar.regions import Region, forbid_shrinking, size_of
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What the sidecar says of itself; `sidecar_epoch` is new with each process."""
+
+    engine_id: str
+    rank: int
+    sidecar_epoch: str
+    boot_id: str
+    host: str
+    port: int
+    peer_socket: str
+    transports: tuple[str, ...]
+
+
+class Registration:
+    """One pool from its registration until its engine is gone or registers again; owns descriptor and mapping.
+
+    `engine_socket` is the engine's connection: a helper process that writes into the pool keeps a duplicate open, so
+    that the engine sees the end of the connection only when nothing can write any more.
+    """
+
+    def __init__(self, epoch: str, layout: KvLayout, fd: int, region: Region, engine_socket: int) -> None:
+        self.epoch = epoch
+        self.layout = layout
+        self.fd = fd
+        self.region = region
+        self.engine_socket = engine_socket
+        self.retired = False
+
+    def close(self) -> None:
+        """Unmap and close; every pull must have ended."""
+        self.region.close()
+        os.close(self.fd)
+
+
+async def register(epoch: str, layout: KvLayout, fd: int, engine_socket: int) -> Registration:
+    """Check `layout` against the memory behind `fd` (taken over, also on failure) and map it. Raises LayoutRefused."""
+    try:
+        if fault := layout_fault(layout):
+            raise LayoutRefused(fault)
+        if size_of(fd) < layout.pool_bytes:
+            raise LayoutRefused(f"the layout needs {layout.pool_bytes} bytes, the pool has {size_of(fd)}")
+        forbid_shrinking(fd)
+        try:
+            region = await asyncio.to_thread(Region, fd, layout.pool_bytes, writable=True)
+        except OSError as error:
+            raise LayoutRefused(f"the pool cannot be mapped: {error}") from error
+    except BaseException:
+        os.close(fd)
+        raise
+    return Registration(epoch, layout, fd, region, engine_socket)

@@ -1,0 +1,47 @@
+"""One engine's stay: the pool it registered and everything that lives only as long as that."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+from sidecar.offers import Offers
+from sidecar.peer_session import PeerSession
+from sidecar.peers import PeerTable
+from sidecar.registration import Registration
+from sidecar.transfer_table import TransferTable
+from sidecar.transport.contract import Transport
+
+logger = logging.getLogger(__name__)
+
+
+class Tenancy:
+    """Made when a pool is registered; `retire` takes it apart in the order that keeps every promise."""
+
+    def __init__(
+        self,
+        registration: Registration,
+        offers: Offers,
+        peers: PeerTable,
+        pulls: TransferTable,
+        transports: Iterable[Transport],
+    ) -> None:
+        self.registration = registration
+        self.offers = offers
+        self.peers = peers
+        self.pulls = pulls
+        self.peer_sessions: set[PeerSession] = set()
+        self._transports = tuple(transports)
+
+    async def retire(self, why: str) -> None:
+        """Void every lease, cut readers off, end every pull, and unmap once nothing writes any more."""
+        self.registration.retired = True
+        for session in list(self.peer_sessions):
+            session.close(why)
+        self.offers.close()
+        await self.pulls.close(why)
+        await self.peers.close()
+        for transport in self._transports:
+            await transport.retire(self.registration)
+        self.registration.close()
+        logger.info("pool_retired epoch=%s reason=%s", self.registration.epoch, why)
