@@ -48,8 +48,8 @@ class ClusterSection(Section):
     host: str = "127.0.0.1"
     start_timeout_s: float = Field(default=300.0, gt=0)
     """For one process to become healthy after it was started."""
-    stop_timeout_s: float = Field(default=20.0, gt=0)
-    """For one process to end by itself after SIGTERM; then SIGKILL."""
+    stop_timeout_s: float = Field(default=35.0, gt=0)
+    """For one process to end by itself after SIGTERM; then SIGKILL. The proxy drains for 30 s at most."""
 
 
 class MadeModel(Section):

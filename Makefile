@@ -1,0 +1,39 @@
+# Everything runs from .venv, which every target makes by itself. `make help` lists the targets.
+
+VENV  ?= .venv
+STAMP := $(VENV)/.installed
+DEMO  ?= configs/examples/1p1d-cpu.toml
+
+# The first of these that runs and is 3.11 or newer.
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint bench clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | awk -F'\t' '{printf "make %-8s %s\n", $$1, $$2}'
+
+install: $(STAMP) ## .venv with the commands in it (again when pyproject.toml changes)
+
+$(STAMP): pyproject.toml engine_adapter/cluster/install.py
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: apt-get install python3 python3-venv, or make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -I engine_adapter/cluster/install.py --venv $(VENV) --stamp $(STAMP)
+
+demo: $(STAMP) ## one prefiller, one decoder and the proxy, and an answer; MODEL=DIR PORT=8000 DEMO_ARGS=--once DEMO=FILE.toml
+	@$(VENV)/bin/pd-cluster demo $(DEMO) $(if $(MODEL),--model $(MODEL)) $(if $(PORT),--port $(PORT)) $(DEMO_ARGS)
+
+test: $(STAMP) ## every test; PYTEST_ARGS="-k proxy"
+	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP) ## ruff check, ruff format --check, mypy --strict
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: $(STAMP) ## the benchmarks of the README
+	$(VENV)/bin/python -m bench.proxy_overhead $(BENCH_ARGS)
+
+clean: ## what was made, except .venv
+	rm -rf .baton build dist bench/results .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find proxy sidecar engine_adapter bench tests -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from engine_adapter.cluster import install
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("  Downloading torch-2.13.0-cp311-cp311-x_y.whl (104.3 MB)\n", "downloading torch-2.13.0 (104.3 MB)"),
+        ("Downloading https://host/a/torch-2.13.0-cp311.whl (1.0 MB)\n", "downloading torch-2.13.0 (1.0 MB)"),
+        ("  Downloading small-1.0-py3-none-any.whl (12 kB)\n", None),
+        ("Installing collected packages: a, b, c\n", "installing 3 packages"),
+        ("ERROR: No matching distribution found for x\n", "ERROR: No matching distribution found for x"),
+        ("Collecting torch\n", None),
+    ],
+)
+def test_what_takes_long_is_said(line: str, said: str | None) -> None:
+    assert install.worth_saying(line) == said
+
+
+def test_requirements_are_those_of_pyproject() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert install.requirement("torch") in extras["engine"]
+    assert [install.requirement("mooncake-transfer-engine")] == extras["mooncake"]
+
+
+def test_a_library_is_looked_for_by_loading_it() -> None:
+    assert install.loads("libc.so.6")
+    assert not install.loads("libno-such.so.1")
+
+
+def test_an_environment_that_works_is_kept_and_a_broken_one_is_not(tmp_path: Path) -> None:
+    assert install.works(Path(sys.executable))
+    assert not install.works(Path("/bin/false"))
+    assert not install.works(tmp_path / "absent")
+
+
+def test_without_apt_what_is_missing_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(install, "loads", lambda name: name != "libnuma.so.1")
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    monkeypatch.setattr(install.platform, "machine", lambda: "x86_64")
+    install.install_system_packages()
+    said = capsys.readouterr().out
+    assert "missing: libnuma1; install them as root (apt-get install libnuma1)" in said
+    assert "KV moves through shared memory alone" in said
+
+
+def test_an_old_python_is_told_so_by_the_script_and_by_make(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(install, "OLDEST", (99, 0))
+    monkeypatch.setattr(sys, "argv", ["install.py", "--stamp", str(tmp_path / "stamp")])
+    assert install.main() == 1
+    assert "Python 3.11 or newer is needed" in capsys.readouterr().err
+    assert not (tmp_path / "stamp").exists()
+    made = subprocess.run(
+        ["make", "--no-print-directory", "install", "PYTHON=", f"VENV={tmp_path}/venv"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert made.returncode == 2
+    assert "Python 3.11 or newer is needed" in made.stderr
+
+
+def test_make_help_lists_every_target() -> None:
+    result = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    named = [line.split()[1] for line in result.stdout.splitlines()]
+    assert named == ["help", "install", "demo", "test", "lint", "bench", "clean"]
+
+
+def test_ci_runs_what_anybody_runs() -> None:
+    script = (ROOT / ".ci/run").read_text()
+    assert [line for line in script.splitlines() if line.startswith("make ")] == [
+        "make install",
+        "make lint",
+        "make test",
+    ]
+    assert (ROOT / ".ci/run").stat().st_mode & 0o111
