@@ -1,0 +1,113 @@
+"""Command-line flags made from pydantic models: one a field, with the field's default, bounds and docstring."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Iterable
+from importlib.metadata import version
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+EXIT_USAGE = 2
+SIZE_UNITS = {"": 1, "B": 1, "K": 1000, "KB": 1000, "KIB": 1024, "M": 1000**2, "MB": 1000**2, "MIB": 1024**2,
+              "G": 1000**3, "GB": 1000**3, "GIB": 1024**3}  # fmt: skip
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+class UsageParser(argparse.ArgumentParser):
+    """Says a wrong flag in one line, with the nearest right one, and exits with 2."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"{self.prog}: {message}\n")
+
+    def unknown(self, words: Iterable[str], meant: UsageParser) -> NoReturn:
+        """Refuse leftover arguments of the command `meant`."""
+        word = next(iter(words)).partition("=")[0]
+        if not word.startswith("-"):
+            meant.error(f"unexpected argument {word!r} (see {meant.prog} --help)")
+        flags = [flag for action in meant._actions for flag in action.option_strings]
+        meant.error(f"unknown flag {word}{nearest(word, flags)}")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean X?`, or nothing where no known word is like it."""
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def add_version(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--version", action="version", version=f"pd-baton {version('pd-baton')}")
+
+
+def add_flags(parser: argparse.ArgumentParser, config: type[BaseModel], title: str) -> None:
+    """One flag a field of `config`; its values are checked by `read_flags`."""
+    group = parser.add_argument_group(title)
+    for name, field in config.model_fields.items():
+        flag = "--" + name.replace("_", "-")
+        text = (field.description or "").strip().replace("\n", " ").replace("%", "%%") or " "
+        if field.annotation is bool:
+            group.add_argument(
+                flag,
+                action=argparse.BooleanOptionalAction,
+                default=argparse.SUPPRESS,
+                help=f"{text} [{_default(field)}]",
+            )
+        else:
+            shown = text if field.is_required() else f"{text} [{_default(field)}]"
+            group.add_argument(
+                flag, metavar=_metavar(field), required=field.is_required(), default=argparse.SUPPRESS, help=shown
+            )
+
+
+def read_flags(parser: argparse.ArgumentParser, config: type[Config], given: argparse.Namespace) -> Config:
+    """The configuration out of the parsed flags. Exits with 2 and one line where a value is wrong."""
+    values: dict[str, Any] = {name: value for name, value in vars(given).items() if name in config.model_fields}
+    for name, value in values.items():
+        if name.endswith("_bytes") and isinstance(value, str):
+            values[name] = _size(parser, name, value)
+    try:
+        return config.model_validate(values)
+    except ValidationError as error:
+        parser.error(_problem(config, dict(error.errors(include_url=False)[0])))
+
+
+def _problem(config: type[BaseModel], problem: dict[str, Any]) -> str:
+    name = str(problem["loc"][0])
+    flag = "--" + name.replace("_", "-")
+    choices = _choices(config.model_fields[name])
+    if choices:
+        hint = nearest(str(problem["input"]), choices)
+        return f"{flag} {problem['input']!r} is none of {', '.join(choices)}{hint}"
+    return f"{flag} {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def _size(parser: argparse.ArgumentParser, name: str, text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if match is None or match[2].upper() not in SIZE_UNITS:
+        parser.error(f"--{name.replace('_', '-')} {text!r} is no size: write bytes, or 256MiB, or 2GiB")
+    return int(float(match[1]) * SIZE_UNITS[match[2].upper()])
+
+
+def _choices(field: FieldInfo) -> tuple[str, ...]:
+    return get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+
+
+def _metavar(field: FieldInfo) -> str:
+    choices = _choices(field)
+    if choices:
+        return "{" + ",".join(choices) + "}"
+    kinds = [kind for kind in (get_args(field.annotation) or (field.annotation,)) if kind is not type(None)]
+    words = {"int": "N", "float": "X", "str": "TEXT", "Path": "DIR"}
+    return next((words[name] for kind in kinds if (name := getattr(kind, "__name__", "")) in words), "N")
+
+
+def _default(field: FieldInfo) -> str:
+    return "auto" if field.default is None else str(field.default)

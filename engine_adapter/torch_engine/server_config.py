@@ -1,0 +1,43 @@
+"""What the HTTP server is told at start. The engine core's own settings are EngineConfig's."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Role = Literal["prefill", "decode", "both"]
+MIB = 1024 * 1024
+
+
+class ServerConfig(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+    served_model_name: str | None = Field(None, min_length=1)
+    """The name clients use; default: the model directory as given."""
+    role: Role = "both"
+    """Said in logs and by /server_info: every role answers every request, as in vLLM."""
+    host: str = Field("127.0.0.1", min_length=1)
+    """Address to listen on. Not for clients: they go through the proxy."""
+    port: int = Field(8100, ge=0, le=65535)
+    """Port to listen on; 0: any, said in the ready line."""
+    sidecar: str = Field("none", min_length=1)
+    """The sidecar's socket; auto: start one and keep it alive; none: no KV hand-off."""
+    sidecar_listen: str = "127.0.0.1:0"
+    """For --sidecar auto: where its peers reach it."""
+    sidecar_transport: Literal["auto", "shm", "mooncake"] = "auto"
+    """For --sidecar auto: how KV travels."""
+    sidecar_metrics_port: int = Field(0, ge=0, le=65535)
+    """For --sidecar auto: its port for /metrics; 0: any."""
+    engine_id: str | None = Field(None, min_length=1, max_length=200)
+    """This engine's name to its peers; default: a random one."""
+    kv_lease_s: float = Field(30.0, gt=0, le=3600)
+    """How long KV offered to a decoder is kept for it, in seconds."""
+    kv_pull_timeout_s: float = Field(30.0, gt=0, le=3600)
+    """How long a pull of KV may take, in seconds."""
+    max_body_bytes: int = Field(32 * MIB, ge=1024)
+    """Largest request body."""
+    drain_timeout_s: float = Field(30.0, ge=0, le=3600)
+    """On SIGTERM or SIGINT: how long running requests and offered KV may still take, in seconds."""
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Lowest level that is logged."""
