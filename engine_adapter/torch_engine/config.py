@@ -1,4 +1,4 @@
-"""What the engine core is told at start. Bounds and defaults stand here once; the command's flags are made from them."""
+"""What the engine core is told at start. Bounds and defaults stand here once; the command's flags come from them."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class KvEvents:
 
 
 class KvTransfer(Protocol):
-    """Moves blocks between this engine's pool and others'. Called on the engine thread only; no call waits for a peer."""
+    """Moves blocks between pools. Called on the engine thread only; no call waits for a peer."""
 
     def check(self, params: dict[str, Any]) -> None:
         """Raises EngineRequestError (400) where parameters with do_remote_prefill are incomplete."""

@@ -126,7 +126,6 @@ class Sequence:
         "num_prompt_tokens",
         "num_registered_blocks",
         "order",
-        "prefix_lookup_done",
         "remote_prefill_params",
         "request",
         "state",
@@ -143,8 +142,9 @@ class Sequence:
         self.num_computed_tokens = 0
         """Tokens whose KV is in the pool."""
         self.num_cached_tokens = 0
+        """Prompt tokens found in the local prefix cache at the last admission."""
         self.num_external_tokens = 0
-        self.prefix_lookup_done = False
+        """Prompt tokens whose KV was pulled."""
         self.block_ids: list[int] = []
         self.block_hashes: list[bytes] = []
         self.num_registered_blocks = 0
@@ -161,8 +161,17 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
-    def is_finished(self) -> bool:
-        return self.state in (SequenceState.FINISHED, SequenceState.OFFERED, SequenceState.ABANDONED)
+    def num_prefill_tokens(self) -> int:
+        """Prompt tokens that a prefill forward computes: all but the last one, which is always decoded.
+
+        So a token's KV has the same bits wherever it was computed, here or by a remote prefiller.
+        """
+        return self.num_prompt_tokens - 1
+
+    @property
+    def samples_next(self) -> bool:
+        """True where the next decode forward computes the last known token, so its logits are to be sampled."""
+        return self.num_computed_tokens == len(self.token_ids) - 1
 
     @property
     def sort_key(self) -> tuple[int, float, int]:

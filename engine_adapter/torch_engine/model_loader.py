@@ -1,0 +1,155 @@
+"""From a Hugging Face directory to a model that runs on the paged pool. Everything about weights is transformers'."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from engine_adapter.device import Device
+from engine_adapter.torch_engine.attention import ATTENTION_NAME, register_attention
+from engine_adapter.torch_engine.batch_invariant import make_batch_invariant
+from engine_adapter.torch_engine.config import Dtype, EngineStartError
+from engine_adapter.torch_engine.model_fingerprint import model_fingerprint
+from engine_adapter.torch_engine.model_shape import ModelShape
+
+SUPPORTED_FAMILIES = ("llama", "qwen2", "qwen3")
+"""`model_type`s whose modules have been tested on the paged attention. To add one: its name here, and a test."""
+
+_FULL_ATTENTION = "full_attention"
+
+
+@dataclass(slots=True)
+class LoadedModel:
+    """A model ready to run. `min_decode_rows`: a decode forward of fewer rows is padded to this many."""
+
+    backbone: nn.Module
+    lm_head: nn.Module
+    shape: ModelShape
+    vocab_size: int
+    max_position_embeddings: int
+    eos_token_ids: frozenset[int]
+    fingerprint: str
+    min_decode_rows: int
+
+
+def load_model(model_dir: Path, dtype: Dtype, device: Device, max_positions: int | None = None) -> LoadedModel:
+    """Raises EngineStartError for a directory that holds no model this engine can run.
+
+    `max_positions` bounds the table of rotary embeddings; None: what the config allows.
+    """
+    config = _read_config(model_dir)
+    torch_dtype = _choose_dtype(config, dtype, device)
+    register_attention()
+    transformers_logging.disable_progress_bar()
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            model_dir, config=config, dtype=torch_dtype, attn_implementation=ATTENTION_NAME, local_files_only=True
+        )
+        fingerprint = model_fingerprint(model_dir)
+    except (OSError, ValueError, RuntimeError) as exc:
+        raise EngineStartError(
+            f"can't load the weights in {model_dir} ({_first_line(exc)})", "check that the download is complete"
+        ) from exc
+    model.eval().requires_grad_(False)
+    model.to(device.torch_device)
+    max_position_embeddings = int(config.max_position_embeddings)
+    min_decode_rows = make_batch_invariant(
+        model, max_positions=min(max_positions or max_position_embeddings, max_position_embeddings), device=device
+    )
+    return LoadedModel(
+        backbone=model.get_decoder(),
+        lm_head=model.get_output_embeddings(),
+        shape=_shape_of(config, torch_dtype),
+        vocab_size=int(config.vocab_size),
+        max_position_embeddings=max_position_embeddings,
+        eos_token_ids=read_eos_token_ids(model_dir),
+        fingerprint=fingerprint,
+        min_decode_rows=min_decode_rows,
+    )
+
+
+def _read_config(model_dir: Path) -> Any:
+    if not (model_dir / "config.json").is_file():
+        raise EngineStartError(
+            f"{model_dir} is not a model directory (it has no config.json)",
+            "give a Hugging Face directory, or make one with pd-engine make-model DIR --family qwen3 --size tiny",
+        )
+    try:
+        config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
+    except (OSError, ValueError) as exc:
+        raise EngineStartError(f"can't read {model_dir}/config.json ({_first_line(exc)})", "repair the file") from exc
+    if config.model_type not in SUPPORTED_FAMILIES:
+        raise EngineStartError(
+            f"{model_dir} is a {config.model_type!r} model", f"this engine runs {', '.join(SUPPORTED_FAMILIES)}"
+        )
+    layer_types = set(getattr(config, "layer_types", None) or [_FULL_ATTENTION])
+    if layer_types != {_FULL_ATTENTION}:
+        raise EngineStartError(
+            f"{model_dir} has layers with {', '.join(sorted(layer_types - {_FULL_ATTENTION}))}",
+            "this engine runs full attention only; set use_sliding_window to false if the model allows it",
+        )
+    if not list(model_dir.glob("*.safetensors")):
+        raise EngineStartError(f"{model_dir} holds no *.safetensors file", "download the weights as safetensors")
+    return config
+
+
+def _choose_dtype(config: Any, dtype: Dtype, device: Device) -> torch.dtype:
+    """`auto` takes the config's dtype where the device computes with it (float16 does not on CPU)."""
+    if dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    declared = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+    return declared if declared in (torch.float32, torch.bfloat16) else device.default_dtype
+
+
+def _shape_of(config: Any, dtype: torch.dtype) -> ModelShape:
+    num_heads = int(config.num_attention_heads)
+    return ModelShape(
+        num_layers=int(config.num_hidden_layers),
+        num_heads=num_heads,
+        num_kv_heads=int(getattr(config, "num_key_value_heads", None) or num_heads),
+        head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // num_heads),
+        dtype=dtype,
+    )
+
+
+def read_eos_token_ids(model_dir: Path) -> frozenset[int]:
+    """The ids that end a text: generation_config.json's, else config.json's, and the tokenizer's own."""
+    token_ids: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        value = _read_json(model_dir / name).get("eos_token_id")
+        if value is not None:
+            token_ids.update(value if isinstance(value, list) else [value])
+            break
+    tokenizer_eos_id = _tokenizer_eos_id(model_dir)
+    if tokenizer_eos_id is not None:
+        token_ids.add(tokenizer_eos_id)
+    return frozenset(token_ids)
+
+
+def _tokenizer_eos_id(model_dir: Path) -> int | None:
+    tokenizer_config = _read_json(model_dir / "tokenizer_config.json")
+    eos_token = tokenizer_config.get("eos_token")
+    content = eos_token.get("content") if isinstance(eos_token, dict) else eos_token
+    for token in _read_json(model_dir / "tokenizer.json").get("added_tokens", []):
+        if token.get("content") == content:
+            return int(token["id"])
+    return None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _first_line(exc: Exception) -> str:
+    return str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__

@@ -1,0 +1,120 @@
+"""Runs the model: turns a step's plan into forwards over the paged pool, and their hidden states into logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as AbstractSequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine_adapter.device import Device
+from engine_adapter.torch_engine.attention import AttentionStep, DecodeStep, PrefillStep, causal_tile_mask
+from engine_adapter.torch_engine.batch_invariant import MAX_DECODE_ROWS
+from engine_adapter.torch_engine.kv_cache import KvCache
+from engine_adapter.torch_engine.kv_rows import BlockRows, token_write_rows
+from engine_adapter.torch_engine.model_loader import LoadedModel
+from engine_adapter.torch_engine.prefill_tiles import tiles_of
+from engine_adapter.torch_engine.scheduler import PrefillChunk
+from engine_adapter.torch_engine.sequence import Sequence
+
+
+class ModelRunner:
+    """Stateless between calls but for a memo of block rows; knows nothing of queues."""
+
+    def __init__(self, model: LoadedModel, kv_cache: KvCache, device: Device) -> None:
+        self._model = model
+        self._kv_cache = kv_cache
+        self._device = device.torch_device
+        self._max_tile = device.max_prefill_tile
+        self._block_rows: dict[str, BlockRows] = {}
+
+    def forget(self, request_id: str) -> None:
+        """The sequence's block table is no longer what it was."""
+        self._block_rows.pop(request_id, None)
+
+    @torch.inference_mode()
+    def prefill(self, chunk: PrefillChunk, on_logits: Callable[[int, Tensor], None] | None = None) -> None:
+        """Put the KV of the chunk's tokens into the pool.
+
+        `on_logits` is called once a tile: a position, and logits [tokens, vocabulary] of the tokens from there on.
+        """
+        for tile in tiles_of(chunk.start, chunk.end, self._max_tile):
+            start, end = max(chunk.start, tile[0]), min(chunk.end, tile[1])
+            hidden = self._prefill_tile(chunk.sequence, tile, start, end)
+            if on_logits is not None:
+                on_logits(start, self._model.lm_head(hidden)[start - tile[0] : end - tile[0]].float())
+
+    def _prefill_tile(self, seq: Sequence, tile: tuple[int, int], start: int, end: int) -> Tensor:
+        """The whole tile is computed, from its first position on; only [start, end) is written."""
+        cache, shape = self._kv_cache, self._model.shape
+        size = cache.block_size
+        token_ids = seq.token_ids[tile[0] : tile[1]]
+        token_ids += [0] * (tile[1] - tile[0] - len(token_ids))
+        positions = range(start, end)
+        step = PrefillStep(
+            cache,
+            BlockRows.of(seq.block_ids[: -(-tile[0] // size)], shape.num_layers, self._device),
+            tile,
+            (start, end),
+            token_write_rows(
+                [seq.block_ids[position // size] for position in positions],
+                [position % size for position in positions],
+                shape.num_layers,
+                size,
+                self._device,
+            ),
+            causal_tile_mask(tile, shape.num_heads_per_kv_head, shape.dtype, self._device),
+        )
+        return self._forward(token_ids, range(*tile), step)
+
+    @torch.inference_mode()
+    def decode(self, seqs: AbstractSequence[Sequence]) -> Tensor:
+        """Compute each sequence's token at num_computed_tokens; logits [sequences, vocabulary], float32."""
+        logits = [
+            self._decode_rows(seqs[start : start + MAX_DECODE_ROWS]) for start in range(0, len(seqs), MAX_DECODE_ROWS)
+        ]
+        return logits[0] if len(logits) == 1 else torch.cat(logits)
+
+    def _decode_rows(self, seqs: AbstractSequence[Sequence]) -> Tensor:
+        cache, shape = self._kv_cache, self._model.shape
+        size = cache.block_size
+        positions = [seq.num_computed_tokens for seq in seqs]
+        token_ids = [seq.token_ids[position] for seq, position in zip(seqs, positions, strict=True)]
+        step = DecodeStep(
+            cache,
+            [self._rows_of(seq) for seq in seqs],
+            [position + 1 for position in positions],
+            token_write_rows(
+                [seq.block_ids[position // size] for seq, position in zip(seqs, positions, strict=True)],
+                [position % size for position in positions],
+                shape.num_layers,
+                size,
+                self._device,
+            ),
+        )
+        num_padding = max(0, self._model.min_decode_rows - len(seqs))
+        hidden = self._forward(token_ids + [0] * num_padding, positions + [0] * num_padding, step)
+        logits: Tensor = self._model.lm_head(hidden)
+        return logits[: len(seqs)].float()
+
+    def _rows_of(self, seq: Sequence) -> BlockRows:
+        """Rows of the blocks that hold tokens up to the one being computed, remembered until another block joins."""
+        num_blocks = seq.num_computed_tokens // self._kv_cache.block_size + 1
+        rows = self._block_rows.get(seq.request_id)
+        if rows is None or rows.num_blocks != num_blocks:
+            rows = BlockRows.of(seq.block_ids[:num_blocks], self._model.shape.num_layers, self._device)
+            self._block_rows[seq.request_id] = rows
+        return rows
+
+    def _forward(self, token_ids: list[int], positions: AbstractSequence[int], step: AttentionStep) -> Tensor:
+        """Hidden states [rows, hidden] of one packed row of tokens."""
+        out: Any = self._model.backbone(
+            input_ids=torch.tensor([token_ids], device=self._device),
+            position_ids=torch.tensor([positions], device=self._device),
+            use_cache=False,
+            attention_step=step,
+        )
+        hidden: Tensor = out.last_hidden_state[0]
+        return hidden
