@@ -9,7 +9,7 @@ out and not yet consumed or released as outstanding (`bench.mock_ledger`). A req
 "first_token_s", "interval_s", "num_tokens"}` to shape its own answer.
 
 Every port, and the control port that no fault touches, serves GET /health, /v1/models, /metrics, /mock/state,
-/mock/requests and POST /mock/fault {"port" | "role", "kind", "count"} (`bench.mock_faults`), /mock/instance {"port",
+/mock/requests and POST /mock/fault {"port" | "role", "kind", ...} (`bench.mock_faults`), /mock/instance {"port",
 "action": "stop" | "start" | "unhealthy" | "healthy"}, /mock/config {"prefill_s", ..., "flavour"}, /mock/reset.
 """
 
@@ -122,8 +122,10 @@ class MockFleet:
 
     def _post(self, path: str, fields: dict[str, Any]) -> Callable[[], Awaitable[None]] | None:
         if path == "/mock/fault":
+            shared = fields.pop("shared", False)
+            fault = Fault.parse(fields)
             for instance in self._named(fields):
-                instance.faults.append(Fault.parse(fields))
+                instance.faults.append(fault if shared else replace(fault))
         elif path == "/mock/instance":
             (instance,) = self._named(fields)
             action = fields["action"]

@@ -14,7 +14,8 @@ KINDS = BEFORE | WITHIN
 
 @dataclass(slots=True)
 class Fault:
-    """`count` requests are hit. `after` is the number of tokens sent before a fault in mid-stream."""
+    """`count` requests are hit, of all instances together if they share it. A fault in mid-stream comes `after` so many
+    tokens."""
 
     kind: str
     count: int = 1
@@ -39,6 +40,6 @@ class Fault:
         return self.kind in WITHIN if self.consume is None else self.consume
 
     def take(self) -> bool:
-        """Count one request; False when this was the last one."""
+        """Whether this request is hit; counts it."""
         self.count -= 1
-        return self.count > 0
+        return self.count >= 0

@@ -215,13 +215,12 @@ class MockInstance:
             self.finished(connection)
 
     def _next_fault(self) -> Fault | None:
-        if not self.faults:
-            return None
-        fault = self.faults[0]
-        if not fault.take():
+        while self.faults:
+            if self.faults[0].take():
+                self.counts["faults"] += 1
+                return self.faults[0]
             self.faults.popleft()
-        self.counts["faults"] += 1
-        return fault
+        return None
 
     def _fail_before(self, connection: Connection, fault: Fault) -> None:
         if fault.kind == "status":

@@ -94,7 +94,9 @@ class Answer:
     def text(self) -> str:
         """The generated text of choice 0, of either kind of answer and either endpoint."""
         parsed = self.events if self.headers.get("content-type", "").startswith("text/event-stream") else [self.json]
-        choices = [c for one in parsed if one != "[DONE]" and "choices" in one for c in one["choices"] if not c["index"]]
+        choices = [
+            c for one in parsed if one != "[DONE]" and "choices" in one for c in one["choices"] if not c["index"]
+        ]
         said = [c.get("delta") or c.get("message") or c for c in choices]
         return "".join(one.get("content") or one.get("text") or "" for one in said)
 
@@ -114,7 +116,9 @@ def request(
         connection.close()
 
 
-def body_of(path: str, prompt: str = "Say it", num_tokens: int = 5, stream: bool = False, **more: Any) -> dict[str, Any]:
+def body_of(
+    path: str, prompt: str = "Say it", num_tokens: int = 5, stream: bool = False, **more: Any
+) -> dict[str, Any]:
     asked = {"messages": [{"role": "user", "content": prompt}]} if path == CHAT else {"prompt": prompt}
     fields = {"model": "mock", **asked, "max_tokens": num_tokens, **more}
     return {**fields, "stream": True} if stream else fields

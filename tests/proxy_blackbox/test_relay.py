@@ -52,14 +52,22 @@ def test_tokens_arrive_one_by_one_and_not_at_the_end(proxy: Proxy) -> None:
 @BOTH
 @pytest.mark.parametrize("stream", [False, True])
 def test_unknown_fields_survive_on_both_legs(proxy: Proxy, engines: Engines, path: str, stream: bool) -> None:
-    odd = {"x_unknown": {"deep": [1, {"a": None}], "é☃": "\u2028\"\\"}, "seed": 2**63 - 1, "temperature": 1e-07}
+    odd = {"x_unknown": {"deep": [1, {"a": None}], "é☃": '\u2028"\\'}, "seed": 2**63 - 1, "temperature": 1e-07}
     fields = body_of(path, stream=stream, logit_bias={"5": -100}, **odd)
     assert proxy.post(path, fields).status == 200
     (decode,), (prefill,) = engines.requests("decode"), engines.requests("prefill")
     kv = decode["body"].pop("kv_transfer_params")
     assert decode["body"] == fields and list(decode["body"]) == list(fields)
     assert kv["do_remote_prefill"] is True
-    changed = {"max_tokens", "min_tokens", "max_completion_tokens", "stream", "stream_options", "kv_transfer_params", "n"}
+    changed = {
+        "max_tokens",
+        "min_tokens",
+        "max_completion_tokens",
+        "stream",
+        "stream_options",
+        "kv_transfer_params",
+        "n",
+    }
     assert {k: v for k, v in prefill["body"].items() if k not in changed} == {
         k: v for k, v in fields.items() if k not in changed
     }
