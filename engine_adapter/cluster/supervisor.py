@@ -26,10 +26,10 @@ from engine_adapter.cluster.plan import Plan, PlannedProcess
 
 NUM_LAST_LINES = 15
 NUM_START_ATTEMPTS = 3
-"""Of a process that was never healthy. A second look for the sake of a race; a wrong command stays wrong."""
+"""Of a process that was never healthy and did not end by its own judgement (`FINAL`)."""
 OVERDUE = "was not healthy in time and was killed"
-FINAL = (OVERDUE, "died with status 2")
-"""Ends that another attempt won't change: 2 is a command that does not understand its flags."""
+FINAL = (OVERDUE, "died with status 1", "died with status 2")
+"""Ends that another attempt won't change: 1: our commands cannot run here and said why; 2: unknown flags."""
 
 
 class State(enum.StrEnum):

@@ -57,6 +57,83 @@ def test_without_apt_what_is_missing_is_named(
     assert "KV moves through shared memory alone" in said
 
 
+FAKE = """#!/bin/sh
+echo "$(basename "$0") $*" >> "$JOURNAL"
+case "$(basename "$0") $*" in
+  "apt-cache show --no-all-versions libcurl4t64") exit $HAS_T64 ;;
+  "sudo -n true") exit $SUDO ;;
+  "sudo -n "*) shift; exec "$@" ;;
+  "apt-get "*" install "*) echo "E: no network"; exit $INSTALLS ;;
+esac
+"""
+
+
+@pytest.fixture
+def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """apt and sudo that write down what they are asked."""
+    for name in ("apt-get", "apt-cache", "sudo"):
+        (tmp_path / name).write_text(FAKE)
+        (tmp_path / name).chmod(0o755)
+    settings = {"PATH": f"{tmp_path}:/usr/bin:/bin", "JOURNAL": str(tmp_path / "journal")}
+    for key, value in {**settings, "HAS_T64": "0", "SUDO": "0", "INSTALLS": "0"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(install, "loads", lambda _: False)
+    monkeypatch.setattr(install.platform, "machine", lambda: "x86_64")
+    return tmp_path / "journal"
+
+
+@pytest.mark.parametrize(("has_t64", "curl"), [("0", "libcurl4t64"), ("1", "libcurl4")])
+def test_root_installs_what_is_missing_by_the_name_the_system_knows(
+    fakes: Path, monkeypatch: pytest.MonkeyPatch, has_t64: str, curl: str
+) -> None:
+    monkeypatch.setattr(install.os, "geteuid", lambda: 0)
+    monkeypatch.setenv("HAS_T64", has_t64)
+    install.install_system_packages()
+    asked = fakes.read_text().splitlines()
+    assert asked[0] == "apt-get -qq update"
+    assert asked[-1] == f"apt-get -qq install -y --no-install-recommends libibverbs1 libnuma1 {curl}"
+
+
+def test_a_sudo_that_asks_nothing_is_used(fakes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(install.os, "geteuid", lambda: 1000)
+    install.install_system_packages()
+    asked = fakes.read_text().splitlines()
+    assert asked[0] == "sudo -n true"
+    assert asked[-1].startswith("apt-get -qq install")
+
+
+def test_a_sudo_that_asks_for_a_password_is_left_alone(
+    fakes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(install.os, "geteuid", lambda: 1000)
+    monkeypatch.setenv("SUDO", "1")
+    install.install_system_packages()
+    assert fakes.read_text() == "sudo -n true\n"
+    assert "missing: libibverbs1 libnuma1 libcurl4; install them as root" in capsys.readouterr().out
+
+
+def test_an_apt_that_fails_is_quoted_and_is_no_error(
+    fakes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(install.os, "geteuid", lambda: 0)
+    monkeypatch.setenv("INSTALLS", "100")
+    install.install_system_packages()
+    assert fakes.exists()
+    said = capsys.readouterr().out
+    assert "apt-get failed: E: no network" in said
+    assert "KV moves through shared memory alone" in said
+
+
+def test_a_python_without_ensurepip_is_told_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(install.importlib.util, "find_spec", lambda name: None)
+    package = f"python{sys.version_info.major}.{sys.version_info.minor}-venv"
+    assert install.venv_package() == package
+    assert not install.make_environment(tmp_path / "venv")
+    assert f"apt-get install {package}" in capsys.readouterr().err
+
+
 def test_an_old_python_is_told_so_by_the_script_and_by_make(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

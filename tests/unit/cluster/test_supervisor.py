@@ -15,7 +15,7 @@ from engine_adapter.cluster.config import load
 from engine_adapter.cluster.errors import StartFailed
 from engine_adapter.cluster.supervisor import Pace, State, Supervisor, Watched, cause
 from engine_adapter.cluster.up import deployment
-from tests.unit.cluster.conftest import Bench, is_alive
+from tests.unit.cluster.conftest import Bench, is_alive, wait_for
 
 QUICK = Pace(starting_s=0.02, healthy_s=0.02, timeout_s=0.5)
 NAMES = ["prefill-0.sidecar", "decode-0.sidecar", "prefill-0", "decode-0", "proxy"]
@@ -150,11 +150,12 @@ async def test_a_process_that_never_gets_well_ends_the_start_with_its_last_lines
     assert deaths[-1][0] == "died with status 3 before it was ready"
 
 
-async def test_a_command_that_does_not_know_its_flags_is_not_tried_again(
-    stage: Callable[..., Stage], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("status", ["1", "2"])
+async def test_a_command_that_says_it_cannot_run_is_not_tried_again(
+    stage: Callable[..., Stage], monkeypatch: pytest.MonkeyPatch, status: str
 ) -> None:
     monkeypatch.setenv("STAND_IN_DIE_AT_ONCE", "proxy")
-    monkeypatch.setenv("STAND_IN_STATUS", "2")
+    monkeypatch.setenv("STAND_IN_STATUS", status)
     cluster = stage()
     with pytest.raises(StartFailed, match="proxy did not start"):
         await cluster.supervisor.start()
@@ -197,7 +198,7 @@ async def test_what_a_process_started_itself_ends_with_it(
     assert is_alive(grandchild)
     os.kill(proxy, signal.SIGKILL)
     await cluster.until(lambda: State.DEAD in cluster.states("proxy"))
-    assert not is_alive(grandchild)
+    wait_for(lambda: not is_alive(grandchild), "the proxy's own child is gone")
 
 
 async def test_a_sick_process_is_reported_and_left_alone_until_it_is_well(stage: Callable[..., Stage]) -> None:
