@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 MAX_SHOWN_INPUT_CHARS = 80
 MAX_SHOWN_ERRORS = 4
+UNION_MEMBERS = ("str", "int", "float", "bool")
 
 
 class ApiError(Exception):
@@ -79,4 +80,5 @@ def _sentence(problem: dict[str, Any]) -> str:
 
 
 def _field(loc: tuple[int | str, ...]) -> str:
-    return ".".join(str(part) for part in loc)
+    """The path as a client wrote it: pydantic adds the tried member of a union, such as `str` or `list[any]`."""
+    return ".".join(str(part) for part in loc if part not in UNION_MEMBERS and "[" not in str(part))

@@ -57,6 +57,7 @@ def serve(config: ServerConfig, engine_config: EngineConfig) -> int:
         tokenizer = Tokenizer.load(engine_config.model)
         metrics = ServerMetrics(config.served_model_name or str(engine_config.model), engine.stats)
         kv_link = stack.enter_context(build_kv_transfer(config, engine, metrics.observe_pull))
+        stack.callback(engine.shutdown)  # also before the link goes: the engine thread uses it
         return uvloop.run(Instance(config, engine_config, engine, tokenizer, metrics, kv_link, sock).run())
 
 
@@ -129,7 +130,7 @@ class Instance:
         host, port = self.sock.getsockname()[:2]
         print(
             f"ready listen={host}:{port} role={self.config.role} model={self.metrics.model_name} "
-            f"sidecar={self.kv_link.name} max_model_len={self.engine.max_model_len} "
+            f"sidecar={self.kv_link.socket_path} max_model_len={self.engine.max_model_len} "
             f"blocks={self.engine.stats().num_blocks}",
             flush=True,
         )

@@ -1,0 +1,81 @@
+"""A made model, its tokenizer, and a real `pd-engine serve` on it: each once a session."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from engine_adapter.torch_engine.make_model import make_model
+from engine_adapter.torch_engine.tokenizer import Tokenizer
+
+START_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Served:
+    """A running instance: where it is, and its process."""
+
+    url: str
+    host: str
+    port: int
+    process: subprocess.Popen[str]
+    log: Path
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model") / "tiny"
+    make_model(directory, "qwen3", "tiny")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tokenizer(model_dir: Path) -> Tokenizer:
+    return Tokenizer.load(model_dir)
+
+
+def start_engine(model_dir: Path, log: Path, *flags: str) -> Served:
+    command = [
+        sys.executable, "-m", "engine_adapter.torch_engine.cli", "serve", "--model", str(model_dir),
+        "--served-model-name", "tiny", "--port", "0", "--max-model-len", "512", "--num-blocks", "256",
+        "--num-threads", "1", *flags,
+    ]  # fmt: skip
+    with log.open("w") as stderr:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+    assert process.stdout is not None
+    ready = process.stdout.readline()
+    found = re.search(r"^ready listen=([\d.]+):(\d+) ", ready)
+    if found is None:
+        process.kill()
+        process.wait()
+        raise AssertionError(f"not ready: {ready!r}\n{log.read_text()}")
+    return Served(f"http://{found[1]}:{found[2]}", found[1], int(found[2]), process, log)
+
+
+def stop_engine(served: Served) -> int:
+    served.process.send_signal(signal.SIGTERM)
+    try:
+        return served.process.wait(30)
+    finally:
+        served.process.kill()
+        served.process.wait()
+        assert served.process.stdout is not None
+        served.process.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def served(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """The instance all tests share; at the end it drains, exits with 0, and has logged no traceback."""
+    running = start_engine(model_dir, tmp_path_factory.mktemp("engine") / "log")
+    yield running
+    status = stop_engine(running)
+    log = running.log.read_text()
+    assert status == 0, log
+    assert "Traceback" not in log, log
