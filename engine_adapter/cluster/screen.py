@@ -11,6 +11,8 @@ from typing import TextIO
 from engine_adapter.cluster.supervisor import Watched
 
 HEADINGS = ("role", "instance", "address", "pid", "state", "sidecar")
+LINE_LIMIT = 200
+"""Characters of a quoted log line; the log has the rest."""
 
 
 class Screen:
@@ -43,7 +45,7 @@ class Screen:
         pid = f" pid {watched.pid}" if watched.pid else ""
         self.event(f"{watched.process.name:<18} {watched.process.address:<21}{pid} {text}")
         for last in last_lines:
-            self.line(f"    | {last}")
+            self.line(f"    | {last if len(last) <= LINE_LIMIT else last[:LINE_LIMIT] + '…'}")
 
     def instances(self, all_watched: Iterable[Watched]) -> None:
         """The table of instances, the proxy last."""

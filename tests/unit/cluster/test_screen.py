@@ -30,10 +30,10 @@ def test_one_line_an_instance_with_role_address_pid_and_state() -> None:
 
 def test_a_change_stands_with_the_last_lines_of_the_dead() -> None:
     stream = io.StringIO()
-    Screen(stream).change(all_watched()[-1], "died", ["one", "two"])
+    Screen(stream).change(all_watched()[-1], "died", ["one", "x" * 200, "x" * 201])
     first, *rest = stream.getvalue().splitlines()
     assert first.split()[1:] == ["proxy", "127.0.0.1:8000", "died"]
-    assert rest == ["    | one", "    | two"]
+    assert rest == ["    | one", "    | " + "x" * 200, "    | " + "x" * 200 + "…"]
 
 
 def test_a_reader_that_left_is_no_error() -> None:
