@@ -39,7 +39,10 @@ class FrameConnection:
         max_frame_bytes: int,
         on_frame: Callable[[bytes], None],
         on_closed: Callable[[str], None],
+        lingers: bool = False,
     ) -> None:
+        """With `lingers` the other end sees the end only after `finish`, which the owner calls once."""
+        self._lingers = lingers
         self._sock = sock
         self._loop = asyncio.get_running_loop()
         self._decoder = FrameDecoder(max_frame_bytes)
@@ -97,12 +100,17 @@ class FrameConnection:
         self.closed = True
         self._loop.remove_reader(self._fileno)
         self._loop.remove_writer(self._fileno)
+        self._close_fds()
+        if not self._lingers:
+            self.finish()
+        self._loop.call_soon(self._on_closed, why)
+
+    def finish(self) -> None:
+        """Let the other end see that the connection has ended. Idempotent."""
         with contextlib.suppress(OSError):
-            # A child process may hold a duplicate: the other end must see the end all the same.
+            # A child process may hold a duplicate: closing alone would not end it.
             self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
-        self._close_fds()
-        self._loop.call_soon(self._on_closed, why)
 
     def _readable(self) -> None:
         try:

@@ -26,7 +26,6 @@ from sidecar.registration import Identity, Registration
 from sidecar.server import EngineSocket, Listener, listen_abstract, listen_tcp
 from sidecar.tenancy import Tenancy
 from sidecar.transfer_table import TransferTable
-from sidecar.transport.contract import Transport
 from sidecar.transport.registry import available_transports
 
 logger = logging.getLogger(__name__)
@@ -41,8 +40,10 @@ class Daemon:
     def __init__(self, config: SidecarConfig) -> None:
         """Bind every socket and find the transports. Raises StartError, with nothing left behind."""
         self._config = config
-        self._executor = CopyExecutor(config.copy_threads, config.copy_bytes_per_s)
-        self.transports: dict[str, Transport] = available_transports(config, self._executor)
+        host, port = _split(config.listen)
+        if host in ("0.0.0.0", "::") and not config.advertise_host:
+            raise StartError(f"--listen {config.listen}: give --advertise-host, peers cannot connect to {host}")
+        advertised = config.advertise_host or host
         self.metrics = SidecarMetrics()
         self._tenancy: Tenancy | None = None
         self._tenant_session: EngineSession | None = None
@@ -51,8 +52,9 @@ class Daemon:
         self._num_epochs = 0
         self._stopping = asyncio.Event()
         self._sockets: list[socket.socket] = []
-        host, port = _split(config.listen)
+        self._executor = CopyExecutor(config.copy_threads, config.copy_bytes_per_s)
         try:
+            self.transports = available_transports(config, self._executor, advertised)
             self._peer_sock = self._keep(listen_tcp(host, port, "--listen"))
             self._metrics_sock = self._keep(listen_tcp(host, config.metrics_port, "--metrics-port"))
             peer_socket = f"pd-sidecar-{secrets.token_hex(16)}"
@@ -65,7 +67,7 @@ class Daemon:
             raise
         self._keep(self._engine_socket.sock)
         self.identity = Identity(
-            config.engine_id, config.rank, secrets.token_hex(8), boot_id(), config.advertise_host or host,
+            config.engine_id, config.rank, secrets.token_hex(8), boot_id(), advertised,
             self._peer_sock.getsockname()[1], peer_socket if "shm" in self.transports else "", tuple(self.transports),
         )  # fmt: skip
 
@@ -109,6 +111,8 @@ class Daemon:
         pulls = TransferTable(config, registration, peers, metrics, session.send)
         self._tenancy = Tenancy(registration, offers, peers, pulls, self.transports.values())
         self._tenant_session = session
+        for transport in self.transports.values():
+            transport.registered(registration)
         logger.info(
             "pool_registered epoch=%s bytes=%d layout=%s",
             registration.epoch, registration.region.num_bytes, registration.layout,

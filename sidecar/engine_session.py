@@ -61,7 +61,7 @@ class EngineSession:
         self._tenancy: Tenancy | None = None
         self._registering: asyncio.Task[None] | None = None
         self._connection = FrameConnection(
-            sock, max_frame_bytes=ENGINE_FRAME_BYTES, on_frame=self._take, on_closed=self._closed
+            sock, max_frame_bytes=ENGINE_FRAME_BYTES, on_frame=self._take, on_closed=self._closed, lingers=True
         )
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -165,4 +165,6 @@ class EngineSession:
     def _left(self, done: asyncio.Task[None]) -> None:
         if error := done.exception():
             logger.error("engine_session_crashed error=%r", error)
+        # Only now: to the engine the end of the connection means that nothing writes into its pool any more.
+        self._connection.finish()
         self.ended.set_result(None)

@@ -105,8 +105,12 @@ class PeerTable:
     def live(self, source: PullSource) -> Link | None:
         """The pooled link to `source`'s producer, if there is one."""
         link = self._links.get(_key(source))
-        if link is not None:
-            link.used_at = self._loop.time()
+        if link is None:
+            return None
+        if link.memory.broken:
+            self.cut(link, link.memory.broken)
+            return None
+        link.used_at = self._loop.time()
         return link
 
     def connect(self, source: PullSource) -> asyncio.Task[Link]:

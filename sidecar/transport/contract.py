@@ -35,8 +35,13 @@ class PeerMemory(Protocol):
 
     transport: str
 
+    @property
+    def broken(self) -> str:
+        """Why no further read can work; "" if it can."""
+        ...
+
     def read(self, spans: Sequence[Span]) -> PendingCopy:
-        """Begin copying bounds-checked spans."""
+        """Begin copying bounds-checked spans. Raises Refusal("transport") if it is broken."""
         ...
 
     async def close(self) -> None:
@@ -58,6 +63,10 @@ class Transport(Protocol):
 
     name: str
     needs_same_host: bool
+
+    def registered(self, registration: Registration) -> None:
+        """A pool is there: a transport that takes time to serve it may begin now."""
+        ...
 
     async def serve(self, registration: Registration) -> Served:
         """Offer our pool to a peer. Raises Refusal("transport")."""

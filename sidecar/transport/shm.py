@@ -25,6 +25,9 @@ class ShmTransport:
     def __init__(self, executor: CopyExecutor) -> None:
         self._executor = executor
 
+    def registered(self, registration: Registration) -> None:
+        """Nothing to begin."""
+
     async def serve(self, registration: Registration) -> Served:
         try:
             return Served(fd=reopen_read_only(registration.fd))
@@ -91,6 +94,8 @@ class ShmMemory:
         self._remote = remote
         self._executor = executor
         self._copies: set[_ShmCopy] = set()
+
+    broken = ""
 
     def read(self, spans: Sequence[Span]) -> PendingCopy:
         ours, theirs = self._local.address, self._remote.address

@@ -1,0 +1,193 @@
+"""How fast blocks move from one engine's pool to another's, beside a plain memory copy of the same blocks.
+
+    python -m bench.kv_transfer [--transport shm|mooncake] [--rounds N] [--check]
+
+Two real pd-sidecar processes on loopback and two pools in this process. A transfer is timed from `client.pull()` to
+the PullEnded that `client.poll()` returns; the plain copy is one memmove a block between the same two pools, in the
+same round, one thread. Blocks are a random choice on both sides, so hardly any are neighbours. `--check` ends with
+status 1 if a shm transfer of 8 MiB or more is below 0.8 of the plain copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import mmap
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from sidecar.client import SidecarClient
+from sidecar.layout import KvLayout, Plane
+from sidecar.protocol import Offer, OfferEnded, PullEnded, PullSource
+
+MIB = 1 << 20
+POOL_BYTES = 256 * MIB
+SHAPES = [
+    (16 << 10, MIB), (16 << 10, 8 * MIB), (16 << 10, 64 * MIB), (64 << 10, 8 * MIB), (64 << 10, 64 * MIB),
+    (256 << 10, 8 * MIB), (256 << 10, 64 * MIB), (MIB, 8 * MIB), (MIB, 64 * MIB),
+]  # fmt: skip
+"""(bytes a block, bytes a transfer)."""
+BAR = 0.8
+
+
+class Engine:
+    """One end: a pool and the client of its sidecar."""
+
+    def __init__(self, socket_path: str, block_bytes: int) -> None:
+        num_blocks = POOL_BYTES // block_bytes
+        plane = Plane(0, block_bytes, block_bytes)
+        layout = KvLayout(num_blocks, 16, (plane,), 8, 2, 64, "float32", "bench", "block,layer,kv,token,head")
+        self.num_blocks = num_blocks
+        self.fd = os.memfd_create("bench-pool", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(self.fd, POOL_BYTES)
+        self._map = mmap.mmap(self.fd, POOL_BYTES, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        self._view = ctypes.c_char.from_buffer(self._map)
+        self.address = ctypes.addressof(self._view)
+        self._happened = threading.Event()
+        self.client = SidecarClient.connect(socket_path, on_event=self._happened.set)
+        self.client.register_pool(self.fd, layout)
+
+    def wait(self, kind: type[OfferEnded] | type[PullEnded]) -> OfferEnded | PullEnded:
+        while True:
+            for event in self.client.poll():
+                assert isinstance(event, kind), event
+                return event
+            if not self._happened.wait(30):
+                raise SystemExit("a transfer did not end within 30 s")
+            self._happened.clear()
+
+    def close(self) -> None:
+        self.client.close()
+        del self._view
+        self._map.close()
+        os.close(self.fd)
+
+
+@contextlib.contextmanager
+def sidecar(directory: Path, name: str, transport: str) -> Iterator[str]:
+    """A pd-sidecar process; yields its engine socket."""
+    path = str(directory / name)
+    command = [sys.executable, "-m", "sidecar.cli", "--socket", path, "--engine-id", name, "--transport", transport]
+    process = subprocess.Popen([*command, "--log-level", "WARNING"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        if not process.stdout.readline().startswith("ready"):
+            raise SystemExit(f"pd-sidecar {name} did not start")
+        yield path
+    finally:
+        process.terminate()
+        process.wait(10)
+        process.stdout.close()
+
+
+def source(producer: Engine, offer: Offer, num_blocks: int) -> PullSource:
+    hello = producer.client.hello
+    return PullSource(
+        hello.host, hello.port, hello.engine_id, offer.transfer_id, offer.token, offer.epoch, num_blocks
+    )
+
+
+def transfer(producer: Engine, consumer: Engine, remote: list[int], local: list[int], name: str) -> tuple[float, float]:
+    """Seconds of the offer, and from pull to PullEnded."""
+    started = time.perf_counter()
+    offer = producer.client.offer(name, remote, 16 * len(remote), 60)
+    offered = time.perf_counter()
+    consumer.client.pull(name, source(producer, offer, len(remote)), local)
+    ended = consumer.wait(PullEnded)
+    took = time.perf_counter() - offered
+    if not isinstance(ended, PullEnded) or not ended.ok:
+        raise SystemExit(f"a transfer failed: {ended}")
+    producer.wait(OfferEnded)
+    return offered - started, took
+
+
+def plain_copy(producer: Engine, consumer: Engine, remote: list[int], local: list[int], block_bytes: int) -> float:
+    moves = [
+        (consumer.address + to * block_bytes, producer.address + start * block_bytes)
+        for start, to in zip(remote, local, strict=True)
+    ]
+    memmove = ctypes.memmove
+    started = time.perf_counter()
+    for to, start in moves:
+        memmove(to, start, block_bytes)
+    return time.perf_counter() - started
+
+
+def measure_shape(directory: Path, transport: str, block_bytes: int, num_bytes: int, rounds: int) -> float:
+    """Print one line; the ratio of the medians."""
+    with sidecar(directory, "producer", transport) as p, sidecar(directory, "consumer", transport) as c:
+        producer, consumer = Engine(p, block_bytes), Engine(c, block_bytes)
+        ctypes.memset(producer.address, 7, POOL_BYTES)
+        copies, transfers = [], []
+        num_blocks = num_bytes // block_bytes
+        for number in range(rounds + 2):
+            remote = random.sample(range(producer.num_blocks), num_blocks)
+            local = random.sample(range(consumer.num_blocks), num_blocks)
+            copy_s = plain_copy(producer, consumer, remote, local, block_bytes)
+            _, transfer_s = transfer(producer, consumer, remote, local, f"round-{number}")
+            if number >= 2:
+                copies.append(copy_s)
+                transfers.append(transfer_s)
+        producer.close()
+        consumer.close()
+    copy_s, transfer_s = statistics.median(copies), statistics.median(transfers)
+    ratio = copy_s / transfer_s
+    print(
+        f"{block_bytes // 1024:>6} KiB x {num_blocks:<5} {num_bytes // MIB:>4} MiB   "
+        f"copy {num_bytes / copy_s / 2**30:6.2f} GiB/s   transfer {num_bytes / transfer_s / 2**30:6.2f} GiB/s "
+        f"({transfer_s * 1e3:7.2f} ms)   ratio {ratio:5.2f}",
+        flush=True,
+    )
+    return ratio
+
+
+def measure_control(directory: Path, transport: str, rounds: int) -> None:
+    """Print what a transfer costs beside its bytes: leases of no block at all."""
+    with sidecar(directory, "producer", transport) as p, sidecar(directory, "consumer", transport) as c:
+        producer, consumer = Engine(p, 64 << 10), Engine(c, 64 << 10)
+        transfer(producer, consumer, [], [], "first contact")
+        times = [transfer(producer, consumer, [], [], f"empty-{number}") for number in range(rounds)]
+        producer.close()
+        consumer.close()
+    for name, seconds in (
+        ("offer", [offer for offer, _ in times]),
+        ("pull, claim, release, PullEnded", [pull for _, pull in times]),
+        ("together", [offer + pull for offer, pull in times]),
+    ):
+        cuts = statistics.quantiles(seconds, n=100)
+        print(f"control, {name}: p50 {cuts[49] * 1e6:.0f} us   p99 {cuts[98] * 1e6:.0f} us   ({rounds} rounds)")
+
+
+def main() -> int:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--transport", choices=("shm", "mooncake"), default="shm")
+    arguments.add_argument("--rounds", type=int, default=30)
+    arguments.add_argument("--check", action="store_true")
+    chosen = arguments.parse_args()
+    print(f"{os.cpu_count()} CPUs, {platform.machine()}, Python {platform.python_version()}, {chosen.transport}")
+    low = []
+    with tempfile.TemporaryDirectory(prefix="baton-bench-") as name:
+        directory = Path(name)
+        measure_control(directory, chosen.transport, 20 * chosen.rounds)
+        for block_bytes, num_bytes in SHAPES:
+            ratio = measure_shape(directory, chosen.transport, block_bytes, num_bytes, chosen.rounds)
+            if num_bytes >= 8 * MIB and ratio < BAR:
+                low.append((block_bytes, num_bytes, ratio))
+    if chosen.check and chosen.transport == "shm" and low:
+        print(f"below {BAR} of a plain copy: {low}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
