@@ -129,8 +129,13 @@ class Connection(asyncio.Protocol):
             self.busy = True
             self.handler(self, self._waiting.pop(0))
 
+    @property
+    def gone(self) -> bool:
+        """Whether the peer has closed: what is written now reaches nobody, and a careful engine takes its KV back."""
+        return self.transport is None or self.transport.is_closing()
+
     def send(self, payload: bytes) -> None:
-        if self.transport is not None:
+        if self.transport is not None and not self.transport.is_closing():
             self.transport.write(payload)
 
     def answer(self, payload: bytes) -> None:

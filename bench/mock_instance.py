@@ -86,7 +86,7 @@ class Stream:
     def step(self) -> bool:
         """Send one token. False: this stream is not to be stepped any more."""
         connection, index = self.connection, self.index
-        if connection.transport is None:
+        if connection.gone:
             return False
         if connection.paused:
             connection.on_resumed = lambda: self.loop.add(self)
@@ -210,7 +210,7 @@ class MockInstance:
             self.running.discard(connection)
 
     def _answer(self, connection: Connection, payload: bytes) -> None:
-        if connection.transport is not None:
+        if not connection.gone:
             connection.send(payload)
             self.finished(connection)
 
@@ -254,7 +254,7 @@ class MockInstance:
         delay_s = self._shape(fields, "prefill_s", self.pace.prefill_s)
 
         def answer() -> None:
-            if connection.transport is None:
+            if connection.gone:
                 return
             script = script_of(fields, 1)
             more: dict[str, Any] = {}

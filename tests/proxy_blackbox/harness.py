@@ -211,6 +211,8 @@ class Engines:
 class Proxy:
     def __init__(self, engines: Engines, *flags: str, **environment: str) -> None:
         self.port = free_port()
+        self.num_read = 0
+        """How much of its log `settled` has judged."""
         command = [PROXY, "--host", HOST, "--port", str(self.port)]
         for role, ports in (("prefiller", engines.prefill), ("decoder", engines.decode)):
             command += [f"--{role}-hosts", *[HOST] * len(ports), f"--{role}-ports", *map(str, ports)]
@@ -260,4 +262,5 @@ def settled(proxy: Proxy, engines: Engines) -> None:
     """The ledgers of both sides are empty within 5 seconds, the contract was kept, and nothing was logged as a bug."""
     eventually(proxy.wrong, "the proxy is not idle")
     eventually(engines.wrong, "the engines are not idle, or were wronged")
-    assert "Traceback" not in proxy.process.output, proxy.process.output[-3000:]
+    logged, proxy.num_read = proxy.process.output[proxy.num_read :], len(proxy.process.output)
+    assert "Traceback" not in logged, logged[logged.find("Traceback") - 500 :][:3000]

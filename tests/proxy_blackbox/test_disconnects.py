@@ -120,7 +120,8 @@ def test_two_hundred_clients_that_leave_at_random_moments(proxy: Proxy, engines:
         for one in [entry for entry in open_socks if entry[0] <= now]:
             leave(one[1], one[2])
             open_socks.remove(one)
-    for _, sock, how in sorted(open_socks):
+    for leaves_at, sock, how in sorted(open_socks, key=lambda entry: entry[0]):
+        time.sleep(max(0.0, leaves_at - time.monotonic()))
         leave(sock, how)
     eventually(proxy.wrong, "the proxy is not idle")
     eventually(engines.wrong, "the engines are not idle")

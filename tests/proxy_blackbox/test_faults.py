@@ -1,8 +1,8 @@
 """The fault matrix: {prefiller, decoder} x what can happen to it x {streamed, whole}.
 
 Whatever an engine does, a client gets the right text or an error it can tell: never a wrong text, never a 200 without
-an answer. What can be retried invisibly is (design.md, "Failure has a table"). The `proxy` fixture then checks that loads
-and both KV ledgers are back to nothing within 5 seconds.
+an answer. What can be retried invisibly is (design.md, "Failure has a table"). The `proxy` fixture then checks that
+loads and both KV ledgers are back to nothing within 5 seconds.
 """
 
 from __future__ import annotations
