@@ -73,7 +73,7 @@ def make_model(directory: Path, family: Family, size: Size, seed: int = 0) -> No
     Deterministic in (family, size, seed) for one version of torch. Raises OSError where the directory can't be written.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     tokenizer = _train_tokenizer(SIZES[size].vocab_size)
     tokenizer.save_pretrained(directory)
     stop_ids: Any = tokenizer.convert_tokens_to_ids([TURN_END, END_OF_TEXT])

@@ -47,7 +47,7 @@ def load_model(model_dir: Path, dtype: Dtype, device: Device, max_positions: int
     config = _read_config(model_dir)
     torch_dtype = _choose_dtype(config, dtype, device)
     register_attention()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             model_dir, config=config, dtype=torch_dtype, attn_implementation=ATTENTION_NAME, local_files_only=True

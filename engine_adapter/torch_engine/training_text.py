@@ -13,8 +13,8 @@ looks back at all that was read. One reader can be slowed by many writers, and o
 So let one desk read and another one write, and carry the notes from the first desk to the second.
 
 What is carried has to be whole. A note that arrives late, a note that belongs to somebody else, or half a note, is
-worse than none: the answer would be fluent and wrong. Therefore every note has an owner, a name and an hour at which it is
-torn up. Who comes after that hour is told so, politely, and the letter is read again.
+worse than none: the answer would be fluent and wrong. Therefore every note has an owner, a name and an hour at which
+it is torn up. Who comes after that hour is told so, politely, and the letter is read again.
 
 Please tell me a story about a small machine that wanted to count the stars. It began at the eastern window, where the
 roof of the old mill hides nothing. "One, two, three," said the machine, and by midnight it had come to four thousand.
