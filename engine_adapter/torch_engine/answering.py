@@ -95,7 +95,7 @@ async def _stream(
             for delta in deltas:
                 chunk = shape.chunk(delta)
                 if body.continuous_usage:
-                    chunk["usage"] = usage([delta.choice.prompt], [delta.choice], None)
+                    chunk["usage"] = usage(len(delta.choice.prompt.token_ids), delta.num_tokens)
                 events.append(chunk)
             await stream.send(events)
         if body.include_usage:
@@ -108,14 +108,21 @@ async def _stream(
 
 
 def _usage(body: GenerationRequest, prompts: Sequence[Prompt], choices: Sequence[Choice]) -> Json:
-    """Cached tokens are the prefiller's where the prompt was computed elsewhere, as in vLLM."""
+    """Every prompt once, however many continuations it got.
+
+    Cached tokens are the prefiller's where the prompt was computed elsewhere, as in vLLM.
+    """
     num_cached_tokens = choices[0].num_cached_tokens
     params = body.kv_transfer_params
     if params is not None and wants_remote_prefill(params):
         elsewhere = params.get("remote_prefill_cached_tokens")
         if isinstance(elsewhere, int):
             num_cached_tokens = elsewhere
-    return usage(prompts, choices, num_cached_tokens)
+    return usage(
+        sum(len(prompt.token_ids) for prompt in prompts),
+        sum(len(choice.token_ids) for choice in choices),
+        num_cached_tokens,
+    )
 
 
 def _offered(choices: Sequence[Choice]) -> Json | None:

@@ -28,6 +28,8 @@ class ChoiceDelta:
     text: str
     token_ids: Sequence[int]
     logprobs: list[TokenLogprobs] | None
+    num_tokens: int
+    """Generated so far, these included."""
     is_first: bool
     finish_reason: str | None = None
     stop_reason: StopReason = None
@@ -78,7 +80,14 @@ class Choice:
         if text:
             self.texts.append(text)
         return ChoiceDelta(
-            self, text, output.token_ids, output.logprobs, is_first, self.finish_reason, self.stop_reason
+            self,
+            text,
+            output.token_ids,
+            output.logprobs,
+            num_tokens=len(self.token_ids),
+            is_first=is_first,
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
         )
 
     def _text_of(self, output: RequestOutput) -> str:

@@ -31,7 +31,7 @@ async def answer_release(
     """Drop the KV and answer at once, with an empty completion that cost no token."""
     service.release_kv(body.kv_transfer_params or {})
     choice = Choice(0, Prompt([]), "", Detokenizer(ByteTextDecoder(lambda _: b"")), finish_reason="stop")
-    return await send_json(arrival, shape.answer([choice], usage([], [], None), None))
+    return await send_json(arrival, shape.answer([choice], usage(0, 0), None))
 
 
 @asynccontextmanager

@@ -48,10 +48,7 @@ class Envelope:
         }
 
 
-def usage(prompts: Iterable[Prompt], choices: Sequence[Choice], num_cached_tokens: int | None) -> Json:
-    """Tokens spent: every prompt once, however many continuations it got."""
-    num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
-    num_completion_tokens = sum(len(choice.token_ids) for choice in choices)
+def usage(num_prompt_tokens: int, num_completion_tokens: int, num_cached_tokens: int | None = None) -> Json:
     counts: Json = {
         "prompt_tokens": num_prompt_tokens,
         "total_tokens": num_prompt_tokens + num_completion_tokens,
