@@ -31,8 +31,10 @@ lint: $(STAMP) ## ruff check, ruff format --check, mypy --strict
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-bench: $(STAMP) ## the benchmarks of the README
-	$(VENV)/bin/python -m bench.proxy_overhead $(BENCH_ARGS)
+bench: $(STAMP) ## every benchmark with its bar: KV transfer, engine, proxy
+	@status=0; for words in kv_transfer "engine_throughput --size small" proxy_overhead; do \
+		echo "python -m bench.$$words --check"; $(VENV)/bin/python -m bench.$$words --check || status=1; \
+	done; exit $$status
 
 clean: ## what was made, except .venv
 	rm -rf .baton build dist bench/results .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -99,7 +99,12 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     async def then() -> bool:
         made = here.config.model.make is not None
-        await demo.show(here.plan, screen, prompt=arguments.prompt, random_weights=made)
+        try:
+            await demo.show(here.plan, screen, prompt=arguments.prompt, random_weights=made)
+        except ClusterError as error:
+            if arguments.once:
+                raise
+            screen.event(f"the demonstration failed, the cluster stays: {error}")
         return not arguments.once
 
     asyncio.run(up(here, screen, then))

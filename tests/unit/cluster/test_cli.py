@@ -212,3 +212,16 @@ def test_help_and_version() -> None:
     result = run("--help")
     assert result.returncode == 0
     assert all(command in result.stdout for command in ("up", "plan", "demo"))
+
+
+def test_a_demonstration_that_fails_ends_it_only_when_asked_for_once(bench: Bench, started: list[Running]) -> None:
+    """The stand-ins answer without a stream."""
+    once = run("demo", "c.toml", "--once")
+    assert once.returncode == 1
+    assert "pd-cluster: the answer came, but no sidecar moved KV" in once.stderr
+    cluster = Running(bench, "demo", "c.toml")
+    started.append(cluster)
+    cluster.wait_until("serves m on")
+    assert "the demonstration failed, the cluster stays: the answer came, but no sidecar moved KV" in cluster.text()
+    cluster.process.send_signal(signal.SIGINT)
+    assert cluster.process.wait(30) == 0

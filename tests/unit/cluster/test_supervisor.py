@@ -5,6 +5,7 @@ import contextlib
 import os
 import signal
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import pytest
 
@@ -17,14 +18,15 @@ from engine_adapter.cluster.supervisor import Pace, State, Supervisor, Watched, 
 from engine_adapter.cluster.up import deployment
 from tests.unit.cluster.conftest import Bench, is_alive, wait_for
 
-QUICK = Pace(starting_s=0.02, healthy_s=0.02, timeout_s=0.5)
+QUICK = Pace(starting_s=0.02, healthy_s=0.05, timeout_s=5.0)
+IMPATIENT = Pace(starting_s=0.02, healthy_s=0.05, timeout_s=0.3)
 NAMES = ["prefill-0.sidecar", "decode-0.sidecar", "prefill-0", "decode-0", "proxy"]
 
 
 class Stage:
     """A supervisor over stand-ins, and all it reported."""
 
-    def __init__(self, bench: Bench, guard: Guard, start_timeout_s: float = 20.0) -> None:
+    def __init__(self, bench: Bench, guard: Guard, start_timeout_s: float = 20.0, pace: Pace = QUICK) -> None:
         here = deployment(load(bench.file), bench.directory / ".baton")
         here.run_dir.mkdir(parents=True)
         self.bench = bench
@@ -37,8 +39,8 @@ class Stage:
             env=machine.environment(),
             report=self._report,
             start_timeout_s=start_timeout_s,
-            stop_timeout_s=1.0,
-            pace=QUICK,
+            stop_timeout_s=2.0,
+            pace=pace,
             backoff=lambda: Backoff(first_s=0.05, max_s=0.2),
         )
 
@@ -69,7 +71,7 @@ async def stage(bench: Bench) -> AsyncIterator[Callable[..., Stage]]:
     machine.make_private(socket_dir)
     with Guard(socket_dir) as guard:
 
-        def make(**kwargs: float) -> Stage:
+        def make(**kwargs: Any) -> Stage:
             stages.append(Stage(bench, guard, **kwargs))
             return stages[-1]
 
@@ -166,7 +168,7 @@ async def test_a_process_that_is_not_well_in_time_is_killed(
     stage: Callable[..., Stage], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("STAND_IN_SICK", "decode-0")
-    cluster = stage(start_timeout_s=1.0)
+    cluster = stage(start_timeout_s=4.0)
     with pytest.raises(StartFailed, match="decode-0 did not start"):
         await cluster.supervisor.start()
     assert cluster.reports[-1][2] == "was not healthy in time and was killed before it was ready"
@@ -183,7 +185,7 @@ async def test_a_process_deaf_to_sigterm_is_killed_at_its_deadline(
     assert pid is not None
     assert not is_alive(pid)
     texts = {who: text for who, state, text, _ in cluster.reports if state is State.STOPPED}
-    assert texts["decode-0"] == "did not stop within 1 s and was killed"
+    assert texts["decode-0"] == "did not stop within 2 s and was killed"
     assert texts["prefill-0"] == "stopped"
 
 
@@ -202,7 +204,7 @@ async def test_what_a_process_started_itself_ends_with_it(
 
 
 async def test_a_sick_process_is_reported_and_left_alone_until_it_is_well(stage: Callable[..., Stage]) -> None:
-    cluster = stage()
+    cluster = stage(pace=IMPATIENT)
     await cluster.supervisor.start()
     pid = cluster.of("prefill-0").pid
     assert pid is not None
