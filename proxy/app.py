@@ -82,6 +82,11 @@ class ProxyApp:
     def num_in_flight(self) -> int:
         return len(self.dispatcher.open)
 
+    @property
+    def connections(self) -> set[ClientConnection]:
+        """Those of clients, without the ones handed to the control API."""
+        return self._services.connections
+
     async def start(self) -> None:
         """Raises StartError if it cannot listen; nothing is left open then."""
         sockets = listening_sockets(self.config.host, self.config.port, self.config.listen_backlog)

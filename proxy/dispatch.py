@@ -277,7 +277,7 @@ class Dispatcher:
         flow.decoder = flow.decode_load = None
 
     async def _after(self, leg: Leg, failure: UpstreamFailure, instance: Instance, flow: Flow) -> Action:
-        """Note the failure, wait if the table says so, return the action; raises what the client gets if there is none."""
+        """Note the failure, wait as the table says, return the action. With none left, raises the client's answer."""
         kind = failure.failure
         action, delay_s = flow.budget.decide(leg, kind)
         row = TABLE[leg, kind]
@@ -344,6 +344,11 @@ class Dispatcher:
         """The client's 200, and then bytes as they come until the framing says that the message has ended."""
         client, connection, head = flow.client, answer.connection, answer.head
         ended: asyncio.Future[Failure | None] = self._loop.create_future()
+
+        def on_end(failure: Failure | None) -> None:
+            if not ended.done():
+                ended.set_result(failure)
+
         write = client.write
         framing = b""
         if head.chunked and flow.head.version == "1.1":
@@ -357,11 +362,7 @@ class Dispatcher:
         flow.headers_sent = True
         flow.status = head.status
         try:
-            first = connection.relay(
-                write,
-                lambda failure: None if ended.done() else ended.set_result(failure),
-                self._config.between_tokens_timeout_s,
-            )
+            first = connection.relay(write, on_end, self._config.between_tokens_timeout_s)
             client.relay_from(connection)
             if write is client.write:
                 write(head.rebuilt(flow.request_id, framing, flow.close) + first)
@@ -371,8 +372,7 @@ class Dispatcher:
             connection.resume_relay()
             failure = await ended
         except asyncio.CancelledError:
-            if not ended.done():
-                connection.stop_relay()
+            connection.stop_relay(on_end)
             raise
         self._measure_decode(flow, connection.num_chunks)
         if failure is None:

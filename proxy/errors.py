@@ -76,7 +76,7 @@ class NoInstance(ProxyError):
         )
 
 
-class Failure(enum.Enum):
+class Failure(enum.StrEnum):
     """What an instance did instead of answering 2xx; the columns of the retry table."""
 
     REFUSED = "refused"  # no connection could be made: the request was not read

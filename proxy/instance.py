@@ -11,7 +11,7 @@ from proxy.load_ledger import InstanceLoad
 from proxy.upstream import UpstreamPool
 
 
-class Role(enum.Enum):
+class Role(enum.StrEnum):
     PREFILL = "prefill"
     DECODE = "decode"
 

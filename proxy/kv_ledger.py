@@ -14,7 +14,7 @@ import enum
 from typing import Any
 
 
-class KvState(enum.Enum):
+class KvState(enum.StrEnum):
     HELD = "held"
     RECLAIMING = "reclaiming"
     CONSUMED = "consumed"

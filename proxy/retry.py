@@ -12,12 +12,12 @@ from typing import NamedTuple
 from proxy.errors import Failure
 
 
-class Leg(enum.Enum):
+class Leg(enum.StrEnum):
     PREFILL = "prefill"
     DECODE = "decode"
 
 
-class Action(enum.Enum):
+class Action(enum.StrEnum):
     SAME_INSTANCE = "same_instance"  # at once, on a fresh connection
     OTHER_PREFILLER = "other_prefiller"
     OTHER_DECODER = "other_decoder"  # with the KV there is

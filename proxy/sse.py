@@ -57,6 +57,8 @@ def error_of(event: bytes) -> tuple[int, bytes] | None:
     error = parsed.get("error") if isinstance(parsed.get("error"), dict) else parsed
     code = error.get("code") if isinstance(error, dict) else None
     status = code if isinstance(code, int) and 400 <= code <= 599 else 502
+    if not parsed:
+        return status, error_body(status, "The decode instance sent an error that is not JSON.", "upstream_error")
     return status, orjson.dumps(parsed)
 
 

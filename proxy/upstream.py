@@ -245,10 +245,11 @@ class UpstreamConnection(asyncio.Protocol):
         elif self.transport is None or self.transport.is_closing():
             self._ended(self._failure_at_loss())
 
-    def stop_relay(self) -> None:
-        """The client is gone: what still comes is for nobody."""
-        self._sink = self._on_end = None
-        self.close()
+    def stop_relay(self, on_end: Callable[[Failure | None], None]) -> None:
+        """The client is gone: what still comes is for nobody. Does nothing if the relay with this `on_end` is over."""
+        if self._on_end is on_end:
+            self._sink = self._on_end = None
+            self.close()
 
     def _ended(self, failure: Failure | None) -> None:
         on_end, self._on_end = self._on_end, None

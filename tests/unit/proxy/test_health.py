@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+from proxy.health import FIRST_BACK_OFF_S, MAX_BACK_OFF_S, Health
+
+
+def test_it_takes_consecutive_failures_to_go_out() -> None:
+    health = Health(max_failures=2)
+    assert not health.failed(0.0, "refused")
+    health.succeeded()
+    assert not health.failed(1.0, "refused")
+    assert health.healthy
+    assert health.failed(2.0, "refused again")
+    assert not health.healthy and health.last_error == "refused again"
+
+
+def test_one_trial_is_let_in_after_the_back_off() -> None:
+    health = Health(max_failures=1)
+    health.failed(0.0, "x")
+    assert not health.may_try(FIRST_BACK_OFF_S - 0.01)
+    assert health.may_try(FIRST_BACK_OFF_S)
+    health.begin_trial(FIRST_BACK_OFF_S)
+    assert not health.may_try(FIRST_BACK_OFF_S + 0.01)
+    assert health.succeeded()
+    assert health.may_try(0.0) and not health.succeeded()
+
+
+def test_the_back_off_grows_to_a_bound_and_starts_anew() -> None:
+    health = Health(max_failures=1)
+    waits = []
+    for _ in range(8):
+        health.failed(0.0, "x")
+        waits.append(health.retry_at)
+    assert waits[:3] == [1.0, 2.0, 4.0] and waits[-1] == MAX_BACK_OFF_S
+    health.succeeded()
+    health.failed(0.0, "x")
+    assert health.retry_at == FIRST_BACK_OFF_S
