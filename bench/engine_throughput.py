@@ -86,7 +86,7 @@ def measure(arguments: argparse.Namespace, model_dir: Path) -> tuple[float, floa
             (
                 transformers_tokens_per_s(reference, prompts[0], arguments.tokens),
                 bench.tokens_per_s(prompts[:1], arguments.tokens),
-                bench.tokens_per_s(prompts[1:] + [prompts[0][::-1]], arguments.tokens),
+                bench.tokens_per_s([*prompts[1:], prompts[0][::-1]], arguments.tokens),
             )
         )
     bench.engine.shutdown()

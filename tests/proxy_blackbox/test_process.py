@@ -43,10 +43,7 @@ def one_line(text: str) -> str:
     [
         (["--prefiler-hosts", "a"], "--prefiler-hosts", "--prefiller-hosts"),
         (["--decoder-prots", "1"], "--decoder-prots", "--decoder-ports"),
-        (["--max-retrys=3"], "--max-retrys", "--max-retries"),
-        (["--port", "99999"], "--port", ""),
         (["--port", "eighty"], "--port", ""),
-        (["--retry-delay", "soon"], "--retry-delay", ""),
         (["--policy", "least_laod"], "least_laod", "least_load"),
         (["--prefiller-hosts", "a", "b", "c", "--prefiller-ports", "1", "2"], "--prefiller-ports", ""),
         (["--log-level", "LOUD"], "--log-level", ""),

@@ -42,12 +42,6 @@ SEEDS = {
         f"--decoder-hosts {'127.0.1.3 ' * 16} {'127.0.1.4 ' * 16} --decoder-ports {SIXTEEN} {SIXTEEN}",
         (4, 32),
     ),
-    "003 port first": (
-        "--port PORT --host 127.0.0.1 "
-        "--prefiller-hosts 127.0.1.1 127.0.1.1 127.0.1.2 127.0.1.2 --prefiller-ports 7100 7101 7100 7101 "
-        f"--decoder-hosts {'127.0.1.3 ' * 16} {'127.0.1.4 ' * 16} --decoder-ports {SIXTEEN} {SIXTEEN}",
-        (4, 32),
-    ),
     "003 repetitions and increments": (
         "--port PORT --host 127.0.0.1 "
         "--prefiller-hosts 127.0.1.1 127.0.1.2 --prefiller-hosts-num 2 2 "
