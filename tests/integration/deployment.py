@@ -132,14 +132,15 @@ class Deployment:
         try:
             self._start()
         except BaseException:
-            self.__exit__()
+            self.__exit__(AssertionError)
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
         try:
-            codes = [(command.name, command.stop()) for command in reversed(self.commands)]
-            assert all(code in (0, None) for _, code in codes), codes
+            if kind is None:
+                codes = [(command.name, command.stop()) for command in reversed(self.commands)]
+                assert all(code in (0, None) for _, code in codes), codes
         finally:
             for command in self.commands:
                 if command.process is not None and command.process.poll() is None:

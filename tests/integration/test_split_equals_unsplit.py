@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import os
 import subprocess
@@ -50,8 +51,8 @@ def asked() -> list[Prompt]:
 
 
 @pytest.fixture(scope="module")
-async def expected(unsplit: str, asked: list[Prompt]) -> list[Answer]:
-    return await ask_all(unsplit, asked, stream=[False] * len(asked))
+def expected(unsplit: str, asked: list[Prompt]) -> list[Answer]:
+    return asyncio.run(ask_all(unsplit, asked, stream=[False] * len(asked)))
 
 
 @pytest.mark.timeout(300)
@@ -127,9 +128,10 @@ async def test_one_flipped_byte_of_the_kv_changes_the_text(tiny_model: Path, uns
 def _flip_a_byte(pid: int, block_offset: int) -> None:
     """Turn the exponent of the first value of V, layer 0, in the block at `block_offset` of the process's KV pool."""
     offset = block_offset + BLOCK_BYTES // 4 // 2 + 3
-    pools = [fd for fd in os.listdir(f"/proc/{pid}/fd") if "memfd:" in os.readlink(f"/proc/{pid}/fd/{fd}")]
-    assert len(pools) == 1, pools
-    pool = os.open(f"/proc/{pid}/fd/{pools[0]}", os.O_RDWR)
+    descriptors = [entry.path for entry in os.scandir(f"/proc/{pid}/fd") if "memfd:" in os.readlink(entry.path)]
+    pools = {os.stat(path).st_ino: path for path in descriptors}
+    assert len(pools) == 1, descriptors
+    pool = os.open(*pools.values(), os.O_RDWR)
     try:
         before = os.pread(pool, 1, offset)
         os.pwrite(pool, bytes([before[0] ^ 0x40]), offset)
