@@ -92,9 +92,7 @@ def sidecar(directory: Path, name: str, transport: str) -> Iterator[str]:
 
 def source(producer: Engine, offer: Offer, num_blocks: int) -> PullSource:
     hello = producer.client.hello
-    return PullSource(
-        hello.host, hello.port, hello.engine_id, offer.transfer_id, offer.token, offer.epoch, num_blocks
-    )
+    return PullSource(hello.host, hello.port, hello.engine_id, offer.transfer_id, offer.token, offer.epoch, num_blocks)
 
 
 def transfer(producer: Engine, consumer: Engine, remote: list[int], local: list[int], name: str) -> tuple[float, float]:

@@ -152,11 +152,16 @@ def run(options: argparse.Namespace) -> dict[str, dict[str, Row]]:
     return rows
 
 
+def _share(row: Row, rival: Row | None) -> str:
+    """The row's CPU time as a part of the rival's in the same run (design.md asks for at most half)."""
+    return "" if rival is None else f"{row.median('cpu_us') / rival.median('cpu_us'):>8.2f}"
+
+
 def report(rows: dict[str, dict[str, Row]]) -> list[str]:
     """Print the table; return what missed its bar or went wrong."""
     print(
         f"{'case':<12}{'proxy':<13}{'CPU us':>9}{'':<6}{'bar':>6}  {'':<6}{'TTFT p50':>9}{'p99 ms':>9}{'per s':>9}"
-        f"{'MiB':>7}"
+        f"{'MiB':>7}  of vllm-router's"
     )
     missed = []
     for name, by_proxy in rows.items():
@@ -167,7 +172,7 @@ def report(rows: dict[str, dict[str, Row]]) -> list[str]:
             print(
                 f"{name:<12}{proxy_name:<13}{cpu_us:>9.1f}{unit:<6}{bar or '':>6}  {verdict:<6}"
                 f"{row.median('ttft_p50_ms'):>9.2f}{row.median('ttft_p99_ms'):>9.2f}"
-                f"{row.median('per_s'):>9.0f}{row.median('rss_mib'):>7.0f}"
+                f"{row.median('per_s'):>9.0f}{row.median('rss_mib'):>7.0f}{_share(row, by_proxy.get('vllm-router'))}"
             )
             if verdict == "MISS" or (bar is not None and cpu_us != cpu_us):
                 missed.append(f"{name}: {cpu_us:.1f} us{unit}, the bar is {bar}")
