@@ -217,7 +217,7 @@ async def _membership_request(request: web.Request) -> tuple[Role, list[Address]
     if not isinstance(body, dict):
         raise BadRequest("The request body must be a JSON object.")
     try:
-        role = Role(body.get("type"))
+        role = Role(str(body.get("type")))
     except ValueError:
         raise BadRequest("'type' must be 'prefill' or 'decode'.", "type") from None
     given = body.get("instances")

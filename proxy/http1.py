@@ -61,7 +61,7 @@ class RequestHead:
     )
 
     def __init__(self) -> None:
-        self._parser = httptools.HttpRequestParser(self)
+        self._parser: httptools.HttpRequestParser | None = httptools.HttpRequestParser(self)
         self.target = b""
         self.path = b""
         self.query = b""
@@ -81,13 +81,18 @@ class RequestHead:
 
     def feed(self, data: bytes) -> None:
         """Feed bytes of the head, never a byte of the body. Raises BadHead."""
+        parser = self._parser
+        assert parser is not None
         try:
-            self._parser.feed_data(data)
+            parser.feed_data(data)
         except httptools.HttpParserUpgrade:
             pass  # the request asks for another protocol: it is ignored, as RFC 9110 section 7.8 allows
         except httptools.HttpParserError as error:
             cause = error.__context__
             raise (cause if isinstance(cause, BadHead) else BadHead(f"Malformed HTTP request: {error}")) from None
+        if self.complete:
+            self.keep_alive = parser.should_keep_alive()
+            self._parser = None  # it holds our methods: a cycle a request would be work for the garbage collector
 
     # llhttp's callbacks
     def on_url(self, url: bytes) -> None:
@@ -120,9 +125,9 @@ class RequestHead:
     def on_headers_complete(self) -> None:
         self.complete = True
         parser = self._parser
+        assert parser is not None
         self.method = parser.get_method()
         self.version = parser.get_http_version()
-        self.keep_alive = parser.should_keep_alive()
         target = self.target
         if not target.startswith(b"/"):  # absolute form (RFC 9112 section 3.2.2)
             try:
@@ -157,6 +162,24 @@ def clean_request_id(value: bytes) -> str | None:
     return text if text.isprintable() and " " not in text else None
 
 
+# What a response field is to us, by its name as the engine spells it: engines send the same few again and again.
+_ORDINARY, _CONTENT_LENGTH, _TRANSFER_ENCODING, _DROPPED, _CONTENT_TYPE = range(5)
+_SPECIAL: dict[bytes, int] = {}
+_MAX_KNOWN_NAMES = 1000
+
+
+def _classify(name: bytes) -> int:
+    lower = name.lower()
+    special = {b"content-length": _CONTENT_LENGTH, b"transfer-encoding": _TRANSFER_ENCODING}.get(lower, _ORDINARY)
+    if lower in NOT_RETURNED:
+        special = _DROPPED
+    elif lower == b"content-type":
+        special = _CONTENT_TYPE
+    if len(_SPECIAL) < _MAX_KNOWN_NAMES:
+        _SPECIAL[name] = special
+    return special
+
+
 class ResponseHead:
     """One response's head: `status`, the header lines that may be returned, and how the body is framed."""
 
@@ -172,16 +195,18 @@ class ResponseHead:
         self.keep_alive = True
 
     def add(self, name: bytes, value: bytes) -> None:
-        lower = name.lower()
-        if lower in NOT_RETURNED:
-            return
-        if lower == b"transfer-encoding":
-            self.chunked = value.lower().endswith(b"chunked")
-            return
-        if lower == b"content-length":
-            self.content_length = int(value)
-            return
-        if lower == b"content-type":
+        special = _SPECIAL.get(name)
+        if special is None:
+            special = _classify(name)
+        if special:
+            if special == _CONTENT_LENGTH:
+                self.content_length = int(value)
+                return
+            if special == _TRANSFER_ENCODING:
+                self.chunked = value.lower().endswith(b"chunked")
+                return
+            if special == _DROPPED:
+                return
             self.event_stream = value[:17].lower() == b"text/event-stream"
         self.lines.append(b"%b: %b\r\n" % (name, value))
 
