@@ -52,18 +52,12 @@ def add_flags(parser: argparse.ArgumentParser, config: type[BaseModel], title: s
     group = parser.add_argument_group(title)
     for name, field in config.model_fields.items():
         flag = "--" + name.replace("_", "-")
-        text = (field.description or "").strip().replace("\n", " ").replace("%", "%%") or " "
+        text = _help(field)
         if field.annotation is bool:
-            group.add_argument(
-                flag,
-                action=argparse.BooleanOptionalAction,
-                default=argparse.SUPPRESS,
-                help=f"{text} [{_default(field)}]",
-            )
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         else:
-            shown = text if field.is_required() else f"{text} [{_default(field)}]"
             group.add_argument(
-                flag, metavar=_metavar(field), required=field.is_required(), default=argparse.SUPPRESS, help=shown
+                flag, metavar=_metavar(name, field), required=field.is_required(), default=argparse.SUPPRESS, help=text
             )
 
 
@@ -100,14 +94,17 @@ def _choices(field: FieldInfo) -> tuple[str, ...]:
     return get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
 
 
-def _metavar(field: FieldInfo) -> str:
+def _metavar(name: str, field: FieldInfo) -> str:
     choices = _choices(field)
     if choices:
         return "{" + ",".join(choices) + "}"
+    if name.endswith("_bytes"):
+        return "SIZE"
     kinds = [kind for kind in (get_args(field.annotation) or (field.annotation,)) if kind is not type(None)]
-    words = {"int": "N", "float": "X", "str": "TEXT", "Path": "DIR"}
+    words = {"float": "X", "str": "TEXT", "Path": "DIR"}
     return next((words[name] for kind in kinds if (name := getattr(kind, "__name__", "")) in words), "N")
 
 
-def _default(field: FieldInfo) -> str:
-    return "auto" if field.default is None else str(field.default)
+def _help(field: FieldInfo) -> str:
+    text = (field.description or "").strip().replace("\n", " ").replace("%", "%%")
+    return text if field.is_required() or field.default is None else f"{text} [{field.default}]".strip()

@@ -39,7 +39,9 @@ WATCH_INTERVAL_S = 0.25
 DEAD_ENGINE_GRACE_S = 2.0
 """How long a dead engine's instance still answers 503, so that its clients learn why, before it exits."""
 DRAIN_POLL_S = 0.02
-CLOSE_TIMEOUT_S = 2.0
+FLUSH_TIMEOUT_S = 0.5
+"""For last bytes on their way to a slow client."""
+CANCEL_TIMEOUT_S = 0.1
 
 
 def serve(config: ServerConfig, engine_config: EngineConfig) -> int:
@@ -158,7 +160,10 @@ class Instance:
             if not task.done():
                 task.cancel()
         server.pre_shutdown()
-        await server.shutdown(CLOSE_TIMEOUT_S)
+        deadline = time.monotonic() + FLUSH_TIMEOUT_S
+        while server.connections and time.monotonic() < deadline:
+            await asyncio.sleep(DRAIN_POLL_S)
+        await server.shutdown(CANCEL_TIMEOUT_S)
         await asyncio.to_thread(self.engine.shutdown)
         logger.info("stopped")
 

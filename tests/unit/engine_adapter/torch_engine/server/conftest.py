@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,10 +60,15 @@ def start_engine(model_dir: Path, log: Path, *flags: str) -> Served:
     return Served(f"http://{found[1]}:{found[2]}", found[1], int(found[2]), process, log)
 
 
-def stop_engine(served: Served) -> int:
-    served.process.send_signal(signal.SIGTERM)
+def drain(served: Served) -> tuple[bytes, int]:
+    """SIGTERM in the middle of a stream: what its client still got, and the exit status."""
+    body = b'{"prompt": "x", "max_tokens": 200, "ignore_eos": true, "stream": true}'
+    request = urllib.request.Request(served.url + "/v1/completions", body, {"Content-Type": "application/json"})
     try:
-        return served.process.wait(30)
+        with urllib.request.urlopen(request, timeout=30) as response:
+            served.process.send_signal(signal.SIGTERM)
+            answer: bytes = response.read()
+        return answer, served.process.wait(30)
     finally:
         served.process.kill()
         served.process.wait()
@@ -75,7 +81,9 @@ def served(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """The instance all tests share; at the end it drains, exits with 0, and has logged no traceback."""
     running = start_engine(model_dir, tmp_path_factory.mktemp("engine") / "log")
     yield running
-    status = stop_engine(running)
+    answer, status = drain(running)
     log = running.log.read_text()
     assert status == 0, log
+    assert answer.count(b"data: ") == 201
+    assert answer.endswith(b"data: [DONE]\n\n")
     assert "Traceback" not in log, log

@@ -16,6 +16,7 @@ from engine_adapter.torch_engine.output_router import OutputRouter
 from engine_adapter.torch_engine.routes import routes
 from engine_adapter.torch_engine.sequence import EngineRequest, EngineRequestError, RequestOutput
 from engine_adapter.torch_engine.tokenizer import Tokenizer
+from sidecar.protocol import KvLayout, Plane
 
 MAX_BODY_BYTES = 64 * 1024
 SEND_BUFFER_BYTES = 16 * 1024
@@ -29,10 +30,21 @@ class ScriptedEngine:
     on_submit: Callable[[ScriptedEngine, EngineRequest], None] = lambda engine, request: None
     alive: bool = True
     max_model_len: int = 128
+    model_fingerprint: str = "model"
     vocab_size: int = 1024
+    num_blocks_held_by_offers: int = 4
     submitted: list[EngineRequest] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     emit: Callable[[list[RequestOutput]], None] = lambda outputs: None
+
+    def start(self, on_outputs: Callable[[list[RequestOutput]], None]) -> None:
+        self.emit = on_outputs
+
+    def shutdown(self) -> None:
+        self.alive = False
+
+    def kv_layout(self) -> KvLayout:
+        return KvLayout(64, 16, (Plane(0, 4096, 4096),), 1, 1, 32, "float32", "model", "block,layer,kv,token,head")
 
     def submit(self, request: EngineRequest) -> None:
         self.submitted.append(request)
@@ -42,7 +54,7 @@ class ScriptedEngine:
         self.aborted.append(request_id)
 
     def stats(self) -> EngineStats:
-        return EngineStats(self.alive, 0, 0, 0, 64, 60, 4, 0.0625, 7, 5, 3, 11, 2)
+        return EngineStats(self.alive, 0, 0, 0, 64, 60, self.num_blocks_held_by_offers, 0.0625, 7, 5, 3, 11, 2)
 
 
 @dataclass
@@ -74,7 +86,7 @@ async def serving(engine: ScriptedEngine, tokenizer: Tokenizer) -> AsyncIterator
     finally:
         listener.close()
         server.pre_shutdown()
-        await server.shutdown(1.0)
+        await server.shutdown(0.1)
         await listener.wait_closed()
 
 

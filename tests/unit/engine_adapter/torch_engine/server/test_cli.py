@@ -1,18 +1,13 @@
 from __future__ import annotations
 
-import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
-import urllib.request
 from pathlib import Path
 
 import pytest
 
 from engine_adapter.torch_engine.cli import main
-from tests.unit.engine_adapter.torch_engine.server.conftest import start_engine
 
 PORT_0 = ["--port", "0"]
 
@@ -100,32 +95,3 @@ def test_make_model_does_not_write_over_files(tmp_path: Path, capsys: pytest.Cap
     assert main(["make-model", str(tmp_path)]) == 1
     assert "not an empty directory" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
-
-
-def test_sigterm_lets_running_requests_end(model_dir: Path, tmp_path: Path) -> None:
-    served = start_engine(model_dir, tmp_path / "log")
-    answer: list[bytes] = []
-    try:
-        request = urllib.request.Request(
-            served.url + "/v1/completions",
-            b'{"prompt": "x", "max_tokens": 200, "ignore_eos": true, "stream": true}',
-            {"Content-Type": "application/json"},
-        )
-        response = urllib.request.urlopen(request, timeout=30)
-        reading = threading.Thread(target=lambda: answer.append(response.read()))
-        reading.start()
-        served.process.send_signal(signal.SIGTERM)
-        began = time.monotonic()
-        assert served.process.wait(30) == 0
-        assert time.monotonic() - began < 20
-        reading.join()
-        response.close()
-    finally:
-        served.process.kill()
-        served.process.wait()
-        assert served.process.stdout is not None
-        served.process.stdout.close()
-    assert answer[0].count(b"data: ") == 201
-    assert answer[0].endswith(b"data: [DONE]\n\n")
-    with pytest.raises(OSError), socket.create_connection((served.host, served.port), timeout=1):
-        pass
