@@ -24,7 +24,7 @@ class EngineStartError(Exception):
 class EngineConfig(BaseModel):
     """The engine core's settings; the HTTP server's own ones are declared by the server."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
     model: Path
     """A Hugging Face directory: config.json, *.safetensors, tokenizer."""
