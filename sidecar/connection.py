@@ -141,6 +141,9 @@ class FrameConnection:
         except FrameError as error:
             logger.warning("bad_frame error=%s", error)
             self.close(f"bad frame: {error}")
+        except Exception as error:  # the last resort: an answer that never comes would hang the other end
+            logger.exception("frame_handler_crashed")
+            self.close(f"internal error: {error!r}")
         if not self._decoder.mid_frame:
             self._close_fds()
 

@@ -34,6 +34,7 @@ class Offers:
         self._on_ended = on_ended
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
 
     def count(self, state: State) -> int:
         """Live leases in `state`."""
@@ -111,12 +112,13 @@ class Offers:
             self._on_ended(OfferEnded(transfer_id, str(state)))
         next_expiry = self._table.next_expiry()
         if self._timer is not None:
-            if next_expiry is not None and self._timer.when() <= next_expiry:
+            if next_expiry is not None and self._timer_at <= next_expiry:
                 return
             self._timer.cancel()
             self._timer = None
         if next_expiry is not None:
             self._timer = self._loop.call_at(next_expiry, self._expire)
+            self._timer_at = next_expiry
 
     def _expire(self) -> None:
         self._timer = None

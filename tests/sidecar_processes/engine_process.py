@@ -28,9 +28,12 @@ def main() -> None:
         answer: object = None
         if command == "offer":
             offer = client.offer("request", arguments[0], 16, arguments[1])
-            answer = [
-                hello.host, hello.port, hello.engine_id, offer.transfer_id, offer.token, offer.epoch, len(arguments[0])
-            ]  # fmt: skip
+            answer = msgspec.to_builtins(
+                PullSource(
+                    hello.host, hello.port, hello.engine_id, offer.transfer_id, offer.token, offer.epoch,
+                    len(arguments[0]),
+                )
+            )  # fmt: skip
         elif command == "pull":
             client.pull("pull", msgspec.convert(arguments[0], PullSource), arguments[1])
         print(json.dumps(answer), flush=True)

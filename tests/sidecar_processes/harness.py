@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
+import msgspec
+
 from sidecar.client import SidecarClient
 from sidecar.layout import KvLayout, Plane
 from sidecar.protocol import Event, Offer, OfferEnded, PullEnded, PullSource
@@ -200,7 +202,22 @@ class EngineProcess:
             command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
         )
 
-    def tell(self, *words: object) -> object:
+    def __enter__(self) -> EngineProcess:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+
+    def offer(self, block_ids: list[int], ttl_s: float) -> PullSource:
+        return msgspec.convert(self._tell("offer", block_ids, ttl_s), PullSource)
+
+    def pull(self, source: PullSource, local: list[int]) -> None:
+        """Begin a pull."""
+        self._tell("pull", msgspec.to_builtins(source), local)
+
+    def _tell(self, *words: object) -> object:
         """One command, one answer."""
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps(words) + "\n")
