@@ -32,8 +32,6 @@ MOONCAKE_LIBRARIES = {
 """What `mooncake.engine` links and its wheel does not bring, and the packages that have it: the name of newer Debian
 and Ubuntu first."""
 MOONCAKE_MACHINES = ("x86_64", "aarch64")
-CPU_TORCH_INDEX = os.environ.get("CPU_TORCH_INDEX", "")
-"""PyPI's torch for Linux brings some gigabytes of CUDA, which a machine without an NVIDIA device has no use for."""
 LOUD_DOWNLOAD = " MB)"
 """How pip ends the line of a download worth mentioning."""
 
@@ -162,21 +160,7 @@ def works(python: Path) -> bool:
 
 
 def install_packages(python: Path, log: Path) -> bool:
-    if wants_cpu_torch(python) and not pip(
-        python, log, "--no-deps", "--retries=0", "--timeout=10", "--index-url", CPU_TORCH_INDEX, requirement("torch")
-    ):
-        say("    no CPU-only torch to be had; taking the usual one, which is large")
     return pip(python, log, "--editable", f"{ROOT}[dev]")
-
-
-def wants_cpu_torch(python: Path) -> bool:
-    """Linux without an NVIDIA device, no torch yet, and nobody has told pip where to take wheels from."""
-    if sys.platform != "linux" or shutil.which("nvidia-smi") or Path("/dev/nvidia0").exists():
-        return False
-    if subprocess.run([str(python), "-c", "import torch"], capture_output=True, check=False).returncode == 0:
-        return False
-    listed = subprocess.run([str(python), "-m", "pip", "config", "list"], capture_output=True, text=True, check=False)
-    return not any(word in listed.stdout for word in ("index-url", "index_url", "find-links", "find_links", "no-index"))
 
 
 def requirement(name: str) -> str:

@@ -15,7 +15,7 @@ from tests.integration.deployment import Deployment
 
 @pytest.fixture(scope="module")
 def split(tiny_model: Path) -> Iterator[Deployment]:
-    with Deployment(tiny_model, engine_args=["--max-body-bytes", "2000000"]) as deployment:
+    with Deployment(tiny_model, engine_args=["--max-body-bytes", "1000000"]) as deployment:
         yield deployment
         assert deployment.settles(within_s=5) == {}
 
@@ -95,7 +95,7 @@ BAD: list[tuple[dict[str, Any], int, str]] = [
     ({"messages": MESSAGES, "model": "nobody"}, 404, "nobody"),
     ({"messages": [{"role": "user", "content": "word " * 9000}]}, 400, "context"),
     ({"messages": MESSAGES, "kv_transfer_params": {"do_remote_prefill": True}}, 400, "kv_transfer_params"),
-    ({"messages": [{"role": "user", "content": "x" * 2_100_000}]}, 413, ""),
+    ({"messages": [{"role": "user", "content": "x" * 1_040_000}]}, 413, ""),
 ]
 
 

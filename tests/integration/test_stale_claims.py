@@ -94,6 +94,6 @@ async def test_after_the_producer_restarted_at_the_same_address(split: Deploymen
         await asyncio.sleep(0.5)
         message = await refused(session, split, params, False)
         assert "epoch" in message or "restarted" in message
-        assert metric(producer.sidecar_url, "baton_sidecar_claims_refused_total", reason="stale_epoch") >= 1
+        assert metric(producer.sidecar_url, "baton_sidecar_hellos_refused_total", reason="stale_epoch") >= 1
         answer = await ask(session, split.url, PROMPT, stream=False)
         assert answer == await ask(session, split.url, PROMPT, stream=True)
