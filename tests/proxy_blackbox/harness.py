@@ -260,7 +260,9 @@ def free_port() -> int:
 
 def settled(proxy: Proxy, engines: Engines) -> None:
     """The ledgers of both sides are empty within 5 seconds, the contract was kept, and nothing was logged as a bug."""
-    eventually(proxy.wrong, "the proxy is not idle")
-    eventually(engines.wrong, "the engines are not idle, or were wronged")
-    logged, proxy.num_read = proxy.process.output[proxy.num_read :], len(proxy.process.output)
-    assert "Traceback" not in logged, logged[logged.find("Traceback") - 500 :][:3000]
+    try:
+        eventually(proxy.wrong, "the proxy is not idle")
+        eventually(engines.wrong, "the engines are not idle, or were wronged")
+    finally:
+        logged, proxy.num_read = proxy.process.output[proxy.num_read :], len(proxy.process.output)
+    assert "Traceback" not in logged, logged[max(0, logged.find("Traceback") - 500) :][:3000]
