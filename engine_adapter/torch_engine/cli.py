@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from engine_adapter.torch_engine.config import EngineConfig, EngineStartError
@@ -33,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         parser.unknown(unknown, commands[command])
     arguments = _arguments(command, commands[command], given)
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         return _implementation(command)(*arguments)
     except EngineStartError as error:
@@ -40,6 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """SIGTERM before anything serves ends the command as Ctrl-C does: what was begun is undone, exit 0."""
+    raise KeyboardInterrupt
 
 
 def _parsers() -> tuple[UsageParser, dict[str, UsageParser]]:

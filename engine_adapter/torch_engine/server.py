@@ -13,7 +13,6 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import uvloop
@@ -49,7 +48,6 @@ def serve(config: ServerConfig, engine_config: EngineConfig) -> int:
     logging.basicConfig(
         level=config.log_level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
-    signal.signal(signal.SIGTERM, _stop_while_starting)
     check_model_directory(engine_config.model)
     sock = bind(config.host, config.port)
     with contextlib.ExitStack() as stack:
@@ -92,8 +90,8 @@ class Instance:
         server = OpenAIServer(
             routes(service, self._is_healthy, self._facts()), max_body_bytes=self.config.max_body_bytes
         )
-        stopping, stop_now = _stop_events(loop)
         listener = await self._listen(loop, server)
+        stopping, stop_now = _stop_events(loop)
         self._say_ready()
         dead = loop.create_task(self._engine_death(service))
         stop = loop.create_task(stopping.wait())
@@ -124,9 +122,10 @@ class Instance:
 
     async def _listen(self, loop: asyncio.AbstractEventLoop, server: OpenAIServer) -> asyncio.Server:
         try:
-            return await loop.create_server(server, sock=self.sock, backlog=BACKLOG)
+            self.sock.listen(BACKLOG)  # by ourselves: uvloop does not raise what listen refuses
         except OSError as error:  # two engines may bind one port while neither listens yet
             raise _cannot_listen(self.config.host, self.config.port, error) from error
+        return await loop.create_server(server, sock=self.sock, backlog=BACKLOG)
 
     def _say_ready(self) -> None:
         host, port = self.sock.getsockname()[:2]
@@ -161,7 +160,7 @@ class Instance:
                 task.cancel()
         server.pre_shutdown()
         deadline = time.monotonic() + FLUSH_TIMEOUT_S
-        while server.connections and time.monotonic() < deadline:
+        while server.connections and time.monotonic() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(DRAIN_POLL_S)
         await server.shutdown(CANCEL_TIMEOUT_S)
         await asyncio.to_thread(self.engine.shutdown)
@@ -218,8 +217,3 @@ def _stop_events(loop: asyncio.AbstractEventLoop) -> tuple[asyncio.Event, asynci
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
     return stopping, stop_now
-
-
-def _stop_while_starting(number: int, frame: FrameType | None) -> None:
-    """SIGTERM before the loop runs ends the command as Ctrl-C does: everything begun is undone, exit 0."""
-    raise KeyboardInterrupt

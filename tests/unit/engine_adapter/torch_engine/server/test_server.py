@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 from pathlib import Path
 
 import aiohttp
 import pytest
 
 from engine_adapter.torch_engine import server
-from engine_adapter.torch_engine.config import EngineConfig
+from engine_adapter.torch_engine.config import EngineConfig, EngineStartError
 from engine_adapter.torch_engine.kv_link import KvLink
 from engine_adapter.torch_engine.metrics import ServerMetrics
 from engine_adapter.torch_engine.sequence import RequestOutput
@@ -29,20 +30,20 @@ class Running:
 
     def __init__(self, tokenizer: Tokenizer, model_dir: Path, drain_timeout_s: float) -> None:
         self.engine = ScriptedEngine(num_blocks_held_by_offers=0)
-        self._sock = bind("127.0.0.1", 0)
-        self.port = self._sock.getsockname()[1]
-        self._instance = Instance(
+        self.sock = bind("127.0.0.1", 0)
+        self.port = self.sock.getsockname()[1]
+        self.instance = Instance(
             ServerConfig(drain_timeout_s=drain_timeout_s),
             EngineConfig(model=model_dir),
             self.engine,  # type: ignore[arg-type]
             tokenizer,
             ServerMetrics("tiny", self.engine.stats, with_process=False),
             KvLink("none"),
-            self._sock,
+            self.sock,
         )
 
     async def __aenter__(self) -> Running:
-        self.life = asyncio.create_task(self._instance.run())
+        self.life = asyncio.create_task(self.instance.run())
         self.session = aiohttp.ClientSession(f"http://127.0.0.1:{self.port}")
         self.request = asyncio.create_task(self.post())
         await until(lambda: self.engine.submitted)
@@ -50,7 +51,7 @@ class Running:
 
     async def __aexit__(self, *_: object) -> None:
         await self.session.close()
-        self._sock.close()
+        self.sock.close()
 
     async def post(self) -> int:
         for _ in range(100):
@@ -114,3 +115,15 @@ async def test_a_dead_engine_fails_what_waits_and_ends_the_instance(
         assert await asyncio.wait_for(running.request, 5) == 503
         assert await running.post() == 503
         assert await asyncio.wait_for(running.life, 5) == 1
+
+
+async def test_a_port_that_another_took_meanwhile_is_said(tokenizer: Tokenizer, model_dir: Path) -> None:
+    """Two engines may bind one port while both load; the second to listen must not serve nothing."""
+    late = Running(tokenizer, model_dir, drain_timeout_s=1)
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(("127.0.0.1", late.port))
+        taken.listen()
+        with pytest.raises(EngineStartError, match="is in use"):
+            await late.instance.run()
+    late.sock.close()
