@@ -228,5 +228,3 @@ def _split(listen: str) -> tuple[str, int]:
 def _join(address: tuple[object, ...]) -> str:
     host = str(address[0])
     return f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
-
-

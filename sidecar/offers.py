@@ -48,9 +48,7 @@ class Offers:
         transfer_id, token = secrets.token_hex(8), secrets.token_hex(16)
         now = self._loop.time()
         try:
-            self._table.offer(
-                transfer_id, token, request.request_id, block_ids, request.num_tokens, request.ttl_s, now
-            )
+            self._table.offer(transfer_id, token, request.request_id, block_ids, request.num_tokens, request.ttl_s, now)
         except Refusal as refusal:
             raise OfferRefused(refusal.message) from refusal
         self._settle()

@@ -165,9 +165,7 @@ class PeerSession:
             self._send(CallRefused(message.call_id, refusal.reason, refusal.message))
             return
         num_bytes = tenant.registration.region.num_bytes
-        answer = RegionOpened(
-            message.call_id, num_bytes, served.fd is not None, served.session, served.base_address
-        )
+        answer = RegionOpened(message.call_id, num_bytes, served.fd is not None, served.session, served.base_address)
         if served.fd is None:
             self._send(answer)
             return

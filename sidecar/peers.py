@@ -191,9 +191,7 @@ class PeerTable:
         return link
 
     def _check(self, welcome: PeerWelcome) -> None:
-        fault = (
-            welcome.mismatch or layout_fault(welcome.layout) or mismatch(welcome.layout, self._registration.layout)
-        )
+        fault = welcome.mismatch or layout_fault(welcome.layout) or mismatch(welcome.layout, self._registration.layout)
         if fault:
             raise Refusal("incompatible", fault)
 
@@ -268,5 +266,3 @@ class PeerTable:
 
 def _key(source: PullSource) -> Key:
     return (source.host, source.port, source.engine_id, source.epoch)
-
-

@@ -1,9 +1,9 @@
 """A process that holds one Mooncake TransferEngine: it serves a pool to others, or reads one peer's pool into ours.
 
 Why a process each: after an error or a time-out the engine goes on writing into the caller's blocks and cannot be
-cancelled (measured: hundreds of blocks after -1 was returned), its destructor holds the interpreter's lock for a second, a hung
-first contact blocks every other peer of the same engine, and a bad id is a segfault. Killing the process is a fence
-that works at once, and the sidecar's event loop never waits. The parent's side is mooncake_process.py.
+cancelled (measured: hundreds of blocks after -1 was returned), its destructor holds the interpreter's lock for a
+second, a hung first contact blocks every other peer of the same engine, and a bad id is a segfault. Killing the
+process is a fence that works at once, and the event loop never waits. The parent's side is mooncake_process.py.
 
 Started as `python -m sidecar.transport.mooncake FD`, where FD is a socket to the parent: frames both ways.
 """

@@ -38,9 +38,13 @@ def transport(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def pair(transport: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     directory = tmp_path_factory.mktemp("pair")
-    with Sidecar(directory, "p", transport) as p, Sidecar(directory, "d", transport) as d:
-        with FakeEngine(p, seed=1) as producer, FakeEngine(d, seed=2) as consumer:
-            yield Pair(transport, p, d, producer, consumer)
+    with (
+        Sidecar(directory, "p", transport) as p,
+        Sidecar(directory, "d", transport) as d,
+        FakeEngine(p, seed=1) as producer,
+        FakeEngine(d, seed=2) as consumer,
+    ):
+        yield Pair(transport, p, d, producer, consumer)
 
 
 @pytest.fixture

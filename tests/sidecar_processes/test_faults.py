@@ -76,17 +76,20 @@ def test_a_pull_beyond_its_deadline_stops_and_gives_the_lease_back(start: Start)
 
 def test_a_lease_claimed_by_one_engine_is_refused_to_another_until_it_dies(start: Start) -> None:
     first_sidecar = start("first", *SLOW_COPY)
-    with FakeEngine(start("p")) as producer, FakeEngine(start("second")) as second:
-        with FakeEngine(first_sidecar) as first:
-            _, source = begin_slow_pull(producer, first)
-            before = second.pool[:]
-            ended = second.pull(source, BLOCKS)
-            assert (ended.ok, ended.reason) == (False, "wrong_engine") and "first" in ended.message
-            second.client.drop(source)  # not its to drop either
-            assert second.pool[:] == before
-            first_sidecar.kill()
-            eventually(lambda: second.pull(source, BLOCKS).ok, 3.0)
-            assert [second.block(b) for b in BLOCKS] == [producer.block(b) for b in BLOCKS]
+    with (
+        FakeEngine(start("p")) as producer,
+        FakeEngine(start("second")) as second,
+        FakeEngine(first_sidecar) as first,
+    ):
+        _, source = begin_slow_pull(producer, first)
+        before = second.pool[:]
+        ended = second.pull(source, BLOCKS)
+        assert (ended.ok, ended.reason) == (False, "wrong_engine") and "first" in ended.message
+        second.client.drop(source)  # not its to drop either
+        assert second.pool[:] == before
+        first_sidecar.kill()
+        eventually(lambda: second.pull(source, BLOCKS).ok, 3.0)
+        assert [second.block(b) for b in BLOCKS] == [producer.block(b) for b in BLOCKS]
 
 
 def test_expiry_during_a_stalled_copy_invalidates_it(start: Start) -> None:
@@ -236,11 +239,13 @@ def test_what_was_opened_is_closed_again(start: Start) -> None:
         eventually(lambda: "mooncake" not in consumer.client.hello.transports or bool(consumer_sidecar.children()))
         serving = len(consumer_sidecar.children())
         for _ in range(3):
-            with Sidecar(Path(consumer_sidecar.socket_path).parent, "p", consumer.client.hello.transports[0]) as peer:
-                with FakeEngine(peer) as producer:
-                    for number in range(5):
-                        assert consumer.pull(producer.offer([number])[1], [number]).ok
-                    peer.kill()
+            with (
+                Sidecar(Path(consumer_sidecar.socket_path).parent, "p", consumer.client.hello.transports[0]) as peer,
+                FakeEngine(peer) as producer,
+            ):
+                for number in range(5):
+                    assert consumer.pull(producer.offer([number])[1], [number]).ok
+                peer.kill()
             eventually(lambda: consumer_sidecar.usage()[2] == 1 and len(consumer_sidecar.children()) == serving)
             usages.append(consumer_sidecar.usage())
         assert usages[1] == usages[2], usages

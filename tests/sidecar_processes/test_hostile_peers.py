@@ -13,7 +13,16 @@ import pytest
 
 from sidecar.framing import FrameDecoder, encode_frame
 from sidecar.protocol import (
-    PROTOCOL_VERSION, Claim, EngineHello, Heartbeat, Message, OfferBlocks, OpenRegion, PeerHello, RegisterPool, Release,
+    PROTOCOL_VERSION,
+    Claim,
+    EngineHello,
+    Heartbeat,
+    Message,
+    OfferBlocks,
+    OpenRegion,
+    PeerHello,
+    RegisterPool,
+    Release,
     encode,
 )  # fmt: skip
 from tests.sidecar_processes.harness import FakeEngine, Sidecar, a_layout, eventually, raw_connection
@@ -29,9 +38,13 @@ class Ends:
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ends]:
     directory = tmp_path_factory.mktemp("hostile")
-    with Sidecar(directory, "p", "shm", "--connect-timeout-s", "1") as p, Sidecar(directory, "d", "shm") as d:
-        with FakeEngine(p) as producer, FakeEngine(d) as consumer:
-            yield Ends(p, producer, consumer)
+    with (
+        Sidecar(directory, "p", "shm", "--connect-timeout-s", "1") as p,
+        Sidecar(directory, "d", "shm") as d,
+        FakeEngine(p) as producer,
+        FakeEngine(d) as consumer,
+    ):
+        yield Ends(p, producer, consumer)
 
 
 @pytest.fixture(autouse=True)

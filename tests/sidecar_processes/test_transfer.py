@@ -120,9 +120,7 @@ def test_after_release_expiry_drop_and_revocation_a_claim_is_refused(pair: Pair)
     assert pair.consumer.pool[:] == before
 
 
-@pytest.mark.parametrize(
-    ("local", "first_block"), [([0, 1, 2], 1), ([0, 0], 0), ([NUM_BLOCKS], 0), ([3], 7)], ids=str
-)
+@pytest.mark.parametrize(("local", "first_block"), [([0, 1, 2], 1), ([0, 0], 0), ([NUM_BLOCKS], 0), ([3], 7)], ids=str)
 def test_a_pull_that_makes_no_sense_is_refused_and_the_lease_stays(
     pair: Pair, local: list[int], first_block: int
 ) -> None:
@@ -201,14 +199,15 @@ def test_what_moved_is_counted(pair: Pair) -> None:
 
 
 def test_a_long_transfer_does_not_hold_back_a_short_one(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> None:
-    with Sidecar(tmp_path_factory.mktemp("s"), "slow", pair.transport, "--copy-bytes-per-s", "524288") as slow:
-        with FakeEngine(slow) as consumer:
-            assert consumer.pull(pair.producer.offer([1])[1], [1]).ok
-            long_offer, long_source = pair.producer.offer(list(range(200)))
-            consumer.client.pull("long", long_source, list(range(200)))
-            started = time.monotonic()
-            assert consumer.pull(pair.producer.offer([3, 4])[1], [203, 204]).ok
-            assert time.monotonic() - started < 1.5  # the long one takes three seconds
-            assert consumer.count("long") == 0
-            assert consumer.pull_ended("long").ok
-
+    with (
+        Sidecar(tmp_path_factory.mktemp("s"), "slow", pair.transport, "--copy-bytes-per-s", "524288") as slow,
+        FakeEngine(slow) as consumer,
+    ):
+        assert consumer.pull(pair.producer.offer([1])[1], [1]).ok
+        _, long_source = pair.producer.offer(list(range(200)))
+        consumer.client.pull("long", long_source, list(range(200)))
+        started = time.monotonic()
+        assert consumer.pull(pair.producer.offer([3, 4])[1], [203, 204]).ok
+        assert time.monotonic() - started < 1.5  # the long one takes three seconds
+        assert consumer.count("long") == 0
+        assert consumer.pull_ended("long").ok

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import ctypes
+import random
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from sidecar.copy_executor import CopyExecutor, CopyJob, Move
+
+
+class Buffers:
+    def __init__(self, num_bytes: int) -> None:
+        self.source = ctypes.create_string_buffer(random.Random(1).randbytes(num_bytes), num_bytes)
+        self.target = ctypes.create_string_buffer(num_bytes)
+
+    def move(self, to: int, start: int, length: int) -> Move:
+        return ctypes.addressof(self.target) + to, ctypes.addressof(self.source) + start, length
+
+
+@pytest.fixture(params=[1, 3])
+def executor(request: pytest.FixtureRequest) -> Iterator[CopyExecutor]:
+    executor = CopyExecutor(request.param)
+    yield executor
+    executor.close()
+
+
+class End:
+    """Collects the ends of a job."""
+
+    def __init__(self) -> None:
+        self.ends: list[bool] = []
+        self._ended = threading.Event()
+
+    def __call__(self, completed: bool) -> None:
+        self.ends.append(completed)
+        self._ended.set()
+
+    def wait(self) -> bool:
+        assert self._ended.wait(20)
+        return self.ends[0]
+
+
+@pytest.mark.parametrize("span_bytes", [100, 50_000, 3_000_000])
+def test_everything_is_copied_and_ends_once(executor: CopyExecutor, span_bytes: int) -> None:
+    num_bytes = 12_000_000
+    buffers = Buffers(num_bytes)
+    starts = list(range(0, num_bytes, span_bytes))
+    moves = [buffers.move(start, start, min(span_bytes, num_bytes - start)) for start in starts]
+    random.Random(2).shuffle(moves)
+    end = End()
+    executor.submit(moves, end)
+    assert end.wait()
+    assert buffers.target.raw == buffers.source.raw
+    assert end.ends == [True]
+
+
+def test_many_jobs_at_once(executor: CopyExecutor) -> None:
+    buffers = Buffers(1 << 20)
+    ends = [End() for _ in range(64)]
+    for index, end in enumerate(ends):
+        executor.submit([buffers.move(index << 14, index << 14, 1 << 14)], end)
+    assert all(end.wait() for end in ends)
+    assert buffers.target.raw == buffers.source.raw
+
+
+def test_a_stopped_job_writes_no_more_and_ends_once() -> None:
+    executor = CopyExecutor(1, bytes_per_s=100_000)
+    buffers = Buffers(1 << 20)
+    end = End()
+    job = executor.submit([buffers.move(0, 0, 1 << 20)], end)
+    executor.stop(job)
+    executor.stop(job)
+    assert end.wait() is False
+    copied = buffers.target.raw
+    assert copied != buffers.source.raw
+    executor.close()
+    assert buffers.target.raw == copied and end.ends == [False]
+
+
+def test_stopping_a_finished_job_changes_nothing(executor: CopyExecutor) -> None:
+    buffers = Buffers(100)
+    end = End()
+    job = executor.submit([buffers.move(0, 0, 100)], end)
+    assert end.wait()
+    executor.stop(job)
+    assert end.ends == [True]
+
+
+def test_closing_ends_what_waits_and_what_comes_later() -> None:
+    executor = CopyExecutor(1, bytes_per_s=1_000_000)
+    buffers = Buffers(1 << 20)
+    ends = [End() for _ in range(3)]
+    for end in ends[:2]:
+        executor.submit([buffers.move(0, 0, 1 << 20)], end)
+    executor.close()
+    executor.submit([buffers.move(0, 0, 100)], ends[2])
+    assert [end.wait() for end in ends] == [False, False, False]
+    assert [end.ends for end in ends] == [[False]] * 3
+
+
+def test_chunks_cover_a_job_without_overlap() -> None:
+    moves = [(1000, 5000, 700), (3000, 9000, 10), (4000, 100, 291)]
+    job = CopyJob(moves, lambda completed: None)
+    chunks = []
+    while not job.exhausted:
+        chunks.append(job.next_chunk(300))
+    assert [sum(length for _, _, length in chunk) for chunk in chunks] == [300, 300, 300, 101]
+    pieces = [piece for chunk in chunks for piece in chunk]
+    assert [byte for to, _, length in pieces for byte in range(to, to + length)] == [
+        byte for to, _, length in moves for byte in range(to, to + length)
+    ]
+    assert all(to - start in (-4000, -6000, 3900) for to, start, _ in pieces)
+
+
+def test_a_short_job_passes_a_long_one() -> None:
+    executor = CopyExecutor(1, bytes_per_s=20_000_000)
+    buffers = Buffers(16 << 20)
+    long, short = End(), End()
+    executor.submit([buffers.move(0, 0, 16 << 20)], long)
+    executor.submit([buffers.move(0, 0, 1000)], short)
+    assert short.wait()
+    assert long.ends == []
+    executor.close()

@@ -1,0 +1,186 @@
+"""The lease table, walked completely, and its rules as transcripts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from sidecar.errors import Refusal
+from sidecar.leases import FINAL, MAX_REMEMBERED, TRANSITIONS, Claimant, Happening, LeaseTable, State
+
+ALICE, ALICE_AGAIN, BOB = Claimant("alice", 1), Claimant("alice", 2), Claimant("bob", 3)
+
+
+def table(max_leases: int = 100_000) -> LeaseTable:
+    return LeaseTable(claim_ttl_s=5.0, max_claim_s=20.0, max_leases=max_leases)
+
+
+def offered(ttl_s: float = 30.0) -> LeaseTable:
+    leases = table()
+    leases.offer("t", "secret", "r", [1, 2], 32, ttl_s, 0.0)
+    return leases
+
+
+def claimed() -> LeaseTable:
+    leases = offered()
+    leases.claim("t", "secret", ALICE, 0.0)
+    return leases
+
+
+def ended(*how: Callable[[LeaseTable], object]) -> LeaseTable:
+    leases = claimed()
+    for step in how:
+        step(leases)
+    leases.take_ended()
+    return leases
+
+
+IN_STATE: dict[State, Callable[[], LeaseTable]] = {
+    State.OFFERED: offered,
+    State.CLAIMED: claimed,
+    State.CONSUMED: lambda: ended(lambda t: t.consume("t", "secret", ALICE, 1.0)),
+    State.DROPPED: lambda: ended(lambda t: t.drop("t", "secret", "alice", 1.0)),
+    State.EXPIRED: lambda: ended(lambda t: t.expire(1000.0)),
+    State.REVOKED: lambda: ended(lambda t: t.revoke("t")),
+}
+ACT: dict[Happening, Callable[[LeaseTable], object]] = {
+    Happening.CLAIM: lambda t: t.claim("t", "secret", ALICE_AGAIN, 1.0),
+    Happening.HEARTBEAT: lambda t: t.heartbeat("t", "secret", ALICE, 1.0),
+    Happening.CONSUME: lambda t: t.consume("t", "secret", ALICE, 1.0),
+    Happening.RETURN: lambda t: t.give_back("t", "secret", ALICE, 1.0),
+    Happening.DROP: lambda t: t.drop("t", "secret", "alice", 1.0),
+    Happening.EXPIRE: lambda t: t.expire(1000.0),
+    Happening.REVOKE: lambda t: t.revoke("t"),
+}
+
+
+@pytest.mark.parametrize("happening", Happening)
+@pytest.mark.parametrize("state", State)
+def test_every_cell_of_the_table(state: State, happening: Happening) -> None:
+    leases = IN_STATE[state]()
+    after = TRANSITIONS.get((state, happening))
+    if after is None:
+        quiet = happening in (Happening.EXPIRE, Happening.REVOKE) and state in FINAL
+        if quiet:
+            ACT[happening](leases)
+        else:
+            with pytest.raises(Refusal):
+                ACT[happening](leases)
+        assert leases.take_ended() == []
+        assert len(leases) == (0 if state in FINAL else 1)
+        return
+    ACT[happening](leases)
+    if after in FINAL:
+        assert leases.take_ended() == [("t", after)] and len(leases) == 0
+    else:
+        assert leases.take_ended() == [] and leases.count(after) == 1
+
+
+def test_final_states_lead_nowhere() -> None:
+    assert not [cell for cell in TRANSITIONS if cell[0] in FINAL]
+
+
+def refused(act: Callable[[], object]) -> str:
+    with pytest.raises(Refusal) as refusal:
+        act()
+    assert refusal.value.message
+    return refusal.value.reason
+
+
+def test_reasons() -> None:
+    leases = claimed()
+    assert refused(lambda: leases.claim("no", "secret", ALICE, 0.0)) == "unknown"
+    assert refused(lambda: leases.claim("t", "guess", ALICE, 0.0)) == "wrong_token"
+    assert refused(lambda: leases.claim("t", "", ALICE, 0.0)) == "wrong_token"
+    for act in (leases.claim, leases.heartbeat, leases.consume, leases.give_back):
+        assert refused(lambda act=act: act("t", "secret", BOB, 0.0)) == "wrong_engine"  # type: ignore[misc]
+    assert refused(lambda: leases.drop("t", "secret", "bob", 0.0)) == "wrong_engine"
+    leases.consume("t", "secret", ALICE, 1.0)
+    assert refused(lambda: leases.claim("t", "secret", ALICE, 1.0)) == "released"
+
+
+def test_an_offer_expires_at_its_time_and_not_before() -> None:
+    leases = offered(ttl_s=10.0)
+    assert leases.next_expiry() == 10.0
+    leases.expire(9.99)
+    assert len(leases) == 1
+    leases.expire(10.0)
+    assert leases.take_ended() == [("t", State.EXPIRED)]
+    assert refused(lambda: leases.claim("t", "secret", ALICE, 11.0)) == "expired"
+    assert leases.next_expiry() is None
+
+
+def test_a_late_claim_expires_the_lease_even_before_the_timer() -> None:
+    leases = offered(ttl_s=10.0)
+    assert refused(lambda: leases.claim("t", "secret", ALICE, 10.0)) == "expired"
+    assert leases.take_ended() == [("t", State.EXPIRED)]
+
+
+def test_a_claim_just_in_time_lasts_its_own_time_and_heartbeats_extend_it() -> None:
+    leases = offered(ttl_s=10.0)
+    assert leases.claim("t", "secret", ALICE, 9.0).expires_at == 14.0
+    leases.expire(12.0)
+    assert leases.heartbeat("t", "secret", ALICE, 12.0).expires_at == 17.0
+    leases.expire(16.9)
+    leases.expire(17.0)
+    assert leases.take_ended() == [("t", State.EXPIRED)]
+    assert refused(lambda: leases.consume("t", "secret", ALICE, 17.0)) == "expired"
+
+
+def test_heartbeats_do_not_carry_a_claim_beyond_its_longest_time() -> None:
+    leases = offered(ttl_s=1.0)
+    leases.claim("t", "secret", ALICE, 0.0)
+    for now in range(1, 20):
+        leases.heartbeat("t", "secret", ALICE, float(now))
+    assert leases.heartbeat("t", "secret", ALICE, 19.9).expires_at == 20.0
+    assert refused(lambda: leases.heartbeat("t", "secret", ALICE, 20.0)) == "expired"
+
+
+def test_a_lost_connection_gives_its_leases_back_to_the_offer_s_time() -> None:
+    leases = offered(ttl_s=10.0)
+    leases.offer("u", "secret", "r", [], 0, 3.0, 0.0)
+    leases.claim("t", "secret", ALICE, 1.0)
+    leases.claim("u", "secret", ALICE, 1.0)
+    leases.connection_lost(BOB.connection_id, 2.0)
+    assert leases.count(State.CLAIMED) == 2
+    leases.connection_lost(ALICE.connection_id, 5.0)
+    assert leases.take_ended() == [("u", State.EXPIRED)]
+    assert leases.claim("t", "secret", BOB, 6.0).claimant == BOB
+    leases.connection_lost(BOB.connection_id, 7.0)
+    leases.expire(10.0)
+    assert leases.take_ended() == [("t", State.EXPIRED)]
+
+
+def test_a_claim_moved_to_a_new_connection_survives_the_old_one() -> None:
+    leases = claimed()
+    leases.claim("t", "secret", ALICE_AGAIN, 1.0)
+    leases.connection_lost(ALICE.connection_id, 2.0)
+    leases.consume("t", "secret", ALICE_AGAIN, 3.0)
+
+
+def test_void_ends_everything() -> None:
+    leases = claimed()
+    leases.offer("u", "secret", "r", [], 0, 3.0, 0.0)
+    assert sorted(leases.void()) == ["t", "u"]
+    assert sorted(leases.take_ended()) == [("t", State.REVOKED), ("u", State.REVOKED)]
+    assert leases.take_ended() == []
+
+
+def test_limits() -> None:
+    leases = table(max_leases=2)
+    for name in ("a", "b"):
+        leases.offer(name, "s", "r", [], 0, 1.0, 0.0)
+    assert refused(lambda: leases.offer("c", "s", "r", [], 0, 1.0, 0.0)) == "invalid"
+    leases.revoke("a")
+    leases.offer("c", "s", "r", [], 0, 1.0, 0.0)
+
+
+def test_what_ended_is_remembered_up_to_a_limit() -> None:
+    leases = table()
+    for number in range(MAX_REMEMBERED + 1):
+        leases.offer(f"{number}", "s", "r", [], 0, 1.0, 0.0)
+    leases.expire(2.0)
+    reasons = {refused(lambda n=n: leases.claim(f"{n}", "s", ALICE, 2.0)) for n in range(MAX_REMEMBERED + 1)}  # type: ignore[misc]
+    assert reasons == {"expired", "unknown"}
+    assert len(leases._remembered) == MAX_REMEMBERED and not leases._expiries
