@@ -26,8 +26,11 @@ class AccessLog:
             return
         held, self._held = self._held, []
         text = []
+        second, clock = -1, ""
         for stamp, line in held:
-            clock = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(stamp))
+            if int(stamp) != second:
+                second = int(stamp)
+                clock = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(second))
             text.append(f"{clock}.{int(stamp % 1 * 1000):03d} INFO proxy.access {line}\n")
         try:
             self._stream.write("".join(text))

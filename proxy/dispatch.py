@@ -264,7 +264,8 @@ class Dispatcher:
             raise NoInstance(role.value, "none is enabled")
         instance = self._policy.pick(fit, num_tokens)
         self._fleet.picked(instance)
-        instance.health.begin_trial(now)
+        if not instance.health.healthy:
+            instance.health.begin_trial(now)
         return instance
 
     def _reserve_decoder(self, flow: Flow) -> None:

@@ -49,9 +49,9 @@ class RequestHead:
         "content_encoding",
         "content_length",
         "expects_continue",
-        "fields",
         "host_seen",
         "keep_alive",
+        "lines",
         "method",
         "path",
         "query",
@@ -67,7 +67,7 @@ class RequestHead:
         self.query = b""
         self.method = b""
         self.version = "1.1"
-        self.fields: list[tuple[bytes, bytes]] = []
+        self.lines: list[bytes] = []
         self.connection_tokens = b""
         self.content_length = 0
         self.content_encoding = b""
@@ -108,7 +108,7 @@ class RequestHead:
                 self.authorization = True
             elif lower == b"content-encoding":
                 self.content_encoding = value.lower()
-            self.fields.append((name, value))
+            self.lines.append(b"%b: %b\r\n" % (name, value))
         elif lower == b"content-length":
             self.content_length = int(value)
         elif lower == b"transfer-encoding":
@@ -147,11 +147,11 @@ class RequestHead:
     @property
     def forwarded(self) -> bytes:
         """The header lines to pass on, each ended by CRLF, without what `Connection` names."""
-        fields = self.fields
+        lines = self.lines
         if self.connection_tokens and self.connection_tokens not in (b",close", b",keep-alive"):
             named = {token.strip() for token in self.connection_tokens.split(b",")}
-            fields = [field for field in fields if field[0].lower() not in named]
-        return b"".join([b"%b: %b\r\n" % field for field in fields])
+            lines = [line for line in lines if line.partition(b":")[0].lower() not in named]
+        return b"".join(lines)
 
 
 def clean_request_id(value: bytes) -> str | None:

@@ -102,10 +102,11 @@ def _prompts(prompt: Any, embeds: Any) -> tuple[int, int | None]:
 def spliced(body: bytes, fields: dict[str, Any], key: str, value: Any) -> bytes:
     """`body` with a member added, without serialising the rest again.
 
-    `fields` is `body` parsed. A key that is there already has to be replaced, which serialises anew.
+    `fields` is `body` parsed, `key` needs no escaping. A key that is there already has to be replaced, which means
+    serialising anew.
     """
     if key in fields:
         return orjson.dumps({**fields, key: value})
     end = body.rfind(b"}")
     comma = b"," if fields else b""
-    return b"%b%b%b:%b}" % (body[:end], comma, orjson.dumps(key), orjson.dumps(value))
+    return b'%b%b"%b":%b}' % (body[:end], comma, key.encode(), orjson.dumps(value))

@@ -98,7 +98,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._head = ResponseHead()
         self._head_end = 0
         self._num_interim = 0
-        self._raw = bytearray()
+        self._raw: bytes | bytearray = b""
         self._complete = False
         self._overrun = False
         self._reused = False
@@ -141,7 +141,7 @@ class UpstreamConnection(asyncio.Protocol):
         After a cancellation or a TIMEOUT the connection is still open: the waiter calls `close` or `hang_up`."""
         assert self.transport is not None
         self._first_event_only = first_event_only
-        self._raw = bytearray()
+        self._raw = b""
         self._head_end = 0
         self._complete = False
         self.deadline = deadline
@@ -173,7 +173,13 @@ class UpstreamConnection(asyncio.Protocol):
             self._ended(None)
 
     def _gather(self, data: bytes) -> None:
-        self._raw += data
+        raw = self._raw
+        if not raw:  # a small answer comes in one read and needs no copy
+            self._raw = data
+        elif type(raw) is bytearray:
+            raw += data
+        else:
+            self._raw = bytearray(raw) + data
         try:
             self._feed(data)
         except httptools.HttpParserError as error:
@@ -184,7 +190,7 @@ class UpstreamConnection(asyncio.Protocol):
             return
         while self._num_interim:  # 1xx heads are skipped (RFC 9110 section 15.2)
             self._num_interim -= 1
-            del self._raw[: self._raw.find(HEAD_END) + 4]
+            self._raw = self._raw[self._raw.find(HEAD_END) + 4 :]
         head = self._head
         if not self._head_end:
             if not head.status:
@@ -228,7 +234,7 @@ class UpstreamConnection(asyncio.Protocol):
 
         If the message is complete by now, or the connection died since the first event, `on_end` is called at once."""
         first = bytes(self._raw[self._head_end :])
-        self._raw = bytearray()
+        self._raw = b""
         self.waiter = None
         self._first_chunk = next(self._chunks)
         self._last = first
