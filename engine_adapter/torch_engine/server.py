@@ -38,6 +38,9 @@ WATCH_INTERVAL_S = 0.25
 DEAD_ENGINE_GRACE_S = 2.0
 """How long a dead engine's instance still answers 503, so that its clients learn why, before it exits."""
 DRAIN_POLL_S = 0.02
+OFFER_GRACE_S = 3.0
+"""How long a draining prefiller waits for its last offers to be fetched: a hand-off takes milliseconds, and what nobody
+has claimed by then is an orphan that need not hold the exit up for a whole lease."""
 FLUSH_TIMEOUT_S = 0.5
 """For last bytes on their way to a slow client."""
 CANCEL_TIMEOUT_S = 0.1
@@ -146,10 +149,15 @@ class Instance:
 
     async def _drain(self, service: ModelService, stop_now: asyncio.Event) -> None:
         """Let running requests end and offered KV be fetched; a second signal or the deadline cuts that short."""
-        deadline = time.monotonic() + self.config.drain_timeout_s
+        now = time.monotonic()
+        deadline = now + self.config.drain_timeout_s
+        offers_deadline = now + OFFER_GRACE_S
         logger.info("draining in_flight=%d timeout_s=%.1f", service.num_in_flight, self.config.drain_timeout_s)
         while service.num_in_flight or self.engine.stats().num_blocks_held_by_offers:
-            if stop_now.is_set() or time.monotonic() > deadline or not self.engine.stats().alive:
+            now = time.monotonic()
+            if service.num_in_flight:
+                offers_deadline = now + OFFER_GRACE_S
+            if stop_now.is_set() or now > min(deadline, offers_deadline) or not self.engine.stats().alive:
                 logger.warning("drain_cut_short in_flight=%d", service.num_in_flight)
                 return
             await asyncio.sleep(DRAIN_POLL_S)

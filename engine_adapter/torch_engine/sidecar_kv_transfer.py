@@ -167,7 +167,8 @@ class SidecarKvTransfer:
 
     def _forget(self, transfer_id: str, ended: list[str]) -> None:
         request_id = self._request_of.pop(transfer_id, None)
-        if request_id is not None and self._transfer_of.pop(request_id, None):
+        if request_id is not None:
+            self._transfer_of.pop(request_id, "")
             ended.append(request_id)
 
     def _unlink(self, client: SidecarClient, message: str, ended: list[str]) -> None:
