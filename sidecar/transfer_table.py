@@ -46,6 +46,7 @@ class OpenPull:
         self.progress = Progress()
         self.interruption: Interrupted | None = None
         self.unwanted = False
+        self.too_many = False
         self.transport = ""
         self.started_at = time.monotonic()
         self._waiter: asyncio.Future[object] | None = None
@@ -114,6 +115,7 @@ class TransferTable:
         if request.pull_id in self._pulls:
             raise FrameError(f"pull {request.pull_id!r} is open already")
         pull = OpenPull(request)
+        pull.too_many = len(self._pulls) >= self._config.max_pulls
         self._pulls[request.pull_id] = pull
         task = asyncio.ensure_future(self._run(pull))
         self._tasks.add(task)
@@ -157,7 +159,7 @@ class TransferTable:
         num_bytes = 0
         refusal: Refusal | None = None
         try:
-            if len(self._pulls) > self._config.max_pulls:
+            if pull.too_many:
                 raise Refusal("invalid", f"{self._config.max_pulls} pulls are open, which is the limit")
             num_bytes = await self._story(pull)
         except Refusal as error:

@@ -92,7 +92,7 @@ class Wrong:
     ids=lambda wrong: f"{wrong.field}-{wrong.reason}",
 )
 def test_a_wrong_source_is_refused_and_writes_nothing(pair: Pair, wrong: Wrong) -> None:
-    offer, source = pair.producer.offer([1, 2, 3])
+    _, source = pair.producer.offer([1, 2, 3])
     before = pair.consumer.pool[:]
     ended = pair.consumer.pull(msgspec.structs.replace(source, **{wrong.field: wrong.value}), [1, 2, 3])
     assert (ended.ok, ended.reason) == (False, wrong.reason) and ended.message

@@ -9,10 +9,8 @@ NEEDED = ["--socket", "/tmp/s", "--engine-id", "e"]
 
 
 def test_every_flag_of_the_command_line() -> None:
-    config = config_from(
-        [*NEEDED, "--listen", "0.0.0.0:7", "--rank", "3", "--transport", "shm", "--metrics-port", "9", "--advertise-host",
-         "h", "--log-level", "DEBUG", "--exit-on-stdin-eof"]
-    )  # fmt: skip
+    line = "--listen 0.0.0.0:7 --rank 3 --transport shm --metrics-port 9 --advertise-host h --log-level DEBUG"
+    config = config_from([*NEEDED, *line.split(), "--exit-on-stdin-eof"])
     assert (config.socket, config.listen, config.engine_id, config.rank) == ("/tmp/s", "0.0.0.0:7", "e", 3)
     assert (config.transport, config.metrics_port, config.advertise_host) == ("shm", 9, "h")
     assert config.log_level == "DEBUG" and config.exit_on_stdin_eof
@@ -40,7 +38,7 @@ def test_defaults() -> None:
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
 def test_a_wrong_command_line_is_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UsageError, match=".*"):
+    with pytest.raises(UsageError):
         config_from(arguments)
     assert main(arguments) == 2
     output = capsys.readouterr()

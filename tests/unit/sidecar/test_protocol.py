@@ -29,8 +29,8 @@ SOURCE = PullSource("h", 1, "e", "t", "s", "p", 2)
 @pytest.mark.parametrize(
     "message",
     [
-        EngineHello(1, "x"), RegisterPool(1, LAYOUT), OfferBlocks(2, "r", [1, 2], 32, 1.5), Pull("p", SOURCE, [1], 0, 2.0),
-        protocol.Revoke("t"), protocol.Abandon("p"), protocol.Drop(SOURCE),
+        EngineHello(1, "x"), RegisterPool(1, LAYOUT), OfferBlocks(2, "r", [1, 2], 32, 1.5),
+        Pull("p", SOURCE, [1], 0, 2.0), protocol.Revoke("t"), protocol.Abandon("p"), protocol.Drop(SOURCE),
     ],
     ids=lambda message: type(message).__name__,
 )  # fmt: skip
@@ -41,7 +41,8 @@ def test_what_an_engine_says_is_read_back(message: protocol.Message) -> None:
 @pytest.mark.parametrize(
     "payload",
     [
-        b"", b"\xc1", msgspec.msgpack.encode(7), msgspec.msgpack.encode({"type": "nonsense"}), msgspec.msgpack.encode({}),
+        b"", b"\xc1", msgspec.msgpack.encode(7), msgspec.msgpack.encode({"type": "nonsense"}),
+        msgspec.msgpack.encode({}),
         msgspec.msgpack.encode({"type": "offer_blocks", "call_id": 1}),
         encode(OfferBlocks(1, "r", [-1], 1, 1.0)), encode(OfferBlocks(-1, "r", [], 1, 1.0)),
         encode(OfferBlocks(1, "r", [], 1, float("nan"))), encode(OfferBlocks(1, "r", [], 1, 1e30)),
