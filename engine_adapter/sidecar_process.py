@@ -68,20 +68,27 @@ class OwnSidecar:
         self._watcher.start()
 
     def stop(self) -> None:
-        """End the child by closing its standard input, then by signal, and remove its directory."""
+        """End the child by closing its standard input, then by signal, and remove its directory. Idempotent."""
         self._stopping.set()
-        process = self._process
-        if process is not None:
-            if process.stdin:
-                process.stdin.close()
-            try:
-                process.wait(STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        self._end(self._process)
         if self._watcher.is_alive():
-            self._watcher.join(STOP_TIMEOUT_S)
+            self._watcher.join(READY_TIMEOUT_S)
+        self._end(self._process)  # the watcher may just have started another one
         self._directory.cleanup()
+
+    @staticmethod
+    def _end(process: subprocess.Popen[str] | None) -> None:
+        if process is None:
+            return
+        if process.stdin:
+            process.stdin.close()
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        if process.stdout:
+            process.stdout.close()
 
     def _spawn(self) -> subprocess.Popen[str]:
         process = subprocess.Popen(
@@ -100,6 +107,7 @@ class OwnSidecar:
         if not line.startswith("ready"):
             process.kill()
             code = process.wait()
+            self._end(process)
             raise SidecarStartError(
                 f"pd-sidecar ended with {code} before it was ready: {line or 'see its last lines above'}"
             )
@@ -115,7 +123,7 @@ class OwnSidecar:
             if self._stopping.is_set():
                 return
             logger.error("own_sidecar_died pid=%d code=%s", process.pid, code)
-            self._close_pipes(process)
+            self._end(process)
             if self._stopping.wait(RESTART_DELAYS_S[min(failures, len(RESTART_DELAYS_S) - 1)]):
                 return
             try:
@@ -124,9 +132,3 @@ class OwnSidecar:
             except SidecarStartError as error:
                 logger.error("own_sidecar_start_failed error=%s", error)
                 failures += 1
-
-    @staticmethod
-    def _close_pipes(process: subprocess.Popen[str]) -> None:
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                pipe.close()

@@ -204,7 +204,7 @@ class CopyingTransfer:
         self.abandoned.append(request_id)
 
     def finish_pulls(self, *, ok: bool = True, flip_byte: bool = False) -> None:
-        """End all open pulls; `flip_byte` turns the sign of one number of the first block of each."""
+        """End all open pulls; `flip_byte` flips a bit of an exponent in the first block of each."""
         for request_id, (params, local_block_ids, first_block) in self.open_pulls.items():
             remote_request_id = params["remote_request_id"]
             if ok:
@@ -221,7 +221,7 @@ class CopyingTransfer:
         )
         target[target_ids] = source[source_ids]
         if flip_byte:
-            target[target_ids[0], 0] *= -1
+            target[target_ids[0]].view(torch.uint8)[3] ^= 0x40
 
     def poll(self) -> KvEvents:
         events = KvEvents(pulls=self.results, ended_offers=self.ended_offers)

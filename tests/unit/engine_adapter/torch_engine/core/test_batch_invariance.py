@@ -12,6 +12,7 @@ from torch import nn
 from engine_adapter.torch_engine.batch_invariant import (
     MAX_DECODE_ROWS,
     BatchInvariantLinear,
+    ForwardKind,
     UncutActivation,
     rows_are_invariant,
 )
@@ -162,16 +163,20 @@ def test_probe_notices_a_linear_that_depends_on_its_batch() -> None:
         def forward(self, rows: torch.Tensor) -> torch.Tensor:
             return rows - rows.mean(dim=0)
 
-    assert not rows_are_invariant(BatchMean())
-    assert rows_are_invariant(BatchInvariantLinear(nn.Linear(100, 60)))
+    kind = ForwardKind()
+    assert not rows_are_invariant(BatchMean(), kind)
+    assert rows_are_invariant(BatchInvariantLinear(nn.Linear(100, 60), kind), kind)
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_linear_computes_what_nn_linear_does(bias: bool, dtype: torch.dtype) -> None:
     linear = nn.Linear(64, 48, bias=bias, dtype=dtype).requires_grad_(False)
-    rows = torch.randn(1, 5, 64, dtype=dtype)
-    torch.testing.assert_close(BatchInvariantLinear(linear)(rows), linear(rows), rtol=2e-2, atol=2e-2)
+    kind = ForwardKind()
+    swapped = BatchInvariantLinear(linear, kind)
+    for kind.is_decode, num_rows in ((False, 5), (True, 8), (True, 24)):
+        rows = torch.randn(1, num_rows, 64, dtype=dtype)
+        torch.testing.assert_close(swapped(rows), linear(rows), rtol=2e-2, atol=2e-2)
 
 
 def test_activation_is_applied_to_pieces_too_small_to_be_cut() -> None:
