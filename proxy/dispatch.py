@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import logging
 import uuid
+from collections.abc import Callable
 from time import monotonic
 
 from proxy import http1, sse
@@ -34,6 +35,12 @@ log = logging.getLogger(__name__)
 
 HANG_UP_S = 5.0  # how long an abandoned prefill is listened to, for the KV it may still hand out
 MIN_MEASURED_CHUNKS = 8  # a shorter stream says little about the time of a decode step
+
+
+def unchunked(transport: asyncio.WriteTransport) -> Callable[[bytes], None]:
+    """A sink for a chunked body that writes its payload only, for a client that knows no chunks."""
+    decoder = http1.ChunkDecoder()
+    return lambda data: transport.writelines(decoder.feed(data)[0])
 
 
 class PassOn(Exception):
@@ -350,31 +357,24 @@ class Dispatcher:
             if not ended.done():
                 ended.set_result(failure)
 
-        write = client.write
+        sink: Callable[[bytes], None] = client.transport.write
         framing = b""
         if head.chunked and flow.head.version == "1.1":
             framing = http1.CHUNKED_LINE
         elif head.chunked:
-            decoder = http1.ChunkDecoder()
-            write = lambda data: client.transport.writelines(decoder.feed(data)[0])  # noqa: E731
+            sink = unchunked(client.transport)
         elif head.content_length is not None:
             framing = http1.content_length_line(head.content_length)
         flow.close = flow.close or not framing
         flow.headers_sent = True
         flow.status = head.status
+        client.write(head.rebuilt(flow.request_id, framing, flow.close))
+        client.relay_from(connection)
         try:
-            first = connection.relay(write, on_end, self._config.between_tokens_timeout_s)
-            client.relay_from(connection)
-            if write is client.write:
-                write(head.rebuilt(flow.request_id, framing, flow.close) + first)
-            else:
-                client.write(head.rebuilt(flow.request_id, framing, flow.close))
-                write(first)
-            connection.resume_relay()
+            connection.relay(sink, on_end, self._config.between_tokens_timeout_s)
             failure = await ended
-        except asyncio.CancelledError:
-            connection.stop_relay(on_end)
-            raise
+        finally:
+            client.relay_from(None)
         self._measure_decode(flow, connection.num_chunks)
         if failure is None:
             flow.outcome = "ok"

@@ -66,7 +66,6 @@ class ClientConnection(asyncio.Protocol):
         "since",
         "state",
         "transport",
-        "write",
     )
 
     def __init__(self, services: Services) -> None:
@@ -85,7 +84,6 @@ class ClientConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports have this interface and are not of this class
         self.transport = transport = cast(asyncio.Transport, transport)
-        self.write: Callable[[bytes], None] = transport.write
         self.state = HEAD
         self.since = monotonic()
         self._services.connections.add(self)
@@ -142,7 +140,7 @@ class ClientConnection(asyncio.Protocol):
         if head.content_encoding not in (b"", b"identity"):
             raise ProxyError(415, "A compressed request body is not understood.", param="Content-Encoding")
         if head.expects_continue:
-            self.transport.write(http1.CONTINUE)
+            self.write(http1.CONTINUE)
         self.state = BODY
         self._decoder = ChunkDecoder() if head.chunked else None
 
@@ -190,19 +188,24 @@ class ClientConnection(asyncio.Protocol):
     def _refuse(self, error: ProxyError) -> None:
         """Answer what is not a request we can read, and end the connection once the client has had time to see it."""
         self._services.refused(error.status)
-        self.transport.write(http1.simple_response(error.status, error.body(), close=True))
+        self.write(http1.simple_response(error.status, error.body(), close=True))
         self._linger()
 
     def _linger(self) -> None:
         self.state = LINGER
         self.since = monotonic()
-        if self.transport.can_write_eof():
+        if not self.transport.is_closing() and self.transport.can_write_eof():
             self.transport.write_eof()
 
     # --- answering
 
-    def relay_from(self, upstream: UpstreamConnection) -> None:
-        """Let the client's pace slow `upstream` down until `answered`."""
+    def write(self, data: bytes) -> None:
+        """Does nothing once the client is gone: it may be at any write, and its transport knows before we do."""
+        if not self.transport.is_closing():
+            self.transport.write(data)
+
+    def relay_from(self, upstream: UpstreamConnection | None) -> None:
+        """From now on the client's pace slows `upstream` down, and its leaving ends it."""
         self._relayed = upstream
 
     def answered(self, *, close: bool) -> None:
@@ -217,7 +220,7 @@ class ClientConnection(asyncio.Protocol):
         self.state = HEAD
         self.since = monotonic()
         ahead, self._ahead = self._ahead, b""
-        if ahead:
+        if ahead and not self.transport.is_closing():
             self.transport.resume_reading()
             self.data_received(ahead)
 
@@ -237,6 +240,9 @@ class ClientConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.state = CLOSED
         self._services.connections.discard(self)
+        relayed, self._relayed = self._relayed, None
+        if relayed is not None:
+            relayed.stop_relay()
         task, self._task = self._task, None
         if task is not None:
             task.cancel()

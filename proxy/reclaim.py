@@ -10,13 +10,15 @@ from typing import Any
 
 from proxy.config import ProxyConfig
 from proxy.contracts import Contract
-from proxy.errors import UpstreamFailure
+from proxy.errors import Failure, UpstreamFailure
 from proxy.instance import Fleet, Instance, Role
 from proxy.kv_ledger import KvEntry, KvLedger, KvState
 from proxy.openai_api import ApiCall
 from proxy.scheduling.candidate import candidates
 
 log = logging.getLogger(__name__)
+
+AGAIN_S = 0.2  # between rounds of asking, while no decoder can be reached
 
 
 class Reclaimer:
@@ -69,24 +71,26 @@ class Reclaimer:
                 )
 
     async def _ask_decoders(self, head: bytes, body: bytes, kv: dict[str, Any]) -> tuple[int, str]:
-        """The status of the first decoder that answers; another is asked only if the first was never reached, unless
-        the contract allows a second dispatch."""
+        """The status of the first decoder that answers; asks on until the caller ends it.
+
+        A decoder that was reached and did not answer may have acted: another is asked only where the contract allows."""
         tried: set[Instance] = set()
-        reason = "no decoder"
-        while fit := candidates(self._fleet.members[Role.DECODE], tried, monotonic()):
-            decoder = min(fit, key=lambda one: one.load.num_requests)
-            if decoder in tried:
-                break
+        while True:
+            fit = candidates(self._fleet.members[Role.DECODE], tried, monotonic())
+            decoder = min(fit, key=lambda one: one.load.num_requests, default=None)
+            if decoder is None or decoder in tried:  # all were asked: perhaps one comes back in time
+                await asyncio.sleep(AGAIN_S)
+                tried.clear()
+                continue
             tried.add(decoder)
             try:
                 answer = await decoder.pool.call(head, body, timeout_s=self._config.reclaim_timeout_s)
             except UpstreamFailure as failure:
-                reason = failure.message
-                if not self._contract.may_reclaim(kv, True):
-                    break
+                reached = failure.failure not in (Failure.REFUSED, Failure.CONNECT_TIMEOUT)
+                if reached and not self._contract.may_reclaim(kv, True):
+                    return 0, failure.message
                 continue
             return answer.status, f"status {answer.status}"
-        return 0, reason
 
     @property
     def num_open(self) -> int:

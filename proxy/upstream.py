@@ -145,12 +145,15 @@ class UpstreamConnection(asyncio.Protocol):
         self._head_end = 0
         self._complete = False
         self.deadline = deadline
+        self.waiter = waiter = self.pool.loop.create_future()
+        if self.transport.is_closing():
+            self._failed(Failure.STALE if self._reused else Failure.RESET, "the connection was closed at once")
+            return waiter
         if len(body) < 16384:
             self.transport.write(head + body)
         else:
             self.transport.write(head)
             self.transport.write(body)
-        self.waiter = waiter = self.pool.loop.create_future()
         return waiter
 
     def data_received(self, data: bytes) -> None:
@@ -168,7 +171,11 @@ class UpstreamConnection(asyncio.Protocol):
             return
         self._heard = True
         self._last = data
-        sink(data)
+        try:
+            sink(data)
+        except RuntimeError:  # uvloop: the client's transport is closed, and its protocol will be told in a moment
+            self.stop_relay()
+            return
         if self._complete:
             self._ended(None)
 
@@ -229,10 +236,10 @@ class UpstreamConnection(asyncio.Protocol):
 
     # --- relaying
 
-    def relay(self, sink: Callable[[bytes], None], on_end: Callable[[Failure | None], None], timeout_s: float) -> bytes:
-        """Pass what comes from now on to `sink`, and say once how it ended. Returns the body bytes there are already.
+    def relay(self, sink: Callable[[bytes], None], on_end: Callable[[Failure | None], None], timeout_s: float) -> None:
+        """Pass the body, what there is of it and what comes, to `sink` as it is framed, and say once how it ended.
 
-        If the message is complete by now, or the connection died since the first event, `on_end` is called at once."""
+        `sink` must not wait; it may raise RuntimeError, which ends the relay without a word: the client is gone."""
         first = bytes(self._raw[self._head_end :])
         self._raw = b""
         self.waiter = None
@@ -242,18 +249,19 @@ class UpstreamConnection(asyncio.Protocol):
         self._on_end = on_end
         self._sink = sink
         self.deadline = monotonic() + timeout_s
-        return first
-
-    def resume_relay(self) -> None:
-        """To be called after what `relay` returned was written: reports an end that has come meanwhile."""
+        try:
+            sink(first)
+        except RuntimeError:
+            self.stop_relay()
+            return
         if self._complete:
             self._ended(None)
-        elif self.transport is None or self.transport.is_closing():
+        elif self.transport is None or self.transport.is_closing():  # it died since the first event
             self._ended(self._failure_at_loss())
 
-    def stop_relay(self, on_end: Callable[[Failure | None], None]) -> None:
-        """The client is gone: what still comes is for nobody. Does nothing if the relay with this `on_end` is over."""
-        if self._on_end is on_end:
+    def stop_relay(self) -> None:
+        """The client is gone: what still comes is for nobody. `on_end` is not called. Does nothing if there is none."""
+        if self._sink is not None:
             self._sink = self._on_end = None
             self.close()
 
@@ -306,9 +314,13 @@ class UpstreamConnection(asyncio.Protocol):
         """Nobody wants the answer, but it may hand out KV: close our half and read on until the instance ends it.
 
         `on_answer` is called only if a whole answer arrives before `deadline`."""
+        self.lingers = True
+        if self._complete:  # it came after the waiter was cancelled and before the waiter knew
+            self.close()
+            on_answer(Answer(self, self._head, bytes(self._raw[self._head_end :]), True, None))
+            return
         if self.transport is None or self.transport.is_closing():
             return
-        self.lingers = True
         waiter = self.waiter = self.pool.loop.create_future()
         waiter.add_done_callback(
             lambda done: None if done.cancelled() or done.exception() is not None else on_answer(done.result())

@@ -9,6 +9,7 @@ import pytest
 
 from proxy.drain import wait_until
 from proxy.kv_ledger import KvState
+from proxy.upstream import UpstreamConnection
 from tests.unit.proxy.client import COMPLETIONS, Client, fields_of, request_bytes
 from tests.unit.proxy.conftest import Setup, Start
 from tests.unit.proxy.stand_in import Engine, Request
@@ -54,6 +55,25 @@ async def test_in_prefill_an_engine_that_answers_all_the_same(start: Start, stre
     left.set()
     assert await wait_until(lambda: setup.d.released == ["gone"], 3)
     await setup.settled(1.0)
+    assert setup.app.kv_ledger.totals[KvState.RECLAIMED] == 1 and not setup.d.requests
+
+
+async def test_in_prefill_in_the_very_moment_its_answer_comes(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer is read after the cancellation, and before the coroutine gets to know of it."""
+    setup = await start()
+    client = await Client.connect(setup.port)
+    gather = UpstreamConnection._gather
+
+    def leave_first(self: UpstreamConnection, data: bytes) -> None:
+        if b"kv_transfer_params" in data:
+            next(iter(setup.app.connections)).connection_lost(None)
+        gather(self, data)
+
+    monkeypatch.setattr(UpstreamConnection, "_gather", leave_first)
+    client.writer.write(request_bytes(COMPLETIONS, fields_of(COMPLETIONS), X_Request_Id="moment"))
+    assert await wait_until(lambda: setup.d.released == ["moment"], 3)
+    client.close()
+    await setup.settled(2.0)
     assert setup.app.kv_ledger.totals[KvState.RECLAIMED] == 1 and not setup.d.requests
 
 

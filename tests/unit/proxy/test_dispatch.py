@@ -186,13 +186,22 @@ async def test_a_refused_connection_goes_to_another(start: Start, leg: str, stre
 
 @pytest.mark.parametrize("leg", ["prefill", "decode"])
 async def test_nobody_there_is_503_and_when_to_come_back(start: Start, leg: str) -> None:
-    setup = await start()
+    setup = await start(reclaim_timeout_s=0.3)
     await (setup.p if leg == "prefill" else setup.d).stop()
     answer = await ask(setup.port, COMPLETIONS, fields_of(COMPLETIONS))
     assert (answer.status, answer.headers["retry-after"]) == (503, "1")
     assert leg in answer.error["message"]
     await setup.settled()
     assert setup.app.kv_ledger.totals[KvState.ORPHANED] == (0 if leg == "prefill" else 1)
+
+
+async def test_kv_is_given_back_once_a_decoder_is_back(start: Start) -> None:
+    setup = await start()
+    await setup.d.stop()
+    assert (await ask(setup.port, COMPLETIONS, fields_of(COMPLETIONS), X_Request_Id="late")).status == 503
+    await setup.d.start()
+    await setup.settled()
+    assert setup.d.released == ["late"]
 
 
 @pytest.mark.parametrize("act", ["error_event", "role_then_error"])
