@@ -9,8 +9,10 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 CHUNK_BYTES = 1 << 20
 """About 0.2 ms of copying: how long a stop, or a short transfer behind a long one, waits at most for each thread."""
@@ -26,13 +28,17 @@ _memmove = ctypes.memmove
 class CopyJob:
     """One transfer's copy. `on_end(completed)` is called once, on a worker thread, when nothing writes any more."""
 
-    def __init__(self, moves: Sequence[Move], on_end: Callable[[bool], None]) -> None:
+    def __init__(self, moves: Sequence[Move], on_end: Callable[[bool], None], chunk_bytes: int = CHUNK_BYTES) -> None:
+        sizes = [length for _, _, length in moves]
+        if max(sizes) > chunk_bytes:
+            moves = [piece for move in moves for piece in _pieces(move, chunk_bytes)]
+            sizes = [length for _, _, length in moves]
         self._moves = moves
+        self._ends = list(accumulate(sizes))
+        self._chunk_bytes = chunk_bytes
         self._on_end = on_end
         self._index = 0
-        self._offset = 0
-        self.num_bytes = sum(length for _, _, length in moves)
-        self.alone = self.num_bytes < len(moves) * MIN_SHARED_SPAN_BYTES
+        self.alone = self._ends[-1] < len(moves) * MIN_SHARED_SPAN_BYTES
         self.active = 0
         self.stopped = False
 
@@ -40,23 +46,23 @@ class CopyJob:
     def exhausted(self) -> bool:
         return self.stopped or self._index >= len(self._moves)
 
-    def next_chunk(self, chunk_bytes: int) -> list[Move]:
-        """The next moves, `chunk_bytes` together or a little less."""
-        chunk: list[Move] = []
-        room = chunk_bytes
-        while room > 0 and self._index < len(self._moves):
-            destination, source, length = self._moves[self._index]
-            size = min(length - self._offset, room)
-            chunk.append((destination + self._offset, source + self._offset, size))
-            room -= size
-            self._offset += size
-            if self._offset == length:
-                self._index += 1
-                self._offset = 0
-        return chunk
+    def next_chunk(self) -> tuple[Sequence[Move], int]:
+        """The next moves, a chunk together or a little less, and their bytes."""
+        first = self._index
+        done = self._ends[first - 1] if first else 0
+        self._index = bisect_right(self._ends, done + self._chunk_bytes, lo=first + 1)
+        return self._moves[first : self._index], self._ends[self._index - 1] - done
 
     def end(self) -> None:
         self._on_end(not self.stopped)
+
+
+def _pieces(move: Move, piece_bytes: int) -> list[Move]:
+    destination, source, length = move
+    return [
+        (destination + start, source + start, min(piece_bytes, length - start))
+        for start in range(0, length, piece_bytes)
+    ]
 
 
 class CopyExecutor:
@@ -76,8 +82,8 @@ class CopyExecutor:
             thread.start()
 
     def submit(self, moves: Sequence[Move], on_end: Callable[[bool], None]) -> CopyJob:
-        """Begin copying; see CopyJob."""
-        job = CopyJob(moves, on_end)
+        """Begin copying; `moves` is not empty. See CopyJob."""
+        job = CopyJob(moves, on_end, self._chunk_bytes)
         with self._condition:
             if self._closing:
                 job.stopped = True
@@ -120,8 +126,8 @@ class CopyExecutor:
                     self._condition.wait()
                 if not self._queue:
                     return
-                job, chunk = self._next()
-                self._throttle(job, sum(length for _, _, length in chunk))
+                job, chunk, num_bytes = self._next()
+                self._throttle(job, num_bytes)
                 if job.stopped:
                     chunk = []
             for destination, source, length in chunk:
@@ -136,14 +142,14 @@ class CopyExecutor:
             if ended:
                 job.end()
 
-    def _next(self) -> tuple[CopyJob, list[Move]]:
+    def _next(self) -> tuple[CopyJob, Sequence[Move], int]:
         """The next chunk of the job that has waited longest; called with the lock held."""
         job = self._queue.popleft()
-        chunk = job.next_chunk(self._chunk_bytes)
+        chunk, num_bytes = job.next_chunk()
         job.active += 1
         if not job.exhausted and not job.alone:
             self._queue.append(job)
-        return job, chunk
+        return job, chunk, num_bytes
 
     def _throttle(self, job: CopyJob, num_bytes: int) -> None:
         """Wait, lock released, until the cap allows `num_bytes` more or the job is stopped."""

@@ -57,15 +57,11 @@ def _check_ids(whose: str, block_ids: Sequence[int], num_blocks: int) -> None:
 
 def _runs(remote: Sequence[int], local: Sequence[int]) -> list[tuple[int, int, int]]:
     """(first remote block, first local block, blocks): maximal runs that rise by one on both sides."""
-    runs: list[tuple[int, int, int]] = []
-    first_r = first_c = length = 0
-    for r, c in zip(remote, local, strict=True):
-        if length and r == first_r + length and c == first_c + length:
-            length += 1
-            continue
-        if length:
-            runs.append((first_r, first_c, length))
-        first_r, first_c, length = r, c, 1
-    if length:
-        runs.append((first_r, first_c, length))
-    return runs
+    if not remote:
+        return []
+    steps = zip(remote, remote[1:], local, local[1:], strict=False)
+    starts = [index for index, (r, s, c, d) in enumerate(steps, 1) if s != r + 1 or d != c + 1]
+    if len(starts) == len(remote) - 1:
+        return [(r, c, 1) for r, c in zip(remote, local, strict=True)]
+    ends = [*starts, len(remote)]
+    return [(remote[a], local[a], b - a) for a, b in zip([0, *starts], ends, strict=True)]

@@ -101,17 +101,18 @@ def test_closing_ends_what_waits_and_what_comes_later() -> None:
 
 
 def test_chunks_cover_a_job_without_overlap() -> None:
-    moves = [(1000, 5000, 700), (3000, 9000, 10), (4000, 100, 291)]
-    job = CopyJob(moves, lambda completed: None)
+    moves = [(1000, 5000, 700), (3000, 9000, 10), (4000, 100, 291), (5000, 200, 1)]
+    job = CopyJob(moves, lambda completed: None, 300)
     chunks = []
     while not job.exhausted:
-        chunks.append(job.next_chunk(300))
-    assert [sum(length for _, _, length in chunk) for chunk in chunks] == [300, 300, 300, 101]
-    pieces = [piece for chunk in chunks for piece in chunk]
+        chunks.append(job.next_chunk())
+    assert [num_bytes for _, num_bytes in chunks] == [300, 300, 110, 292]
+    assert all(sum(length for _, _, length in chunk) == num_bytes for chunk, num_bytes in chunks)
+    pieces = [piece for chunk, _ in chunks for piece in chunk]
     assert [byte for to, _, length in pieces for byte in range(to, to + length)] == [
         byte for to, _, length in moves for byte in range(to, to + length)
     ]
-    assert all(to - start in (-4000, -6000, 3900) for to, start, _ in pieces)
+    assert all(to - start in (-4000, -6000, 3900, 4800) for to, start, _ in pieces)
 
 
 def test_a_short_job_passes_a_long_one() -> None:
