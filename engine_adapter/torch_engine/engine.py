@@ -75,6 +75,8 @@ class Engine:
         self._commands: deque[Callable[[], None]] = deque()
         """What other threads want done on the engine thread, under `_changed`."""
         self._num_unseen_requests = 0
+        """Submitted and not yet in `_stats`, under `_changed`."""
+        self._num_taken_requests = 0
         self._nudged = False
         self._stopping = False
         self._thread: threading.Thread | None = None
@@ -181,7 +183,7 @@ class Engine:
         self.kv_cache.close()
 
     def _take_in(self, request: EngineRequest) -> None:
-        self._num_unseen_requests -= 1
+        self._num_taken_requests += 1
         self.core.add(request)
 
     def _run(self, on_outputs: Callable[[list[RequestOutput]], None]) -> None:
@@ -193,6 +195,8 @@ class Engine:
                 stats = self._snapshot()
                 with self._changed:
                     self._stats = stats
+                    self._num_unseen_requests -= self._num_taken_requests
+                self._num_taken_requests = 0
                 if outputs:
                     on_outputs(outputs)
         except Exception:
@@ -210,9 +214,11 @@ class Engine:
                 if expects_events and not notified:
                     break
             self._nudged = False
-            while self._commands:
-                self._commands.popleft()()
-            return not self._stopping
+            commands, self._commands = self._commands, deque()
+            stopping = self._stopping
+        for command in commands:  # without the lock: one may wait for the sidecar, and nobody else is to wait for that
+            command()
+        return not stopping
 
     def _snapshot(self) -> EngineStats:
         scheduler, counters = self.core.scheduler, self.core.counters
