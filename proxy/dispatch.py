@@ -10,10 +10,10 @@ import asyncio
 import itertools
 import logging
 import uuid
-from collections.abc import Callable
 from time import monotonic
 
-from proxy import http1, sse
+from proxy import sse
+from proxy.answering import relay, send_error, send_whole
 from proxy.config import ProxyConfig
 from proxy.contracts import Contract
 from proxy.errors import BadRequest, Failure, NoInstance, ProxyError, UpstreamFailure
@@ -34,13 +34,6 @@ from proxy.upstream import Answer, UpstreamConnection
 log = logging.getLogger(__name__)
 
 HANG_UP_S = 5.0  # how long an abandoned prefill is listened to, for the KV it may still hand out
-MIN_MEASURED_CHUNKS = 8  # a shorter stream says little about the time of a decode step
-
-
-def unchunked(transport: asyncio.WriteTransport) -> Callable[[bytes], None]:
-    """A sink for a chunked body that writes its payload only, for a client that knows no chunks."""
-    decoder = http1.ChunkDecoder()
-    return lambda data: transport.writelines(decoder.feed(data)[0])
 
 
 class PassOn(Exception):
@@ -93,12 +86,12 @@ class Dispatcher:
             raise
         except PassOn as passed:
             flow.outcome = "upstream_error"
-            self._send_whole(flow, passed.answer)
+            send_whole(flow, passed.answer)
         except ProxyError as error:
-            self._send_error(flow, error)
+            send_error(flow, error)
         except Exception:  # the last resort: a bug of ours must not leave a client without an answer
             log.exception("event=internal_error request_id=%s", flow.request_id)
-            self._send_error(flow, ProxyError(500, "Internal error in the proxy.", error_type="internal_server_error"))
+            send_error(flow, ProxyError(500, "Internal error in the proxy.", error_type="internal_server_error"))
         finally:
             flow.release_loads()
             self._give_kv_back(flow)
@@ -126,9 +119,9 @@ class Dispatcher:
                 break
         if answer.complete:
             flow.outcome = "ok"
-            self._send_whole(flow, answer)
+            send_whole(flow, answer)
         else:
-            await self._relay(flow, answer)
+            await relay(flow, answer, self._config.between_tokens_timeout_s, self._reporter)
 
     # --- the two legs
 
@@ -317,85 +310,3 @@ class Dispatcher:
         entry, flow.entry = flow.entry, None
         if entry is not None:
             self._reclaimer.give_back(entry, flow.call, flow.head.target, flow.forwarded)
-
-    # --- answering
-
-    def _send_whole(self, flow: Flow, answer: Answer) -> None:
-        flow.status = answer.status
-        body = answer.body
-        head = answer.head.rebuilt(flow.request_id, http1.content_length_line(len(body)), flow.close)
-        if len(body) < 16384:
-            flow.client.write(head + body)
-        else:
-            flow.client.write(head)
-            flow.client.write(body)
-        flow.client.answered(close=flow.close)
-
-    def _send_error(self, flow: Flow, error: ProxyError) -> None:
-        flow.status = error.status
-        flow.outcome = "refused" if error.status < 500 else "error"
-        if flow.headers_sent:
-            flow.client.break_off()
-            return
-        flow.client.write(
-            http1.simple_response(
-                error.status,
-                error.body(),
-                request_id=flow.request_id,
-                close=flow.close,
-                retry_after_s=error.retry_after_s,
-            )
-        )
-        flow.client.answered(close=flow.close)
-
-    async def _relay(self, flow: Flow, answer: Answer) -> None:
-        """The client's 200, and then bytes as they come until the framing says that the message has ended."""
-        client, connection, head = flow.client, answer.connection, answer.head
-        ended: asyncio.Future[Failure | None] = self._loop.create_future()
-
-        def on_end(failure: Failure | None) -> None:
-            if not ended.done():
-                ended.set_result(failure)
-
-        sink: Callable[[bytes], None] = client.transport.write
-        framing = b""
-        if head.chunked and flow.head.version == "1.1":
-            framing = http1.CHUNKED_LINE
-        elif head.chunked:
-            sink = unchunked(client.transport)
-        elif head.content_length is not None:
-            framing = http1.content_length_line(head.content_length)
-        flow.close = flow.close or not framing
-        flow.headers_sent = True
-        flow.status = head.status
-        client.write(head.rebuilt(flow.request_id, framing, flow.close))
-        client.relay_from(connection)
-        try:
-            connection.relay(sink, on_end, self._config.between_tokens_timeout_s)
-            failure = await ended
-        finally:
-            client.relay_from(None)
-        self._measure_decode(flow, connection.num_chunks)
-        if failure is None:
-            flow.outcome = "ok"
-            client.answered(close=flow.close)
-        else:
-            self._end_broken(flow, connection, failure)
-
-    def _measure_decode(self, flow: Flow, num_chunks: int) -> None:
-        flow.num_chunks = num_chunks
-        if num_chunks >= MIN_MEASURED_CHUNKS and flow.decoder is not None and flow.decode_load is not None:
-            load = flow.decode_load
-            step_s = (monotonic() - flow.first_event_at) / num_chunks
-            flow.decoder.load.observe(load.ahead + load.num_tokens, step_s)
-
-    def _end_broken(self, flow: Flow, connection: UpstreamConnection, failure: Failure) -> None:
-        """The decoder was lost in the middle: say so in an event where one fits, and never end as if all were there."""
-        flow.outcome = failure.value
-        self._reporter.broken(flow, failure)
-        if flow.head.version == "1.1" and connection.ends_well():
-            event = sse.error_event(502, "The decode instance was lost in the middle of the answer.", "upstream_error")
-            flow.client.write(http1.chunk(event) + http1.LAST_CHUNK)
-            flow.client.answered(close=True)
-        else:
-            flow.client.break_off()

@@ -181,13 +181,13 @@ def _classify(name: bytes) -> int:
 
 
 class ResponseHead:
-    """One response's head: `status`, the header lines that may be returned, and how the body is framed."""
+    """One response's head: `status`, the fields that may be returned, and how the body is framed."""
 
-    __slots__ = ("chunked", "close_delimited", "content_length", "event_stream", "keep_alive", "lines", "status")
+    __slots__ = ("chunked", "close_delimited", "content_length", "event_stream", "fields", "keep_alive", "status")
 
     def __init__(self) -> None:
         self.status = 0
-        self.lines: list[bytes] = []
+        self.fields: list[tuple[bytes, bytes]] = []
         self.content_length: int | None = None
         self.chunked = False
         self.close_delimited = False
@@ -208,13 +208,13 @@ class ResponseHead:
             if special == _DROPPED:
                 return
             self.event_stream = value[:17].lower() == b"text/event-stream"
-        self.lines.append(b"%b: %b\r\n" % (name, value))
+        self.fields.append((name, value))
 
     def rebuilt(self, request_id: str, framing: bytes, close: bool) -> bytes:
         """The head for the client. `framing` is its Transfer-Encoding or Content-Length line, CRLF included."""
         return b"%b%b%bX-Request-Id: %b\r\n%b\r\n" % (
             _STATUS_200 if self.status == 200 else status_line(self.status),
-            b"".join(self.lines),
+            b"".join([b"%b: %b\r\n" % field for field in self.fields]),
             framing,
             request_id.encode("ascii"),
             b"Connection: close\r\n" if close else b"",

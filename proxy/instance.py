@@ -8,7 +8,7 @@ import enum
 from proxy.config import Address, ProxyConfig
 from proxy.health import Health
 from proxy.load_ledger import InstanceLoad
-from proxy.upstream import UpstreamPool
+from proxy.upstream_pool import UpstreamPool
 
 
 class Role(enum.StrEnum):

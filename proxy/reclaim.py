@@ -73,7 +73,7 @@ class Reclaimer:
     async def _ask_decoders(self, head: bytes, body: bytes, kv: dict[str, Any]) -> tuple[int, str]:
         """The status of the first decoder that answers; asks on until the caller ends it.
 
-        A decoder that was reached and did not answer may have acted: another is asked only where the contract allows."""
+        A decoder that was reached and did not answer may have acted: another is asked where the contract allows."""
         tried: set[Instance] = set()
         while True:
             fit = candidates(self._fleet.members[Role.DECODE], tried, monotonic())

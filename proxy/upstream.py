@@ -1,6 +1,6 @@
-"""Pooled HTTP/1.1 connections to one instance.
+"""One HTTP/1.1 connection to an instance.
 
-A connection carries one request at a time. Until its answer has come (whole, or up to the first telling event of a
+It carries one request at a time. Until its answer has come (whole, or up to the first telling event of a
 stream) everything is gathered and a future says how it went; from then on bytes go from `data_received` to a sink (the
 client's `write`) as they come, framing included, and the parser only tracks where the message ends.
 """
@@ -11,14 +11,16 @@ import asyncio
 import itertools
 from collections.abc import Callable, Iterator
 from time import monotonic
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import httptools
 
 from proxy import http1, sse
-from proxy.config import Address, ProxyConfig
 from proxy.errors import Failure, UpstreamFailure
 from proxy.http1 import HEAD_END, ResponseHead
+
+if TYPE_CHECKING:
+    from proxy.upstream_pool import UpstreamPool
 
 GATHER_WHOLE, GATHER_FIRST_EVENT = False, True
 # A relayed message that can be ended in good order ends like this: an event, then the end of its chunk.
@@ -236,8 +238,11 @@ class UpstreamConnection(asyncio.Protocol):
 
     # --- relaying
 
-    def relay(self, sink: Callable[[bytes], None], on_end: Callable[[Failure | None], None], timeout_s: float) -> None:
-        """Pass the body, what there is of it and what comes, to `sink` as it is framed, and say once how it ended.
+    def relay(
+        self, sink: Callable[[bytes], None], on_end: Callable[[Failure | None], None], timeout_s: float, opening: bytes
+    ) -> None:
+        """Pass `opening`, then the body as it is framed, what there is of it and what comes, to `sink`; then say how it
+        ended, once.
 
         `sink` must not wait; it may raise RuntimeError, which ends the relay without a word: the client is gone."""
         first = bytes(self._raw[self._head_end :])
@@ -250,7 +255,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._sink = sink
         self.deadline = monotonic() + timeout_s
         try:
-            sink(first)
+            sink(opening + first)
         except RuntimeError:
             self.stop_relay()
             return
@@ -372,77 +377,3 @@ class UpstreamConnection(asyncio.Protocol):
     def num_chunks(self) -> int:
         """How many chunks have come since `relay` (asking counts as one, so ask once)."""
         return next(self._chunks) - self._first_chunk - 1
-
-
-class UpstreamPool:
-    """Connections to one instance, last used first. `active` are those with a request on them."""
-
-    def __init__(self, address: Address, config: ProxyConfig, loop: asyncio.AbstractEventLoop) -> None:
-        self.address = address
-        self.config = config
-        self.loop = loop
-        self.host_line = b"Host: %b\r\n" % str(address).encode("idna" if not address.host.isascii() else "ascii")
-        self.idle: list[UpstreamConnection] = []
-        self.active: set[UpstreamConnection] = set()
-        self.closed = False
-
-    def take_idle(self) -> UpstreamConnection | None:
-        while self.idle:
-            connection = self.idle.pop()
-            transport = connection.transport
-            if transport is not None and not transport.is_closing():
-                self.active.add(connection)
-                return connection
-        return None
-
-    async def connect(self) -> UpstreamConnection:
-        """A fresh connection. Raises UpstreamFailure (REFUSED or CONNECT_TIMEOUT): nothing was sent."""
-        host, port = self.address
-        try:
-            async with asyncio.timeout(self.config.connect_timeout_s):
-                _, connection = await self.loop.create_connection(lambda: UpstreamConnection(self), host, port)
-        except TimeoutError:
-            raise UpstreamFailure(Failure.CONNECT_TIMEOUT, f"{self.address}: no connection in time") from None
-        except OSError as error:
-            raise UpstreamFailure(Failure.REFUSED, f"{self.address}: {error.strerror or error}") from None
-        self.active.add(connection)
-        return connection
-
-    async def call(self, head: bytes, body: bytes = b"", *, timeout_s: float) -> Answer:
-        """A request on the control path, whole answer. `head` is all of the head but Host, Content-Length and the empty
-        line. Raises UpstreamFailure."""
-        connection = self.take_idle() or await self.connect()
-        lines = b"%b%bContent-Length: %d\r\n\r\n" % (head, self.host_line, len(body))
-        try:
-            return await connection.send(lines, body, first_event_only=GATHER_WHOLE, deadline=monotonic() + timeout_s)
-        except (asyncio.CancelledError, UpstreamFailure):
-            connection.close()
-            raise
-
-    def put_back(self, connection: UpstreamConnection) -> None:
-        self.active.discard(connection)
-        if self.closed:
-            connection.close()
-        else:
-            connection.idle_since = monotonic()
-            self.idle.append(connection)
-
-    def forget(self, connection: UpstreamConnection) -> None:
-        self.active.discard(connection)
-        if connection in self.idle:
-            self.idle.remove(connection)
-
-    def sweep(self, now: float) -> None:
-        """Expire what is overdue, and close what has been idle for long."""
-        for connection in list(self.active):
-            connection.check_deadline(now, self.config.between_tokens_timeout_s)
-        too_old = now - self.config.upstream_keepalive_s
-        for connection in [one for one in self.idle if one.idle_since < too_old]:
-            self.idle.remove(connection)
-            connection.close()
-
-    def close(self, *, idle_only: bool = False) -> None:
-        self.closed = not idle_only
-        for connection in [*self.idle, *(() if idle_only else self.active)]:
-            connection.close()
-        self.idle.clear()

@@ -1,0 +1,84 @@
+"""The connections to one instance: taken last used first, made when there is none, swept now and then."""
+
+from __future__ import annotations
+
+import asyncio
+from time import monotonic
+
+from proxy.config import Address, ProxyConfig
+from proxy.errors import Failure, UpstreamFailure
+from proxy.upstream import GATHER_WHOLE, Answer, UpstreamConnection
+
+
+class UpstreamPool:
+    """Connections to one instance, last used first. `active` are those with a request on them."""
+
+    def __init__(self, address: Address, config: ProxyConfig, loop: asyncio.AbstractEventLoop) -> None:
+        self.address = address
+        self.config = config
+        self.loop = loop
+        self.host_line = b"Host: %b\r\n" % str(address).encode("idna" if not address.host.isascii() else "ascii")
+        self.idle: list[UpstreamConnection] = []
+        self.active: set[UpstreamConnection] = set()
+        self.closed = False
+
+    def take_idle(self) -> UpstreamConnection | None:
+        while self.idle:
+            connection = self.idle.pop()
+            transport = connection.transport
+            if transport is not None and not transport.is_closing():
+                self.active.add(connection)
+                return connection
+        return None
+
+    async def connect(self) -> UpstreamConnection:
+        """A fresh connection. Raises UpstreamFailure (REFUSED or CONNECT_TIMEOUT): nothing was sent."""
+        host, port = self.address
+        try:
+            async with asyncio.timeout(self.config.connect_timeout_s):
+                _, connection = await self.loop.create_connection(lambda: UpstreamConnection(self), host, port)
+        except TimeoutError:
+            raise UpstreamFailure(Failure.CONNECT_TIMEOUT, f"{self.address}: no connection in time") from None
+        except OSError as error:
+            raise UpstreamFailure(Failure.REFUSED, f"{self.address}: {error.strerror or error}") from None
+        self.active.add(connection)
+        return connection
+
+    async def call(self, head: bytes, body: bytes = b"", *, timeout_s: float) -> Answer:
+        """A request on the control path, whole answer. `head` is all of the head but Host, Content-Length and the empty
+        line. Raises UpstreamFailure."""
+        connection = self.take_idle() or await self.connect()
+        lines = b"%b%bContent-Length: %d\r\n\r\n" % (head, self.host_line, len(body))
+        try:
+            return await connection.send(lines, body, first_event_only=GATHER_WHOLE, deadline=monotonic() + timeout_s)
+        except (asyncio.CancelledError, UpstreamFailure):
+            connection.close()
+            raise
+
+    def put_back(self, connection: UpstreamConnection) -> None:
+        self.active.discard(connection)
+        if self.closed:
+            connection.close()
+        else:
+            connection.idle_since = monotonic()
+            self.idle.append(connection)
+
+    def forget(self, connection: UpstreamConnection) -> None:
+        self.active.discard(connection)
+        if connection in self.idle:
+            self.idle.remove(connection)
+
+    def sweep(self, now: float) -> None:
+        """Expire what is overdue, and close what has been idle for long."""
+        for connection in list(self.active):
+            connection.check_deadline(now, self.config.between_tokens_timeout_s)
+        too_old = now - self.config.upstream_keepalive_s
+        for connection in [one for one in self.idle if one.idle_since < too_old]:
+            self.idle.remove(connection)
+            connection.close()
+
+    def close(self, *, idle_only: bool = False) -> None:
+        self.closed = not idle_only
+        for connection in [*self.idle, *(() if idle_only else self.active)]:
+            connection.close()
+        self.idle.clear()
