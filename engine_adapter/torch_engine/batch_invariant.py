@@ -4,12 +4,14 @@ Floating point sums depend on their order, and the order that a matmul kernel pi
 a token decoded alone and the same token decoded beside seven others differ in their last bits, now and then in an
 argmax. A prompt prefilled elsewhere, in other chunks, would then give another text. So each token's bits have to be a
 function of its kind (prefilled or decoded), its position and its own sequence. Prefill forwards get there by always
-having the same shape (see prefill_tiles.py). Decode forwards vary in rows, 2 to MAX_DECODE_ROWS, and need the modules
+having the same shape (see prefill_tiles.py). Decode forwards vary in rows, up to MAX_DECODE_ROWS, and need the modules
 here:
 
 - Linear: oneDNN's inner product with a prepacked weight sums each row in an order that was found to be the same for
-  every number of rows from 2 on (at 1 it switches to a matrix-vector kernel). `rows_are_invariant` checks that on the
-  machine at load; where it fails, decode forwards are padded to MAX_DECODE_ROWS, which leaves one shape.
+  every number of rows from 2 on (at 1 it switches to a matrix-vector kernel). It costs 40 us a call, which small
+  weights can't hide: these are packed for MKL as well, for pieces of exactly DECODE_PIECE_ROWS rows.
+  `rows_are_invariant` checks both on the machine at load; where it fails, decode forwards are padded to
+  MAX_DECODE_ROWS, which leaves one shape.
 - the activation: torch's vectorised and scalar exp differ in the last bit, and which elements are done by the scalar
   one depends on how the tensor is cut for threads. It is applied to pieces too small to be cut.
 - rotary embeddings: sines and cosines are looked up in a table made once, not computed a batch.
@@ -21,6 +23,7 @@ bit for bit by core/test_batch_invariance.py; bfloat16 and accelerators run thro
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,26 +35,60 @@ logger = logging.getLogger(__name__)
 
 MAX_DECODE_ROWS = 64
 """Rows of one decode forward; more sequences than that are decoded in several."""
-MIN_DECODE_ROWS = 2
+DECODE_PIECE_ROWS = 4
+"""Decode forwards have a multiple of this many rows. MKL's packed matmul of 4 rows costs about what one row does."""
+_MOST_PIECED_WEIGHTS = 4 << 20
+"""Weights of more elements than this are packed for oneDNN only: its 40 us are lost in reading 16 MiB."""
 _PARALLEL_GRAIN = 32768
 """at::internal::GRAIN_SIZE: an elementwise operation on no more elements than this is never cut for threads."""
-_PROBED_ROWS = (*range(MIN_DECODE_ROWS, 18), 24, 31, 32, 33, 47, 48, 49, 63)
-"""Every number of rows that small batches have, and both sides of the block sizes that matmul kernels use."""
+_RMS_NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
+
+_onednn_linear = torch.ops.mkldnn._linear_pointwise
+_mkl_linear = torch.ops.mkl._mkl_linear
 _TABLE_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings that depend on the position alone; dynamic and longrope ones depend on the batch's longest."""
 
 
-class BatchInvariantLinear(nn.Module):
-    """`nn.Linear` over a weight packed once for oneDNN. Input [..., in_features], output [..., out_features]."""
+@dataclass(slots=True)
+class ForwardKind:
+    """Which kind of forward is under way; shared by a model's linears, set by its runner."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    is_decode: bool = False
+
+
+class BatchInvariantLinear(nn.Module):
+    """`nn.Linear` over weights packed once. Input [..., rows, in_features], output [..., rows, out_features].
+
+    A decode forward's rows are a multiple of DECODE_PIECE_ROWS, and its leading dimensions are 1.
+    """
+
+    def __init__(self, linear: nn.Linear, kind: ForwardKind) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
+        self._kind = kind
+        weight = linear.weight.detach()
         self._bias = None if linear.bias is None else linear.bias.detach()
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), MAX_DECODE_ROWS)
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, MAX_DECODE_ROWS)
+        self._piece_packed: Tensor | None = None
+        if (
+            weight.dtype is torch.float32
+            and weight.numel() <= _MOST_PIECED_WEIGHTS
+            and torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+        ):
+            self._piece_packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, DECODE_PIECE_ROWS)
+            self._shape_only = weight.new_empty(1).expand(weight.shape)
 
     def forward(self, rows: Tensor) -> Tensor:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self._bias, "none", [], "")
+        if self._kind.is_decode and self._piece_packed is not None:
+            if rows.shape[-2] == DECODE_PIECE_ROWS:
+                return self._piece(rows)
+            return torch.cat([self._piece(piece) for piece in torch.split(rows, DECODE_PIECE_ROWS, dim=-2)], dim=-2)
+        out: Tensor = _onednn_linear(rows, self._packed, self._bias, "none", [], "")
+        return out
+
+    def _piece(self, rows: Tensor) -> Tensor:
+        """The unpacked weight is asked for its shape only, as long as the rows are as many as it was packed for."""
+        out: Tensor = _mkl_linear(rows, self._piece_packed, self._shape_only, self._bias, DECODE_PIECE_ROWS)
         return out
 
 
@@ -74,6 +111,23 @@ class UncutActivation(nn.Module):
         return out
 
 
+class FewOpsRmsNorm(nn.Module):
+    """Root mean square norm of float32 in 5 small operations where transformers' modules take 8.
+
+    x * w / sqrt(sum(x^2) / n + eps) = x * (w * sqrt(n)) / sqrt(sum(x^2) + n * eps).
+    """
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        super().__init__()
+        width = weight.shape[0]
+        self._scaled_weight = weight.detach() * width**0.5
+        self._scaled_eps = weight.new_tensor(eps * width)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        scale: Tensor = torch.linalg.vecdot(rows, rows).add_(self._scaled_eps).rsqrt_().unsqueeze(-1)
+        return (rows * scale).mul_(self._scaled_weight)
+
+
 class RotaryTable(nn.Module):
     """Cosines and sines of every position, [max_positions, head_dim] each, as the model's own module computes them."""
 
@@ -89,57 +143,67 @@ class RotaryTable(nn.Module):
         return self._cos.index_select(0, positions).unsqueeze(0), self._sin.index_select(0, positions).unsqueeze(0)
 
 
-def make_batch_invariant(model: Any, *, max_positions: int, device: Device) -> int:
-    """Swap `model`'s modules in place; the least number of rows a decode forward must have."""
+def make_batch_invariant(model: Any, *, max_positions: int, device: Device) -> tuple[ForwardKind, int]:
+    """Swap `model`'s modules in place; their kind of forward, and the multiple of rows that decodes must have."""
+    kind = ForwardKind()
     backbone = model.get_decoder()
     dtype = model.get_output_embeddings().weight.dtype
-    rope_parameters = (
-        getattr(model.config, "rope_parameters", None) or getattr(model.config, "rope_scaling", None) or {}
-    )
+    config = model.config
+    rope_parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     if rope_parameters.get("rope_type", "default") in _TABLE_ROPE_TYPES:
         last_tile_end = -(-max_positions // device.max_prefill_tile) * device.max_prefill_tile
         backbone.rotary_emb = RotaryTable(backbone.rotary_emb, last_tile_end, dtype, device.torch_device)
     if device.kind != "cpu":
-        return 1
+        return kind, 1
+    if dtype is torch.float32:
+        _swap_norms(backbone)
     for layer in backbone.layers:
         layer.mlp.act_fn = UncutActivation(layer.mlp.act_fn)
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         logger.warning("event=no_onednn consequence=decodes_padded rows=%d", MAX_DECODE_ROWS)
-        return MAX_DECODE_ROWS
-    _swap_linears(model)
-    if dtype is not torch.float32:
-        return 1
-    invariant = all(rows_are_invariant(module) for module in _one_of_each_shape(model))
-    if not invariant:
-        logger.warning("event=matmul_depends_on_batch consequence=decodes_padded rows=%d", MAX_DECODE_ROWS)
-    return MIN_DECODE_ROWS if invariant else MAX_DECODE_ROWS
+        return kind, MAX_DECODE_ROWS
+    linears = _swap_linears(model, kind)
+    if dtype is not torch.float32 or all(rows_are_invariant(linear, kind) for linear in _one_of_each_shape(linears)):
+        return kind, DECODE_PIECE_ROWS
+    logger.warning("event=matmul_depends_on_batch consequence=decodes_padded rows=%d", MAX_DECODE_ROWS)
+    return kind, MAX_DECODE_ROWS
 
 
-def _swap_linears(model: Any) -> None:
-    """Replace one at a time, so that at most one weight is there twice (a tied one stays with the embedding)."""
+def _swap_linears(model: Any, kind: ForwardKind) -> list[BatchInvariantLinear]:
+    """Replace one at a time, so that few weights are there twice (a tied one stays with the embedding)."""
+    swapped = []
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
-                setattr(parent, name, BatchInvariantLinear(child))
+                swapped.append(BatchInvariantLinear(child, kind))
+                setattr(parent, name, swapped[-1])
+    return swapped
 
 
-def _one_of_each_shape(model: Any) -> list[BatchInvariantLinear]:
-    by_shape = {
-        (module.in_features, module.out_features): module
-        for module in model.modules()
-        if isinstance(module, BatchInvariantLinear)
-    }
-    return list(by_shape.values())
+def _swap_norms(backbone: nn.Module) -> None:
+    for parent in list(backbone.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child).__name__ in _RMS_NORMS:
+                setattr(parent, name, FewOpsRmsNorm(child.weight, child.variance_epsilon))  # type: ignore[arg-type]
+
+
+def _one_of_each_shape(linears: list[BatchInvariantLinear]) -> list[BatchInvariantLinear]:
+    return list({(linear.in_features, linear.out_features): linear for linear in linears}.values())
 
 
 @torch.inference_mode()
-def rows_are_invariant(linear: nn.Module) -> bool:
-    """True where each probed number of rows, at the start and at the end of a batch, gives the bits of the full one."""
+def rows_are_invariant(linear: nn.Module, kind: ForwardKind) -> bool:
+    """True where every decode shape gives each row the bits it has in the largest one, at whatever place it stands."""
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(MAX_DECODE_ROWS, int(linear.in_features), generator=generator)  # type: ignore[arg-type]
-    full = linear(rows)
-    return all(
-        torch.equal(linear(rows[start : start + num_rows]), full[start : start + num_rows])
-        for num_rows in _PROBED_ROWS
-        for start in (0, MAX_DECODE_ROWS - num_rows)
-    )
+    rows = torch.randn(1, MAX_DECODE_ROWS, int(linear.in_features), generator=generator)  # type: ignore[arg-type]
+
+    kind.is_decode = True
+    try:
+        full = linear(rows)
+        return all(
+            torch.equal(linear(rows[:, start : start + num_rows]), full[:, start : start + num_rows])
+            for num_rows in range(DECODE_PIECE_ROWS, MAX_DECODE_ROWS, DECODE_PIECE_ROWS)
+            for start in {0, 1, 3, MAX_DECODE_ROWS - num_rows}
+        )
+    finally:
+        kind.is_decode = False

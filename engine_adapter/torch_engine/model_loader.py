@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from engine_adapter.device import Device
 from engine_adapter.torch_engine.attention import ATTENTION_NAME, register_attention
-from engine_adapter.torch_engine.batch_invariant import make_batch_invariant
+from engine_adapter.torch_engine.batch_invariant import ForwardKind, make_batch_invariant
 from engine_adapter.torch_engine.config import Dtype, EngineStartError
 from engine_adapter.torch_engine.model_fingerprint import model_fingerprint
 from engine_adapter.torch_engine.model_shape import ModelShape
@@ -27,7 +27,7 @@ _FULL_ATTENTION = "full_attention"
 
 @dataclass(slots=True)
 class LoadedModel:
-    """A model ready to run. `min_decode_rows`: a decode forward of fewer rows is padded to this many."""
+    """A model ready to run. `kind` is to be set before each forward; decodes have a multiple of so many rows."""
 
     backbone: nn.Module
     lm_head: nn.Module
@@ -36,7 +36,8 @@ class LoadedModel:
     max_position_embeddings: int
     eos_token_ids: frozenset[int]
     fingerprint: str
-    min_decode_rows: int
+    kind: ForwardKind
+    decode_multiple: int
 
 
 def load_model(model_dir: Path, dtype: Dtype, device: Device, max_positions: int | None = None) -> LoadedModel:
@@ -60,7 +61,7 @@ def load_model(model_dir: Path, dtype: Dtype, device: Device, max_positions: int
     model.eval().requires_grad_(False)
     model.to(device.torch_device)
     max_position_embeddings = int(config.max_position_embeddings)
-    min_decode_rows = make_batch_invariant(
+    kind, decode_multiple = make_batch_invariant(
         model, max_positions=min(max_positions or max_position_embeddings, max_position_embeddings), device=device
     )
     return LoadedModel(
@@ -71,7 +72,8 @@ def load_model(model_dir: Path, dtype: Dtype, device: Device, max_positions: int
         max_position_embeddings=max_position_embeddings,
         eos_token_ids=read_eos_token_ids(model_dir),
         fingerprint=fingerprint,
-        min_decode_rows=min_decode_rows,
+        kind=kind,
+        decode_multiple=decode_multiple,
     )
 
 

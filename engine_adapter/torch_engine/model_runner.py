@@ -67,6 +67,7 @@ class ModelRunner:
             ),
             causal_tile_mask(tile, shape.num_heads_per_kv_head, shape.dtype, self._device),
         )
+        self._model.kind.is_decode = False
         return self._forward(token_ids, range(*tile), step)
 
     @torch.inference_mode()
@@ -94,7 +95,8 @@ class ModelRunner:
                 self._device,
             ),
         )
-        num_padding = max(0, self._model.min_decode_rows - len(seqs))
+        num_padding = -len(seqs) % self._model.decode_multiple
+        self._model.kind.is_decode = True
         hidden = self._forward(token_ids + [0] * num_padding, positions + [0] * num_padding, step)
         logits: Tensor = self._model.lm_head(hidden)
         return logits[: len(seqs)].float()

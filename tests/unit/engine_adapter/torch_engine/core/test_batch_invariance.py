@@ -161,7 +161,7 @@ def test_probe_notices_a_linear_that_depends_on_its_batch() -> None:
         in_features = 8
 
         def forward(self, rows: torch.Tensor) -> torch.Tensor:
-            return rows - rows.mean(dim=0)
+            return rows - rows.mean(dim=-2, keepdim=True)
 
     kind = ForwardKind()
     assert not rows_are_invariant(BatchMean(), kind)
