@@ -49,6 +49,7 @@ class Daemon:
         self._tenant_session: EngineSession | None = None
         self._sessions: set[EngineSession] = set()
         self._peer_sessions: set[PeerSession] = set()
+        self._vacant: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._num_epochs = 0
         self._stopping = asyncio.Event()
         self._sockets: list[socket.socket] = []
@@ -77,7 +78,7 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopping.set)
         if self._config.exit_on_stdin_eof:
-            loop.add_reader(sys.stdin.fileno(), self._stdin_readable)
+            self._watch_stdin()
         listeners = [
             Listener(self._engine_socket.sock, self._engine_connected),
             Listener(self._peer_sock, self._peer_connected),
@@ -102,7 +103,9 @@ class Daemon:
         return f"{self.identity.sidecar_epoch}-{self._num_epochs}"
 
     async def admit(self, session: EngineSession, registration: Registration) -> Tenancy:
-        """See engine_session.Host."""
+        """See engine_session.Host. Waits for a predecessor that is being taken apart."""
+        while self._tenancy is not None and self._tenancy.registration.retired:
+            await asyncio.shield(self._vacant)
         if self._tenancy is not None:
             raise LayoutRefused("another engine has its pool registered with this sidecar")
         config, metrics = self._config, self.metrics
@@ -123,10 +126,11 @@ class Daemon:
         """See engine_session.Host."""
         if self._tenant_session is not session or self._tenancy is None:
             return
-        tenancy = self._tenancy
-        await tenancy.retire(why)
+        self._vacant = asyncio.get_running_loop().create_future()
+        await self._tenancy.retire(why)
         self._tenancy = None
         self._tenant_session = None
+        self._vacant.set_result(None)
 
     def _tenant(self) -> Tenancy | None:
         """Who may be read from now."""
@@ -201,6 +205,14 @@ class Daemon:
         )
         print(line, flush=True)
         logger.info("%s engine_id=%s pid=%d", line, self._config.engine_id, os.getpid())
+
+    def _watch_stdin(self) -> None:
+        try:
+            asyncio.get_running_loop().add_reader(sys.stdin.fileno(), self._stdin_readable)
+        except OSError as error:
+            self._engine_socket.remove()
+            self._executor.close()
+            raise StartError("--exit-on-stdin-eof: standard input must be a pipe from the parent") from error
 
     def _stdin_readable(self) -> None:
         if not os.read(sys.stdin.fileno(), 4096):

@@ -157,6 +157,8 @@ class PeerSession:
 
     async def _open(self, message: OpenRegion, tenant: Tenant) -> None:
         try:
+            if tenant.registration.retired:
+                raise Refusal("stale_epoch", "the producer's pool is no longer registered")
             transport = self._transports.get(message.transport)
             if transport is None or (transport.needs_same_host and not self._local):
                 raise Refusal("incompatible", f"transport {message.transport!r} is not to be had on this connection")

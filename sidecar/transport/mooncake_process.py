@@ -178,6 +178,8 @@ class MooncakeTransport:
 
     async def serve(self, registration: Registration) -> Served:
         while True:
+            if registration.retired:
+                raise Refusal("stale_epoch", "the producer's pool is no longer registered")
             task = self._serving.get(registration.epoch)
             if task is None or (task.done() and (task.exception() or task.result().failed.done())):
                 task = asyncio.ensure_future(self._start_serving(registration))

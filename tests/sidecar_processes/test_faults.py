@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sidecar.protocol import PullSource, SidecarLost
-from tests.sidecar_processes.conftest import QUICK_CLAIMS, SLOW_COPY
+from tests.sidecar_processes.conftest import NEEDS_MOONCAKE, QUICK_CLAIMS, SLOW_COPY
 from tests.sidecar_processes.harness import EngineProcess, FakeEngine, Sidecar, eventually, paused
 
 BLOCKS = list(range(128))
@@ -186,7 +188,10 @@ def test_a_stopped_producer_ends_a_pull_in_bounded_time_and_writes_no_late_byte(
     """Also the serving Mooncake process is stopped in the middle of a transfer, and resumed when the blocks have
     been put to another use."""
     producer_sidecar = start("p")
-    with FakeEngine(producer_sidecar) as producer, FakeEngine(start("d", *SLOW_COPY)) as consumer:
+    with (
+        FakeEngine(producer_sidecar) as producer,
+        FakeEngine(start("d", *SLOW_COPY, "--answer-timeout-s", "2")) as consumer,
+    ):
         begin_slow_pull(producer, consumer)
         consumer.client.pull("after", producer.offer([1])[1], [1], deadline_s=1.5)
         with paused(producer_sidecar.process.pid, *producer_sidecar.children()):
@@ -196,7 +201,7 @@ def test_a_stopped_producer_ends_a_pull_in_bounded_time_and_writes_no_late_byte(
             assert time.monotonic() - stopped_at < 3.5
             ended = consumer.pull_ended("slow", 10.0)
             assert not ended.ok and ended.reason in ("unreachable", "transport", "timeout")
-            assert time.monotonic() - stopped_at < 9.0  # answer_timeout_s and a heartbeat
+            assert time.monotonic() - stopped_at < 6.0  # answer_timeout_s and a heartbeat
             consumer.fill(42)
         assert_nothing_is_written_any_more(consumer)
         eventually(lambda: consumer.pull(producer.offer([1])[1], [1]).ok)
@@ -249,3 +254,28 @@ def test_what_was_opened_is_closed_again(start: Start) -> None:
             eventually(lambda: consumer_sidecar.usage()[2] == 1 and len(consumer_sidecar.children()) == serving)
             usages.append(consumer_sidecar.usage())
         assert usages[1] == usages[2], usages
+
+
+@pytest.mark.parametrize("transport", [pytest.param("mooncake", marks=NEEDS_MOONCAKE)])
+@pytest.mark.parametrize("victim", ["reading", "serving"])
+def test_a_killed_mooncake_process_fails_its_pulls_and_is_replaced(start: Start, victim: str) -> None:
+    producer_sidecar, consumer_sidecar = start("p"), start("d", *SLOW_COPY)
+    with FakeEngine(producer_sidecar) as producer, FakeEngine(consumer_sidecar) as consumer:
+        own = consumer_sidecar.children()
+        _, source = begin_slow_pull(producer, consumer)
+        [child] = producer_sidecar.children() if victim == "serving" else set(consumer_sidecar.children()) - set(own)
+        os.kill(child, signal.SIGKILL)
+        ended = consumer.pull_ended("slow", 8.0)
+        assert (ended.ok, ended.reason) == (False, "transport")
+        assert_nothing_is_written_any_more(consumer)
+        eventually(lambda: consumer.pull(source, BLOCKS[:8]).ok)
+        assert consumer.block(3) == producer.block(3)
+
+
+def test_an_engine_that_restarts_at_once_is_let_in_when_its_predecessor_is_gone(start: Start) -> None:
+    consumer_sidecar = start("d", *SLOW_COPY)
+    with FakeEngine(start("p")) as producer:
+        for number in range(5):
+            with FakeEngine(consumer_sidecar) as consumer:
+                assert consumer.pull(producer.offer([number])[1], [number]).ok
+                consumer.client.pull("slow", producer.offer(BLOCKS)[1], BLOCKS)

@@ -110,6 +110,17 @@ def test_standard_input_ends_a_child_whose_parent_died(directory: Path) -> None:
     assert not (directory / "s").exists()
 
 
+def test_watching_a_standard_input_that_never_ends_is_refused(directory: Path) -> None:
+    with open("/dev/null") as nothing:
+        refused = subprocess.run(
+            [sys.executable, "-m", "sidecar.cli", "--socket", str(directory / "s"), "--engine-id", "p",
+             "--transport", "shm", "--exit-on-stdin-eof"], cwd=ROOT, stdin=nothing, capture_output=True, text=True,
+            timeout=30,
+        )  # fmt: skip
+    assert refused.returncode == 1 and refused.stderr.startswith("pd-sidecar: --exit-on-stdin-eof: ")
+    assert refused.stderr.count("\n") == 1 and not (directory / "s").exists()
+
+
 def test_ten_thousand_offers_that_nobody_claims_leave_nothing(lone: Sidecar) -> None:
     with FakeEngine(lone) as engine:
         eventually(lambda: lone.usage()[2] == 1)

@@ -52,6 +52,20 @@ def test_a_lease_without_blocks_goes_the_same_way(pair: Pair) -> None:
     assert pair.producer.offer_ended(offer.transfer_id) == "consumed"
 
 
+def test_five_thousand_spans_in_one_transfer(pair: Pair) -> None:
+    layout = a_layout(8192, 256)
+    for engine in (pair.producer, pair.consumer):
+        engine.client.register_pool(engine.fd, layout)
+    try:
+        remote, local = random.sample(range(8192), 5000), random.sample(range(8192), 5000)
+        assert pair.consumer.pull(pair.producer.offer(remote)[1], local).ok
+        for r, c in zip(remote, local, strict=True):
+            assert pair.consumer.pool[c * 256 : c * 256 + 256] == pair.producer.pool[r * 256 : r * 256 + 256]
+    finally:
+        for engine in (pair.producer, pair.consumer):
+            engine.client.register_pool(engine.fd, engine.layout)
+
+
 def test_many_at_once_each_end_once(pair: Pair) -> None:
     offers = [pair.producer.offer([8 * n + k for k in range(8)]) for n in range(32)]
     for n, (_, source) in enumerate(offers):
