@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from proxy.scheduling.candidate import CandidateT
+from proxy.scheduling.candidate import Candidate, CandidateT
 
 # Scores this close count as equal and the least recently picked wins: estimates are not better than that, and idle
 # instances should take turns.
@@ -26,8 +26,9 @@ class LeastLoad:
             return candidates[0]
         scores = [(one.load.num_tokens + num_tokens) / one.load.speed for one in candidates]
         bound = min(scores) * TOLERANCE
-        best, oldest = candidates[0], None
-        for one, score in zip(candidates, scores, strict=True):
-            if score <= bound and (oldest is None or one.load.last_pick < oldest):
-                best, oldest = one, one.load.last_pick
-        return best
+        close = [one for one, score in zip(candidates, scores, strict=True) if score <= bound]
+        return close[0] if len(close) == 1 else min(close, key=_last_pick)
+
+
+def _last_pick(one: Candidate) -> int:
+    return one.load.last_pick
