@@ -48,7 +48,7 @@ CALL_TIMEOUT_S = 5.0
 """One round trip over a unix socket; past this the sidecar hangs and its connection is given up."""
 REGISTER_TIMEOUT_S = 120.0
 """The sidecar faults the whole pool in: about 0.3 s a GiB."""
-READ_BYTES = 256 * 1024
+READ_BYTES = 64 * 1024
 
 _ERRORS = {"LayoutRefused": LayoutRefused, "OfferRefused": OfferRefused}
 _M = TypeVar("_M", bound=Message)

@@ -20,13 +20,16 @@ from sidecar.framing import FrameDecoder, encode_frame
 
 logger = logging.getLogger(__name__)
 
-READ_BYTES = 256 * 1024
+READ_BYTES = 64 * 1024
+"""Below malloc's threshold for mapping memory anew at each read."""
 MAX_FDS = 4
 """Descriptors that may wait for the frame they belong to; one message carries one."""
 MAX_UNSENT_BYTES = 64 << 20
 """An end that leaves this much unread is given up."""
 
 _UCRED = struct.Struct("3i")
+_INT = struct.Struct("i")
+_FDS_SPACE = socket.CMSG_SPACE(MAX_FDS * _INT.size)
 
 
 class FrameConnection:
@@ -115,10 +118,8 @@ class FrameConnection:
     def _readable(self) -> None:
         try:
             if self._unix:
-                chunk, fds, flags, _ = socket.recv_fds(self._sock, READ_BYTES, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
-                self._fds.extend(fds)
-                if flags & socket.MSG_CTRUNC or len(self._fds) > MAX_FDS:
-                    self.close("too many descriptors")
+                chunk, ancillary, flags, _ = self._sock.recvmsg(READ_BYTES, _FDS_SPACE, socket.MSG_CMSG_CLOEXEC)
+                if (ancillary or flags & socket.MSG_CTRUNC) and not self._keep_fds(ancillary, flags):
                     return
             else:
                 chunk = self._sock.recv(READ_BYTES)
@@ -131,6 +132,17 @@ class FrameConnection:
             self.close("the other end closed the connection")
             return
         self._take(chunk)
+
+    def _keep_fds(self, ancillary: list[tuple[int, int, bytes]], flags: int) -> bool:
+        """Queue received descriptors; False if there are too many, with the connection closed."""
+        for level, kind, packed in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                whole = len(packed) - len(packed) % _INT.size
+                self._fds.extend(number for (number,) in _INT.iter_unpack(packed[:whole]))
+        if flags & socket.MSG_CTRUNC or len(self._fds) > MAX_FDS:
+            self.close("too many descriptors")
+            return False
+        return True
 
     def _take(self, chunk: bytes) -> None:
         try:

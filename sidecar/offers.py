@@ -35,6 +35,7 @@ class Offers:
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
+        self._settling = False
 
     def count(self, state: State) -> int:
         """Live leases in `state`."""
@@ -60,7 +61,7 @@ class Offers:
         try:
             lease = self._table.claim(transfer_id, token, claimant, now)
         finally:
-            self._settle()
+            self._settle_soon()
         return lease, lease.expires_at - now
 
     def heartbeat(self, transfer_id: str, token: str, claimant: Claimant) -> None:
@@ -68,7 +69,7 @@ class Offers:
         try:
             self._table.heartbeat(transfer_id, token, claimant, self._loop.time())
         finally:
-            self._settle()
+            self._settle_soon()
 
     def release(self, transfer_id: str, token: str, claimant: Claimant, outcome: str) -> None:
         """End a claim as consumed, returned or dropped. Raises Refusal."""
@@ -83,7 +84,7 @@ class Offers:
             else:
                 raise Refusal("invalid", f"a release is consumed, returned or dropped, not {outcome!r}")
         finally:
-            self._settle()
+            self._settle_soon()
 
     def revoke(self, transfer_id: str) -> None:
         """The engine takes an offer back; one that has ended is left alone."""
@@ -103,8 +104,15 @@ class Offers:
             self._timer.cancel()
             self._timer = None
 
+    def _settle_soon(self) -> None:
+        """Settle once the answer to the consumer, who waits for it, has been sent."""
+        if not self._settling:
+            self._settling = True
+            self._loop.call_soon(self._settle)
+
     def _settle(self) -> None:
         """Report what ended and set the timer to the next expiry."""
+        self._settling = False
         for transfer_id, state in self._table.take_ended():
             self._metrics.offer_ended(str(state))
             self._on_ended(OfferEnded(transfer_id, str(state)))

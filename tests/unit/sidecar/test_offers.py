@@ -41,6 +41,8 @@ async def test_an_offer_is_claimed_and_consumed_once() -> None:
     assert desk.offers.count(State.CLAIMED) == 1
     desk.offers.heartbeat(offer.transfer_id, offer.token, ALICE)
     desk.offers.release(offer.transfer_id, offer.token, ALICE, "consumed")
+    assert desk.told == []  # the consumer, who waits for its answer, comes first
+    await asyncio.sleep(0)
     assert desk.told == [OfferEnded(offer.transfer_id, "consumed")]
     assert b'offers_ended_total{outcome="consumed"} 1.0' in desk.metrics.page()
     desk.offers.close()
@@ -56,6 +58,7 @@ async def test_releases(how: str, told: list[str]) -> None:
             desk.offers.release(offer.transfer_id, offer.token, ALICE, how)
     else:
         desk.offers.release(offer.transfer_id, offer.token, ALICE, how)
+    await asyncio.sleep(0)
     assert [event.outcome for event in desk.told] == told
     desk.offers.close()
 
