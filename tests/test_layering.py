@@ -31,12 +31,13 @@ WALLS = {
 }
 LAZY = {"torch", "torch_npu", "mooncake"}
 IO_MODULES = {
-    "aiohttp", "asyncio", "http", "mmap", "multiprocessing", "select", "selectors", "signal", "socket", "subprocess",
+    "aiohttp", "asyncio", "mmap", "multiprocessing", "select", "selectors", "signal", "socket", "subprocess",
     "threading", "time", "uvloop",
 }  # fmt: skip
 PURE = {
     "proxy/contracts/pull.py", "proxy/errors.py", "proxy/kv_ledger.py", "proxy/load_ledger.py", "proxy/openai_api.py",
-    "proxy/retry.py", "proxy/scheduling/least_load.py", "proxy/sse.py",
+    "proxy/health.py", "proxy/http1.py", "proxy/retry.py", "proxy/scheduling/candidate.py", "proxy/scheduling/cost.py",
+    "proxy/scheduling/least_load.py", "proxy/sse.py",
     "sidecar/errors.py", "sidecar/framing.py", "sidecar/layout.py", "sidecar/leases.py", "sidecar/protocol.py",
     "sidecar/spans.py", "sidecar/transfer.py",
     "engine_adapter/kv_transfer_params.py", "engine_adapter/cluster/plan.py", "engine_adapter/torch_engine/sequence.py",
