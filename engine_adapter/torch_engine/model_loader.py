@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
@@ -54,7 +55,7 @@ def load_model(model_dir: Path, dtype: Dtype, device: Device, max_positions: int
             model_dir, config=config, dtype=torch_dtype, attn_implementation=ATTENTION_NAME, local_files_only=True
         )
         fingerprint = model_fingerprint(model_dir)
-    except (OSError, ValueError, RuntimeError) as exc:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as exc:
         raise EngineStartError(
             f"can't load the weights in {model_dir} ({_first_line(exc)})", "check that the download is complete"
         ) from exc

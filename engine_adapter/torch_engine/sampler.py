@@ -47,7 +47,7 @@ class SamplingState:
         if _has_penalties(params):
             self._counts = torch.zeros(vocab_size, device=device)
             self._in_prompt = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-            self._in_prompt[torch.tensor(prompt_token_ids, device=device)] = True
+            self._in_prompt[torch.tensor(prompt_token_ids, dtype=torch.int64, device=device)] = True
         self._bias: tuple[Tensor, Tensor] | None = None
         if params.logit_bias:
             self._bias = (
