@@ -13,7 +13,7 @@ import pytest
 
 from sidecar.protocol import PullSource, SidecarLost
 from tests.sidecar_processes.conftest import NEEDS_MOONCAKE, QUICK_CLAIMS, SLOW_COPY
-from tests.sidecar_processes.harness import EngineProcess, FakeEngine, Sidecar, eventually, paused
+from tests.sidecar_processes.harness import EngineProcess, FakeEngine, Sidecar, a_layout, eventually, paused
 
 BLOCKS = list(range(128))
 """One mebibyte: four seconds of a slow copy."""
@@ -279,3 +279,27 @@ def test_an_engine_that_restarts_at_once_is_let_in_when_its_predecessor_is_gone(
             with FakeEngine(consumer_sidecar) as consumer:
                 assert consumer.pull(producer.offer([number])[1], [number]).ok
                 consumer.client.pull("slow", producer.offer(BLOCKS)[1], BLOCKS)
+
+
+@pytest.mark.parametrize("transport", [pytest.param("mooncake", marks=NEEDS_MOONCAKE)])
+def test_no_late_byte_of_a_batch_in_flight_when_mooncake_s_peer_is_stopped_and_resumed(start: Start) -> None:
+    """Mooncake itself would go on writing into blocks after it has reported the failure (measured)."""
+    num_blocks = 1024
+    layout = a_layout(num_blocks, 65536)
+    producer_sidecar = start("p")
+    with FakeEngine(producer_sidecar, layout) as producer, FakeEngine(start("d"), layout) as consumer:
+        assert consumer.pull(producer.offer([0])[1], [0]).ok
+        consumer.fill(0)
+        _, source = producer.offer(list(range(num_blocks)))
+        [serving] = producer_sidecar.children()
+        consumer.client.pull("cut", source, list(range(num_blocks)), deadline_s=1.0)
+        while not consumer.pool[65535]:  # spins: the whole transfer takes some 50 ms
+            pass
+        with paused(serving):
+            ended = consumer.pull_ended("cut", 5.0)
+            assert (ended.ok, ended.reason) == (False, "timeout"), "it was too fast to be stopped in the middle"
+            consumer.fill(42)
+        time.sleep(0.5)
+        assert consumer.pool[:] == bytes([42]) * len(consumer.pool)
+        eventually(lambda: consumer.pull(producer.offer([7])[1], [8]).ok)
+        assert consumer.block(8) == producer.block(7)
