@@ -121,7 +121,7 @@ def _allocate_memfd(pool_bytes: int) -> tuple[int, mmap.mmap]:
             f"a KV pool of {pool_bytes >> 20} MiB does not fit into the {available_bytes >> 20} MiB of memory left",
             "give a smaller --kv-pool-bytes or --num-blocks, or free memory",
         )
-    fd = os.memfd_create("baton-kv-pool", os.MFD_CLOEXEC)
+    fd = os.memfd_create("baton-kv-pool", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, pool_bytes)
         os.posix_fallocate(fd, 0, pool_bytes)
