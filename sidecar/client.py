@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import struct
 import threading
@@ -80,6 +81,7 @@ class SidecarClient:
         self._events: deque[Event] = deque()
         self._broken = ""
         self._closed = False
+        self._pidfd = _open_peer(sock)
         self._reader = threading.Thread(target=self._read, name="sidecar-client", daemon=True)
         self._reader.start()
 
@@ -184,6 +186,22 @@ class SidecarClient:
                 events.append(self._events.popleft())
         return events
 
+    @property
+    def unresponsive(self) -> bool:
+        """True once a call went unanswered: the connection is given up, and its end has not been seen yet."""
+        return bool(self._broken)
+
+    def fence(self) -> None:
+        """Kill the sidecar's process, so that it writes no more whatever state it is in; SidecarLost follows.
+
+        For one that hangs: its supervisor starts another. Does nothing if the process can't be named from here (another
+        pid namespace) or signalled.
+        """
+        with self._lock:
+            if self._pidfd is not None:
+                with contextlib.suppress(OSError):
+                    signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
     def close(self) -> None:
         """End the connection, which to the sidecar is the engine's death. No event follows. Idempotent."""
         with self._lock:
@@ -193,6 +211,10 @@ class SidecarClient:
         if threading.current_thread() is not self._reader:
             self._reader.join()
         self._sock.close()
+        with self._lock:
+            pidfd, self._pidfd = self._pidfd, None
+        if pidfd is not None:
+            os.close(pidfd)
 
     def _call(
         self,
@@ -312,3 +334,15 @@ class SidecarClient:
     def _notify(self) -> None:
         if self._on_event is not None:
             self._on_event()
+
+
+def _open_peer(sock: socket.socket) -> int | None:
+    """A descriptor of the process at the other end, which can never come to mean another one; None if unknown."""
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    pid = int(struct.unpack("3i", credentials)[0])
+    if pid <= 0 or pid == os.getpid():
+        return None
+    try:
+        return os.pidfd_open(pid)
+    except OSError:
+        return None

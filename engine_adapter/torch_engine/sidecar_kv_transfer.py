@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +27,8 @@ CONTROL_TIMEOUT_S = 2.0
 """A control call is one round trip over a unix socket; past this the sidecar counts as lost."""
 RECONNECT_DELAYS_S = (0.05, 0.1, 0.2, 0.5, 1.0)
 """Waits between attempts; the last one repeats. A restarted sidecar is found within a second."""
+FENCE_GRACE_S = 3.0
+"""A sidecar ends every pull by its deadline; one that is this much late hangs, and is killed so that it can't write."""
 MAX_QUEUED_DROPS = 4096
 """Releases kept for a sidecar that is away; beyond it the producer's lease time does the work."""
 
@@ -54,6 +57,7 @@ class SidecarKvTransfer:
         self._lost = threading.Event()
         self._transfer_of: dict[str, str] = {}
         self._request_of: dict[str, str] = {}
+        self._overdue_at: dict[str, float] = {}
         self._failed_at_once: list[PullResult] = []
         self._drops: deque[PullSource] = deque(maxlen=MAX_QUEUED_DROPS)
         self._link_thread = threading.Thread(target=self._keep_linked, name="sidecar-link", daemon=True)
@@ -103,6 +107,7 @@ class SidecarKvTransfer:
         source = _source(_parse(params))
         message = "the sidecar is away"
         if client is not None:
+            self._overdue_at[request_id] = time.monotonic() + self._pull_timeout_s + FENCE_GRACE_S
             try:
                 client.pull(
                     request_id, source, local_block_ids, first_block=first_block, deadline_s=self._pull_timeout_s
@@ -110,6 +115,7 @@ class SidecarKvTransfer:
                 return
             except SidecarError as error:
                 message = str(error)
+        self._overdue_at.pop(request_id, None)
         self._drops.append(source)
         self._failed_at_once.append(_failed(request_id, source, message))
 
@@ -147,12 +153,14 @@ class SidecarKvTransfer:
         if client is not None:
             for event in client.poll():
                 if isinstance(event, PullEnded):
+                    self._overdue_at.pop(event.pull_id, None)
                     pulls.append(_result(event))
                 elif isinstance(event, OfferEnded):
                     self._forget(event.transfer_id, ended)
                 elif isinstance(event, SidecarLost):
                     self._unlink(client, event.message, ended)
             self._flush_drops()
+            self._fence_if_hung(client)
         return KvEvents(pulls=pulls, ended_offers=ended)
 
     def close(self) -> None:
@@ -164,6 +172,15 @@ class SidecarKvTransfer:
         if self._client is not None:
             self._client.close()
             self._client = None
+
+    def _fence_if_hung(self, client: SidecarClient) -> None:
+        """Kill a sidecar that neither answers nor ends its pulls: nothing else makes sure that it writes no more."""
+        now = time.monotonic()
+        overdue = [request_id for request_id, at in self._overdue_at.items() if at < now]
+        if self._client is client and (overdue or client.unresponsive):
+            logger.error("sidecar_hangs socket=%s pulls_overdue=%d action=kill", self._socket_path, len(overdue))
+            self._overdue_at.clear()
+            client.fence()
 
     def _forget(self, transfer_id: str, ended: list[str]) -> None:
         request_id = self._request_of.pop(transfer_id, None)

@@ -17,10 +17,11 @@ import pytest
 from engine_adapter.sidecar_process import OwnSidecar, SidecarCommand, SidecarStartError
 from engine_adapter.torch_engine.kv_transfer import KvEvents, KvTransferUnavailable
 from engine_adapter.torch_engine.sequence import EngineRequestError
-from engine_adapter.torch_engine.sidecar_kv_transfer import SidecarKvTransfer
+from engine_adapter.torch_engine.sidecar_kv_transfer import FENCE_GRACE_S, SidecarKvTransfer
 from sidecar.protocol import KvLayout, Plane
 
 BLOCK_BYTES, NUM_BLOCKS = 4096, 32
+PULL_TIMEOUT_S = 1.0
 LAYOUT = KvLayout(
     num_blocks=NUM_BLOCKS,
     block_size=16,
@@ -44,7 +45,7 @@ class Side:
         os.ftruncate(self.fd, LAYOUT.pool_bytes)
         os.pwrite(self.fd, random.Random(name).randbytes(LAYOUT.pool_bytes), 0)
         self.transfer = SidecarKvTransfer(
-            self.sidecar.socket_path, self.fd, LAYOUT, lease_s=lease_s, pull_timeout_s=5, wake=lambda: None
+            self.sidecar.socket_path, self.fd, LAYOUT, lease_s=lease_s, pull_timeout_s=PULL_TIMEOUT_S, wake=lambda: None
         )
         self.transfer.start()
 
@@ -157,6 +158,29 @@ def test_a_pull_without_a_sidecar_fails_at_once(producer: Side, consumer: Side) 
     consumer.until_available()
     consumer.transfer.poll()
     producer.until(ended("r1"))
+
+
+def test_a_hanging_sidecar_is_killed_before_its_pulls_are_reported(producer: Side, consumer: Side) -> None:
+    params = producer.transfer.offer("r1", [1], 16, 0)
+    pid = consumer.sidecar.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    consumer.transfer.start_pull("d1", params, [1], 0)
+    assert consumer.transfer.poll().pulls == []
+    (pull,) = consumer.until(pulled("d1"), within_s=PULL_TIMEOUT_S + FENCE_GRACE_S + 2).pulls
+    assert (pull.ok, pull.reason) == (False, "sidecar_lost")
+    consumer.until_available()
+    assert consumer.sidecar.pid != pid
+
+
+def test_a_producer_whose_sidecar_hangs_goes_on_with_a_new_one(producer: Side) -> None:
+    assert producer.sidecar.pid is not None
+    os.kill(producer.sidecar.pid, signal.SIGSTOP)
+    with pytest.raises(KvTransferUnavailable):
+        producer.transfer.offer("r1", [1], 16, 0)
+    producer.until(lambda _: not producer.transfer.available, within_s=5)
+    producer.until_available()
+    producer.transfer.offer("r2", [1], 16, 0)
 
 
 def test_a_sidecar_that_can_not_start_says_so() -> None:
