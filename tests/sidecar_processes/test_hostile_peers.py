@@ -220,8 +220,9 @@ def test_descriptors_nobody_asked_for_are_closed(ends: Ends) -> None:
     fd = os.memfd_create("stray")
     try:
         with raw_connection(targets(ends)[1]) as sock:
-            for _ in range(3):
-                socket.send_fds(sock, [encode_frame(encode(EngineHello(PROTOCOL_VERSION, "x")))], [fd] * 3)
-            answers(sock)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # a second hello ends the connection
+                for _ in range(3):
+                    socket.send_fds(sock, [encode_frame(encode(EngineHello(PROTOCOL_VERSION, "x")))], [fd] * 3)
+                answers(sock)
     finally:
         os.close(fd)
