@@ -61,7 +61,8 @@ class DecodeStep:
             kv = pool.block_rows.index_select(0, rows.of_layer[layer])
             kv = kv.view(2, -1, num_kv_heads, head_dim)[:, :length].transpose(1, 2)
             outs.append(scaled_dot_product_attention(row_query, kv[:1], kv[1:], scale=scaling))
-        outs += [torch.zeros_like(outs[0])] * (num_rows - num_seqs)
+        if num_rows > num_seqs:
+            outs.append(query.new_zeros(num_rows - num_seqs, *outs[0].shape[1:]))
         return torch.cat(outs).view(num_rows, num_heads, head_dim)
 
 
