@@ -60,6 +60,7 @@ class OpenAIServer(web.Server):
             request_factory=self._make_limited_request,
             handler_cancellation=True,
             access_log=None,
+            auto_decompress=False,
             keepalive_timeout=KEEPALIVE_TIMEOUT_S,
         )
         self._routes = routes
@@ -117,12 +118,14 @@ class OpenAIServer(web.Server):
 
 
 async def read_json_body(request: web.BaseRequest) -> bytes:
-    """The body of a POST. Raises ApiError for another content type, as vLLM does."""
+    """The body of a POST. Raises ApiError for another content type, as vLLM does, and for a compressed one."""
     media_type = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise ApiError(
             "Unsupported Media Type: Only 'application/json' is allowed", error_type="Bad Request", param="Content-Type"
         )
+    if request.headers.get("Content-Encoding", "identity").strip().lower() != "identity":
+        raise ApiError("a compressed body is not understood", status=415, param="Content-Encoding")
     if request.headers.get("Expect", "").lower() == "100-continue":
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         request.writer.output_size = 0

@@ -329,6 +329,16 @@ async def test_other_content_types_are_refused_as_in_vllm(tokenizer: Tokenizer) 
         assert (status, answer["error"]["param"]) == (400, "Content-Type")
 
 
+async def test_a_compressed_body_is_refused_without_traceback(
+    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving(ScriptedEngine(), tokenizer) as at:
+        status, answer = await post(at, "/v1/completions", b"{}", **{"Content-Encoding": "gzip"})
+        assert (status, answer["error"]["param"]) == (415, "Content-Encoding")
+        assert (await post(at, "/v1/completions", {"prompt": "x"}, **{"Content-Encoding": "identity"}))[0] == 200
+    assert not [record for record in caplog.records if record.exc_info]
+
+
 @pytest.mark.parametrize(
     "request_bytes",
     [b"GET /health HTTP/1.1\r\nbad header\r\n\r\n", b"nonsense\r\n\r\n",
