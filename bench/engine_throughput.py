@@ -99,7 +99,7 @@ def main() -> int:
     parser.add_argument("--size", choices=list(SIZES), default="small")
     parser.add_argument("--family", choices=list(FAMILIES), default="qwen3")
     parser.add_argument("--rounds", type=int, default=7, help="after one that warms up (default 7)")
-    parser.add_argument("--tokens", type=int, default=64, help="generated a request (default 64)")
+    parser.add_argument("--tokens", type=int, default=128, help="generated a request (default 128)")
     parser.add_argument("--prompt-tokens", type=int, default=32, help="of each prompt (default 32)")
     parser.add_argument("--num-threads", type=int, default=usable_cores())
     parser.add_argument("--check", action="store_true", help="exit 1 if a bar is missed")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from engine_adapter.torch_engine.kv_rows import BlockRows
+from engine_adapter.torch_engine.kv_rows import BlockRows, WriteRows
 
 ATTENTION_NAME = "baton_paged"
 
@@ -34,36 +34,34 @@ class AttentionStep(Protocol):
     """One forward's way to the pool."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """query [rows, H, D], key and value [rows, K, D]; the answer [rows, H, D]."""
+        """query [1, H, rows, D], key and value [1, K, rows, D]; the answer [1, rows, H, D]."""
 
 
 class DecodeStep:
     """Row i is the next token of sequence i; rows beyond the sequences are padding, and their answer is zero."""
 
-    def __init__(self, pool: KvRows, block_rows: list[BlockRows], lengths: list[int], write_rows: Tensor) -> None:
-        """`lengths[i]`: tokens sequence i attends to, its new one included. `write_rows` [layers, 2, sequences]."""
+    def __init__(self, pool: KvRows, block_rows: list[BlockRows], lengths: list[int], write_rows: WriteRows) -> None:
+        """`lengths[i]`: tokens sequence i attends to, its new one included. `write_rows`: of these new tokens."""
         self._pool = pool
         self._block_rows = block_rows
         self._lengths = lengths
         self._write_rows = write_rows
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        num_rows, num_heads, head_dim = query.shape
+        _, num_heads, num_rows, head_dim = query.shape
         num_kv_heads = key.shape[1]
-        num_seqs = len(self._lengths)
+        num_padding = num_rows - len(self._lengths)
         pool = self._pool
-        key_rows, value_rows = self._write_rows[layer]
-        pool.token_rows.index_copy_(0, key_rows, key.reshape(num_rows, -1)[:num_seqs])
-        pool.token_rows.index_copy_(0, value_rows, value.reshape(num_rows, -1)[:num_seqs])
-        queries = query.reshape(num_rows, 1, num_kv_heads, num_heads // num_kv_heads, head_dim).unbind(0)
+        self._write_rows.write(pool.token_rows, layer, key, value, slice(0, num_rows - num_padding))
+        queries = query.transpose(1, 2).reshape(num_rows, 1, num_kv_heads, num_heads // num_kv_heads, head_dim)
         outs = []
-        for rows, length, row_query in zip(self._block_rows, self._lengths, queries, strict=False):
+        for index, (rows, length) in enumerate(zip(self._block_rows, self._lengths, strict=True)):
             kv = pool.block_rows.index_select(0, rows.of_layer[layer])
             kv = kv.view(2, -1, num_kv_heads, head_dim)[:, :length].transpose(1, 2)
-            outs.append(scaled_dot_product_attention(row_query, kv[:1], kv[1:], scale=scaling))
-        if num_rows > num_seqs:
-            outs.append(query.new_zeros(num_rows - num_seqs, *outs[0].shape[1:]))
-        return torch.cat(outs).view(num_rows, num_heads, head_dim)
+            outs.append(scaled_dot_product_attention(queries[index], kv[:1], kv[1:], scale=scaling))
+        if num_padding:
+            outs.append(query.new_zeros(num_padding, *outs[0].shape[1:]))
+        return torch.cat(outs).view(1, num_rows, num_heads, head_dim)
 
 
 class PrefillStep:
@@ -75,10 +73,10 @@ class PrefillStep:
         prefix_rows: BlockRows,
         tile: tuple[int, int],
         written: tuple[int, int],
-        write_rows: Tensor,
+        write_rows: WriteRows,
         mask: Tensor,
     ) -> None:
-        """`prefix_rows` covers positions [0, tile_start). `write_rows` [layers, 2, end - start].
+        """`prefix_rows` covers positions [0, tile_start), `write_rows` [start, end).
 
         `mask` [G * tile rows, tile_end]: 0 where a query may look, else -inf, the rows repeated for each of a group.
         """
@@ -90,25 +88,18 @@ class PrefillStep:
         self._mask = mask
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        num_rows, num_heads, head_dim = query.shape
+        _, num_heads, num_rows, head_dim = query.shape
         num_kv_heads = key.shape[1]
         group = num_heads // num_kv_heads
         pool = self._pool
-        key_rows, value_rows = self._write_rows[layer]
-        pool.token_rows.index_copy_(0, key_rows, key.reshape(num_rows, -1)[self._rows])
-        pool.token_rows.index_copy_(0, value_rows, value.reshape(num_rows, -1)[self._rows])
+        self._write_rows.write(pool.token_rows, layer, key, value, self._rows)
         if self._tile_start:
             prefix = pool.block_rows.index_select(0, self._prefix_rows.of_layer[layer])
-            prefix = prefix.view(2, -1, num_kv_heads, head_dim)[:, : self._tile_start]
-            key, value = torch.cat((prefix[0], key)), torch.cat((prefix[1], value))
-        folded = query.view(num_rows, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
-        folded = folded.reshape(1, num_kv_heads, group * num_rows, head_dim)
-        out = scaled_dot_product_attention(
-            folded, key.transpose(0, 1)[None], value.transpose(0, 1)[None], attn_mask=self._mask, scale=scaling
-        )
-        return (
-            out.view(num_kv_heads, group, num_rows, head_dim).permute(2, 0, 1, 3).reshape(num_rows, num_heads, head_dim)
-        )
+            prefix = prefix.view(2, -1, num_kv_heads, head_dim)[:, : self._tile_start].transpose(1, 2)
+            key, value = torch.cat((prefix[:1], key), dim=2), torch.cat((prefix[1:], value), dim=2)
+        folded = query.reshape(1, num_kv_heads, group * num_rows, head_dim)
+        out = scaled_dot_product_attention(folded, key, value, attn_mask=self._mask, scale=scaling)
+        return out.view(1, num_heads, num_rows, head_dim).transpose(1, 2)
 
 
 def causal_tile_mask(tile: tuple[int, int], group: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -131,8 +122,7 @@ def paged_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention signature: query [1, H, rows, D], key and value [1, K, rows, D]; out [1, rows, H, D]."""
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
-    return attention_step.attend(layer, rows[0], rows[1], rows[2], scaling)[None], None
+    return attention_step.attend(layer, query, key, value, scaling), None
 
 
 def register_attention() -> None:

@@ -13,7 +13,7 @@ from engine_adapter.device import Device
 from engine_adapter.torch_engine.attention import AttentionStep, DecodeStep, PrefillStep, causal_tile_mask
 from engine_adapter.torch_engine.batch_invariant import MAX_DECODE_ROWS
 from engine_adapter.torch_engine.kv_cache import KvCache
-from engine_adapter.torch_engine.kv_rows import BlockRows, token_write_rows
+from engine_adapter.torch_engine.kv_rows import BlockRows, WriteRows
 from engine_adapter.torch_engine.model_loader import LoadedModel
 from engine_adapter.torch_engine.prefill_tiles import tiles_of
 from engine_adapter.torch_engine.scheduler import PrefillChunk
@@ -58,7 +58,7 @@ class ModelRunner:
             BlockRows.of(seq.block_ids[: -(-tile[0] // size)], shape.num_layers, self._device),
             tile,
             (start, end),
-            token_write_rows(
+            WriteRows(
                 [seq.block_ids[position // size] for position in positions],
                 [position % size for position in positions],
                 shape.num_layers,
@@ -87,7 +87,7 @@ class ModelRunner:
             cache,
             [self._rows_of(seq) for seq in seqs],
             [position + 1 for position in positions],
-            token_write_rows(
+            WriteRows(
                 [seq.block_ids[position // size] for seq, position in zip(seqs, positions, strict=True)],
                 [position % size for position in positions],
                 shape.num_layers,

@@ -2,15 +2,16 @@
 
 A prefill forward always covers one tile of one sequence: a fixed range of absolute positions, whatever part of it is
 wanted. All its shapes are then a function of the position alone, and so are its bits, however the scheduler cuts the
-prompt and wherever a cached prefix ends. Tiles grow from 16 to the device's largest, so that a short prompt does not
-pay for a long tile: [0,16) [16,32) [32,64) [64,128) [128,256) [256,384) and so on for a largest of 128.
+prompt and wherever a cached prefix ends. Tiles grow from 32 to the device's largest, so that a short prompt does not
+pay for a long tile: [0,32) [32,64) [64,128) [128,256) [256,384) and so on for a largest of 128.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-SMALLEST_TILE = 16
+SMALLEST_TILE = 32
+"""On CPU a forward of 32 rows costs a third more than one of 16."""
 
 
 def tile_of(position: int, max_tile: int) -> tuple[int, int]:

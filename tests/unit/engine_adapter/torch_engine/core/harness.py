@@ -11,7 +11,7 @@ from engine_adapter.device import open_device
 from engine_adapter.torch_engine.block_manager import BlockManager
 from engine_adapter.torch_engine.engine_core import EngineCore
 from engine_adapter.torch_engine.kv_cache import KvCache
-from engine_adapter.torch_engine.kv_rows import token_write_rows
+from engine_adapter.torch_engine.kv_rows import WriteRows
 from engine_adapter.torch_engine.kv_transfer import KvEvents, KvTransferUnavailable, PullResult
 from engine_adapter.torch_engine.model_loader import LoadedModel
 from engine_adapter.torch_engine.model_runner import ModelRunner
@@ -121,14 +121,14 @@ class CoreHarness:
         """Keys and values of the sequence's computed tokens."""
         size = self.kv_cache.block_size
         positions = range(min(seq.num_computed_tokens, len(seq.block_ids) * size))
-        rows = token_write_rows(
+        rows = WriteRows(
             [seq.block_ids[position // size] for position in positions],
             [position % size for position in positions],
             self.kv_cache.shape.num_layers,
             size,
             CPU.torch_device,
         )
-        return self.kv_cache.token_rows[rows].clone()
+        return torch.stack([self.kv_cache.token_rows[layer_rows] for layer_rows in rows.by_layer_and_kv])
 
     def run(self, *requests: EngineRequest, max_steps: int = 2000) -> None:
         """Add the requests and step until nothing is left to do."""

@@ -8,7 +8,7 @@ import torch
 
 from engine_adapter.torch_engine.host_memory import available_host_memory_bytes
 from engine_adapter.torch_engine.kv_cache import KvCache
-from engine_adapter.torch_engine.kv_rows import BlockRows, token_write_rows
+from engine_adapter.torch_engine.kv_rows import BlockRows, WriteRows
 from engine_adapter.torch_engine.model_shape import ModelShape
 from tests.unit.engine_adapter.torch_engine.core.harness import CPU
 
@@ -21,8 +21,8 @@ def test_a_block_is_contiguous_over_all_layers() -> None:
     layout = cache.kv_layout("model")
     assert layout.block_bytes == cache.block_bytes == 3 * 2 * SIZE * 2 * 8 * 4
     assert layout.pool_bytes == cache.pool_bytes == NUM_BLOCKS * cache.block_bytes
-    rows = token_write_rows([3, 3], [0, 3], SHAPE.num_layers, SIZE, CPU.torch_device)
-    cache.token_rows[rows[1, 1]] = 7.0  # values of layer 1, tokens 0 and 3 of block 3
+    rows = WriteRows([3, 3], [0, 3], SHAPE.num_layers, SIZE, CPU.torch_device)
+    cache.token_rows[rows.by_layer_and_kv[3]] = 7.0  # values of layer 1, tokens 0 and 3 of block 3
     expected = torch.zeros(NUM_BLOCKS, 3, 2, SIZE, 2, 8)
     expected[3, 1, 1, [0, 3]] = 7.0
     assert cache.fd is not None
@@ -35,8 +35,8 @@ def test_rows_of_blocks_are_all_keys_then_all_values() -> None:
     for layer in range(3):
         for kv in range(2):
             for block_id in range(NUM_BLOCKS):
-                rows = token_write_rows([block_id], [1], 3, SIZE, CPU.torch_device)
-                cache.token_rows[rows[layer, kv]] = 100.0 * layer + 10 * kv + block_id
+                rows = WriteRows([block_id], [1], 3, SIZE, CPU.torch_device)
+                cache.token_rows[rows.by_layer_and_kv[2 * layer + kv]] = 100.0 * layer + 10 * kv + block_id
     gathered = cache.block_rows[BlockRows.of([4, 2], 3, CPU.torch_device).of_layer[2]]
     assert gathered.view(2, 2, SIZE, 2, 8)[:, :, 1, 0, 0].tolist() == [[204, 202], [214, 212]]
 

@@ -5,7 +5,7 @@ import pytest
 from engine_adapter.torch_engine.prefill_tiles import tile_of, tiles_of
 
 
-@pytest.mark.parametrize("max_tile", [16, 128, 512])
+@pytest.mark.parametrize("max_tile", [32, 128, 512])
 def test_every_position_is_in_one_tile_that_depends_on_it_alone(max_tile: int) -> None:
     end = 0
     for position in range(3 * max_tile):
@@ -19,7 +19,7 @@ def test_every_position_is_in_one_tile_that_depends_on_it_alone(max_tile: int) -
 
 
 def test_tiles_grow_with_the_prompt() -> None:
-    assert list(tiles_of(0, 300, 128)) == [(0, 16), (16, 32), (32, 64), (64, 128), (128, 256), (256, 384)]
+    assert list(tiles_of(0, 300, 128)) == [(0, 32), (32, 64), (64, 128), (128, 256), (256, 384)]
 
 
 def test_a_part_of_a_tile_needs_the_whole_one() -> None:
