@@ -15,7 +15,7 @@ from aiohttp import web
 from proxy.access_log import AccessLog
 from proxy.config import Address, ProxyConfig
 from proxy.contracts import CONTRACTS
-from proxy.control_api import ControlApi
+from proxy.control_api import ControlApi, control_protocols
 from proxy.dispatch import Dispatcher
 from proxy.drain import wait_until
 from proxy.errors import StartError
@@ -93,7 +93,8 @@ class ProxyApp:
         await self._runner.setup()
         server = self._runner.server
         assert server is not None
-        self._services = Services(self.config, self._loop, self.dispatcher.serve, server, self.metrics.refused)
+        control = control_protocols(server, self._loop)
+        self._services = Services(self.config, self._loop, self.dispatcher.serve, control, self.metrics.refused)
         for one in sockets:
             self._servers.append(
                 await self._loop.create_server(

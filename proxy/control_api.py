@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
+import logging
 import re
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -19,6 +20,8 @@ from proxy.kv_ledger import KvLedger, KvState
 from proxy.metrics import CONTENT_TYPE, ProxyMetrics
 from proxy.openai_api import ROUTES
 from proxy.reclaim import Reclaimer
+
+log = logging.getLogger(__name__)
 
 MODELS_TIMEOUT_S = 3.0
 FAN_OUT_TIMEOUT_S = 30.0
@@ -57,6 +60,7 @@ class ControlApi:
 
     def application(self) -> web.Application:
         app = web.Application(middlewares=[openai_errors], client_max_size=MAX_ADMIN_BODY_BYTES)
+        app.on_response_prepare.append(close_after)
         app.add_routes(
             [
                 web.get("/health", self.health),
@@ -229,6 +233,41 @@ async def _membership_request(request: web.Request) -> tuple[Role, list[Address]
 
 def _json(value: Any, status: int = 200) -> web.Response:
     return web.Response(body=orjson.dumps(value), status=status, content_type="application/json")
+
+
+async def close_after(_: web.Request, response: web.StreamResponse) -> None:
+    """A connection is handed over for one request: the next one may be for a hot route, which isn't served here."""
+    response.force_close()
+    response.headers["Connection"] = "close"  # aiohttp has written its own headers before this is called
+
+
+class ControlProtocol(web.RequestHandler):
+    """A connection that was handed over. What aiohttp's parser refuses is answered in the OpenAI shape, untraced."""
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        if request.writer.output_size > 0:
+            raise ConnectionError("the answer has begun already")
+        if status >= 500:
+            log.error("event=control_failed path=%s", request.path, exc_info=exc)
+            text = "Internal error in the proxy."
+        else:
+            text = (str(message or exc or "Malformed request.").splitlines() or [""])[0]
+        kind = "internal_server_error" if status >= 500 else "invalid_request_error"
+        body = error_body(status, text, kind)
+        response = web.Response(body=body, status=status, content_type="application/json")
+        response.force_close()
+        return response
+
+
+def control_protocols(server: web.Server, loop: asyncio.AbstractEventLoop) -> Callable[[], ControlProtocol]:
+    """What makes the protocol for a connection that is handed over; `server` is the runner's, which knows them all."""
+    return lambda: ControlProtocol(server, loop=loop, **server._kwargs)
 
 
 @web.middleware

@@ -109,7 +109,8 @@ class Dispatcher:
             flow.forwarded += self._bearer_line
         split = not call.own_kv_transfer_params and self._contract.splits(call)
         if not split:
-            self._reporter.recompute("own_kv_transfer_params" if call.own_kv_transfer_params else "list_of_prompts")
+            several = "list_of_prompts" if call.num_prompts > 1 else "nothing_to_decode"
+            self._reporter.recompute("own_kv_transfer_params" if call.own_kv_transfer_params else several)
         self._reserve_decoder(flow)  # before the prefill: a prompt nobody can decode is not worth computing
         while True:
             if split and not flow.prefilled:

@@ -9,7 +9,6 @@ one read.
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING, cast
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from proxy.upstream import UpstreamConnection
 
 LINGER_S = 2.0  # to let a refused client read our answer before the connection is reset
-_CONNECTION_LINE = re.compile(rb"\r\n(?:connection|keep-alive)[ \t]*:[^\r\n]*", re.IGNORECASE)
 
 # state
 HEAD, BODY, BUSY, LINGER, CLOSED = "head", "body", "busy", "linger", "closed"
@@ -176,14 +174,13 @@ class ClientConnection(asyncio.Protocol):
         self._decoder = None
 
     def _hand_over(self, rest: bytes) -> None:
-        """Give the connection to the aiohttp application, with `Connection: close` in the head."""
-        head = _CONNECTION_LINE.sub(b"", self._head_bytes)
+        """Give the connection to the aiohttp application, which answers this one request and closes."""
         protocol = self._services.control_protocol()
         self._services.connections.discard(self)
         self.state = CLOSED
         self.transport.set_protocol(protocol)
         protocol.connection_made(self.transport)
-        protocol.data_received(head[:-2] + b"Connection: close\r\n\r\n" + rest)
+        protocol.data_received(self._head_bytes + rest)
 
     def _refuse(self, error: ProxyError) -> None:
         """Answer what is not a request we can read, and end the connection once the client has had time to see it."""

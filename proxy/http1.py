@@ -91,7 +91,6 @@ class RequestHead:
             cause = error.__context__
             raise (cause if isinstance(cause, BadHead) else BadHead(f"Malformed HTTP request: {error}")) from None
         if self.complete:
-            self.keep_alive = parser.should_keep_alive()
             self._parser = None  # it holds our methods: a cycle a request would be work for the garbage collector
 
     # llhttp's callbacks
@@ -128,6 +127,7 @@ class RequestHead:
         assert parser is not None
         self.method = parser.get_method()
         self.version = parser.get_http_version()
+        self.keep_alive = parser.should_keep_alive()  # only here: with the message's end the parser forgets
         target = self.target
         if not target.startswith(b"/"):  # absolute form (RFC 9112 section 3.2.2)
             try:

@@ -47,7 +47,8 @@ def parse_call(route: str, body: bytes) -> ApiCall:
     if stream is not None and type(stream) is not bool:
         raise BadRequest("'stream' must be true or false.", "stream")
     limit = _count(get("max_completion_tokens"), "max_completion_tokens")
-    plain = _count(get("max_tokens"), "max_tokens")
+    least = 0 if route == "completions" and get("echo") is True else 1  # nothing but the prompt, for its logprobs
+    plain = _count(get("max_tokens"), "max_tokens", least)
     _count(get("n"), "n")
     if route == "chat":
         messages = get("messages")
@@ -69,13 +70,13 @@ def parse_call(route: str, body: bytes) -> ApiCall:
     )
 
 
-def _count(value: Any, name: str) -> int | None:
+def _count(value: Any, name: str, least: int = 1) -> int | None:
     if value is None:
         return None
     if type(value) is not int:
         raise BadRequest(f"'{name}' must be an integer.", name)
-    if value < 1:
-        raise BadRequest(f"'{name}' must be at least 1, got {value}.", name)
+    if value < least:
+        raise BadRequest(f"'{name}' must be at least {least}, got {value}.", name)
     return value
 
 

@@ -47,16 +47,23 @@ def parser() -> argparse.ArgumentParser:
 def config_from(arguments: Sequence[str]) -> SidecarConfig:
     """The config that a command line means. Raises UsageError in one line."""
     flags = parser()
+    for word in arguments:  # before argparse, which would rather speak of a required flag that is missing because of it
+        if word.startswith("--") and word.partition("=")[0] not in flags._option_string_actions:
+            raise _unknown(flags, word)
     known, unknown = flags.parse_known_args(arguments)
     if unknown:
-        near = difflib.get_close_matches(unknown[0].split("=")[0], list(flags._option_string_actions), 1, 0.5)
-        hint = f"; did you mean {near[0]}?" if near else "; see pd-sidecar --help"
-        raise UsageError(f"unknown argument {unknown[0]}{hint}")
+        raise _unknown(flags, unknown[0])
     try:
         return SidecarConfig(**{name: value for name, value in vars(known).items() if value is not None})
     except ValidationError as error:
         first = error.errors()[0]
         raise UsageError(f"{_flag(str(first['loc'][0]))} {first['input']}: {first['msg']}") from error
+
+
+def _unknown(flags: argparse.ArgumentParser, word: str) -> UsageError:
+    near = difflib.get_close_matches(word.partition("=")[0], list(flags._option_string_actions), 1, 0.5)
+    hint = f"; did you mean {near[0]}?" if near else "; see pd-sidecar --help"
+    return UsageError(f"unknown argument {word}{hint}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -28,6 +28,15 @@ class UsageParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USAGE, f"{self.prog}: {message}\n")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse has it, but a misspelt flag is said before a missing one, which is most often the same."""
+        if self._subparsers is None:
+            words = [word.partition("=")[0] for word in args or ()]
+            misspelt = [word for word in words if word.startswith("--") and word not in self._option_string_actions]
+            if misspelt and misspelt[0] != "--":
+                self.unknown(misspelt, self)
+        return super().parse_known_args(args, namespace)
+
     def unknown(self, words: Iterable[str], meant: UsageParser) -> NoReturn:
         """Refuse leftover arguments of the command `meant`."""
         word = next(iter(words)).partition("=")[0]

@@ -28,8 +28,9 @@ class PullContract:
     name = "pull"
 
     def splits(self, call: ApiCall) -> bool:
-        """A list of prompts would get one child's KV and strand the others' (kv-contracts section 2)."""
-        return call.num_prompts == 1
+        """A list of prompts would get one child's KV and strand the others' (kv-contracts section 2). Without a token
+        to generate there is nothing to decode."""
+        return call.num_prompts == 1 and call.max_new_tokens != 0
 
     def prefill_body(self, call: ApiCall) -> bytes:
         fields = {**call.fields, **_ONE_TOKEN, "kv_transfer_params": _ASK_FOR_REMOTE_DECODE}

@@ -158,3 +158,49 @@ def test_idle_connections_are_closed(start_proxy: Callable[..., Proxy]) -> None:
     with connected(proxy.port, timeout=3) as sock:
         sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")
         assert read_answer(sock).status == 408
+
+
+def test_requests_pipelined_behind_a_control_route_leave_the_first_answer_whole(proxy: Proxy) -> None:
+    """The control routes answer one request a connection and say so; the client sends the other one again."""
+    with connected(proxy.port) as sock:
+        sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
+        answer = _to_end(sock)
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert b"connection: close" in answer.lower()
+    assert answer.count(b"HTTP/1.1 ") == 1
+
+
+@pytest.mark.parametrize(
+    "request_head",
+    [
+        b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * 5000,
+    ],
+    ids=["long-target", "many-headers"],
+)
+def test_a_control_request_that_cannot_be_parsed_is_an_openai_error(proxy: Proxy, request_head: bytes) -> None:
+    with connected(proxy.port) as sock:
+        sock.sendall(request_head + b"\r\n")
+        answer = _to_end(sock)
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.split(b" ")[1] in (b"400", b"431")
+    assert json.loads(body)["error"]["message"]
+
+
+def test_a_request_without_a_body_that_wants_the_connection_closed_is_closed(proxy: Proxy) -> None:
+    with connected(proxy.port) as sock:
+        sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        answer = _to_end(sock)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b"connection: close" in answer.lower()
+
+
+def _to_end(sock: socket.socket) -> bytes:
+    """What comes until the other side closes; a reset after the answer is an end, too."""
+    received = b""
+    try:
+        while data := sock.recv(65536):
+            received += data
+    except ConnectionResetError:
+        pass
+    return received

@@ -79,3 +79,11 @@ def test_splicing_keeps_the_original_bytes(body: bytes) -> None:
 def test_splicing_replaces_a_key_that_is_there() -> None:
     body = b'{"kv":null,"a":1}'
     assert orjson.loads(spliced(body, orjson.loads(body), "kv", 2)) == {"kv": 2, "a": 1}
+
+
+def test_a_prompt_may_be_asked_for_alone() -> None:
+    assert call(echo=True, max_tokens=0).max_new_tokens == 0
+    with pytest.raises(BadRequest, match="max_tokens"):
+        call(max_tokens=0)
+    with pytest.raises(BadRequest, match="max_tokens"):
+        call(echo=True, max_tokens=-1)

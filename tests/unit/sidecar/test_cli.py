@@ -34,6 +34,7 @@ def test_defaults() -> None:
         ([*NEEDED, "--rank", "one"], "--rank: invalid int value: 'one'"),
         ([*NEEDED, "--metrics-port", "65536"], "--metrics-port 65536"),
         (["--engine-id", "e"], "--socket"),
+        (["--engine-id", "e", "--sokcet", "x"], "unknown argument --sokcet; did you mean --socket?"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )

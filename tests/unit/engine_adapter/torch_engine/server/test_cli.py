@@ -17,6 +17,7 @@ PORT_0 = ["--port", "0"]
     [
         (["serv"], "unknown command 'serv'; did you mean serve?"),
         (["serve", "--modle", "x", "--model", "x"], "unknown flag --modle; did you mean --model?"),
+        (["serve", "--modle", "x"], "unknown flag --modle; did you mean --model?"),
         (["serve", "--model", "x", "--kv-lease=3"], "unknown flag --kv-lease; did you mean --kv-lease-s?"),
         (["serve", "--model", "x", "--role", "prefil"], "none of prefill, decode, both; did you mean prefill?"),
         (["serve", "--model", "x", "--port", "x"], "--port 'x'"),
