@@ -23,6 +23,7 @@ bit for bit by core/test_batch_invariance.py; bfloat16 and accelerators run thro
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +93,39 @@ class BatchInvariantLinear(nn.Module):
         packed = self._packed_for_rows[num_rows]
         out: Tensor = _mkl_linear(rows, packed, self._shape_only, self._bias, num_rows)
         return out
+
+
+class SharedInput:
+    """Linears that a module applies to the same input, one after the other, computed as one when the first is asked."""
+
+    def __init__(self, linears: list[nn.Linear], kind: ForwardKind) -> None:
+        first = linears[0]
+        fused = nn.Linear(1, 1, bias=False, device="meta")
+        fused.in_features, fused.out_features = first.in_features, sum(linear.out_features for linear in linears)
+        fused.weight = nn.Parameter(torch.cat([linear.weight for linear in linears]), requires_grad=False)
+        biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
+        if biases:
+            fused.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
+        self.linear = BatchInvariantLinear(fused, kind)
+        self._sizes = [linear.out_features for linear in linears]
+        self._outs: Sequence[Tensor] = ()
+
+    def take(self, index: int, rows: Tensor) -> Tensor:
+        if index == 0:
+            self._outs = torch.split(self.linear(rows), self._sizes, dim=-1)
+        return self._outs[index]
+
+
+class SharedInputPart(nn.Module):
+    """Stands where one of the linears stood. Part 0 is asked first and is the only one that looks at its input."""
+
+    def __init__(self, shared: SharedInput, index: int) -> None:
+        super().__init__()
+        self._shared = shared
+        self._index = index
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self._shared.take(self._index, rows)
 
 
 class UncutActivation(nn.Module):
@@ -171,10 +205,23 @@ def make_batch_invariant(model: Any, *, max_positions: int, device: Device) -> t
     return kind, MAX_DECODE_ROWS
 
 
+_SHARED_INPUT_NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""In the order in which transformers' modules call them."""
+
+
 def _swap_linears(model: Any, kind: ForwardKind) -> list[BatchInvariantLinear]:
     """Replace one at a time, so that few weights are there twice (a tied one stays with the embedding)."""
     swapped = []
     for parent in list(model.modules()):
+        for names in _SHARED_INPUT_NAMES:
+            members = [getattr(parent, name, None) for name in names]
+            linears = [member for member in members if type(member) is nn.Linear]
+            if len(linears) < len(names) or len({linear.bias is None for linear in linears}) > 1:
+                continue
+            shared = SharedInput(linears, kind)
+            swapped.append(shared.linear)
+            for index, name in enumerate(names):
+                setattr(parent, name, SharedInputPart(shared, index))
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
                 swapped.append(BatchInvariantLinear(child, kind))
