@@ -261,6 +261,7 @@ def test_what_was_opened_is_closed_again(start: Start) -> None:
 def test_a_killed_mooncake_process_fails_its_pulls_and_is_replaced(start: Start, victim: str) -> None:
     producer_sidecar, consumer_sidecar = start("p"), start("d", *SLOW_COPY)
     with FakeEngine(producer_sidecar) as producer, FakeEngine(consumer_sidecar) as consumer:
+        eventually(lambda: bool(consumer_sidecar.children()))  # its own serving process comes a moment after the pool
         own = consumer_sidecar.children()
         _, source = begin_slow_pull(producer, consumer)
         [child] = producer_sidecar.children() if victim == "serving" else set(consumer_sidecar.children()) - set(own)
