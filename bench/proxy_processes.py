@@ -34,6 +34,7 @@ HAPROXY = """global
 defaults
   mode http
   option http-keep-alive
+  option http-no-delay
   timeout connect 10s
   timeout client 120s
   timeout server 120s
