@@ -23,6 +23,7 @@ from proxy.frontend import ClientConnection, Services
 from proxy.health_probe import Prober
 from proxy.instance import Fleet, Role
 from proxy.kv_ledger import KvLedger
+from proxy.legs import Legs
 from proxy.load_ledger import settle_speeds
 from proxy.metrics import ProxyMetrics
 from proxy.reclaim import Reclaimer
@@ -49,17 +50,10 @@ class ProxyApp:
         self.metrics = ProxyMetrics(self.fleet, self.kv_ledger, self.num_in_flight)
         self.reclaimer = Reclaimer(config, contract, self.fleet, self.kv_ledger, loop)
         self._access_log = AccessLog(log.isEnabledFor(logging.INFO))
-        self.dispatcher = Dispatcher(
-            config,
-            contract,
-            POLICIES[config.policy](),
-            self.fleet,
-            self.kv_ledger,
-            self.reclaimer,
-            Reporter(self.metrics, self._access_log),
-            loop,
-            bearer_line,
-        )
+        reporter = Reporter(self.metrics, self._access_log)
+        policy = POLICIES[config.policy]()
+        legs = Legs(config, contract, policy, self.fleet, self.kv_ledger, self.reclaimer, reporter)
+        self.dispatcher = Dispatcher(config, legs, reporter, loop, bearer_line)
         self.prober = Prober(config, self.fleet, loop, bearer_line)
         self._control = ControlApi(
             config,

@@ -42,6 +42,7 @@ class Flow:
         "request_id",
         "route",
         "sent_at",
+        "split",
         "status",
         "stream",
     )
@@ -64,6 +65,7 @@ class Flow:
         self.prefill_load: Reservation | None = None
         self.decode_load: Reservation | None = None
         self.entry: KvEntry | None = None
+        self.split = True
         self.prefilled = False
         self.prefill_attempts = 0
         self.avoid: set[Instance] = set()

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from proxy.contracts.order import Order
 from proxy.contracts.pull import PullContract
 from proxy.openai_api import ApiCall
+
+__all__ = ["CONTRACTS", "Contract", "Order"]
 
 
 class Contract(Protocol):
     name: str
+    order: Order
 
     def splits(self, call: ApiCall) -> bool:
         """Whether the call can be prefilled elsewhere; if not, a decoder computes it alone."""

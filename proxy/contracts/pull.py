@@ -10,6 +10,7 @@ from typing import Any
 
 import orjson
 
+from proxy.contracts.order import Order
 from proxy.openai_api import ApiCall, spliced
 
 _ASK_FOR_REMOTE_DECODE = {
@@ -26,6 +27,7 @@ _ONE_TOKEN = {"stream": False, "max_tokens": 1, "min_tokens": 1}
 
 class PullContract:
     name = "pull"
+    order = Order.PREFILL_FIRST
 
     def splits(self, call: ApiCall) -> bool:
         """A list of prompts would get one child's KV and strand the others' (kv-contracts section 2). Without a token

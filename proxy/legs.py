@@ -1,0 +1,186 @@
+"""One leg of a request: one exchange with one instance, and what is done with what becomes of it.
+
+A leg reserves load before it awaits anything and gives it back whatever happens; KV that was handed out is consumed or
+reclaimed; a connection nobody waits for any more is closed, or listened to for the KV it may still hand out. What
+follows from a failure is `retry.TABLE`'s. In which order legs run is a story's (`proxy/stories`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from time import monotonic
+
+from proxy import sse
+from proxy.config import ProxyConfig
+from proxy.contracts import Contract
+from proxy.errors import Failure, NoInstance, ProxyError, UpstreamFailure
+from proxy.flow import Flow
+from proxy.instance import Fleet, Instance, Role
+from proxy.kv_ledger import KvLedger
+from proxy.reclaim import Reclaimer
+from proxy.report import Reporter
+from proxy.retry import TABLE, Action, Leg
+from proxy.scheduling import Policy
+from proxy.scheduling.candidate import candidates
+from proxy.upstream import Answer, UpstreamConnection
+
+HANG_UP_S = 5.0  # how long an abandoned prefill is listened to, for the KV it may still hand out
+
+
+class PassOn(Exception):
+    """An instance's own answer is the answer: its status, its body."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(answer.status)
+        self.answer = answer
+
+
+class Legs:
+    def __init__(
+        self,
+        config: ProxyConfig,
+        contract: Contract,
+        policy: Policy,
+        fleet: Fleet,
+        ledger: KvLedger,
+        reclaimer: Reclaimer,
+        reporter: Reporter,
+    ) -> None:
+        self.config = config
+        self.contract = contract
+        self.ledger = ledger
+        self.reporter = reporter
+        self._policy = policy
+        self._fleet = fleet
+        self._reclaimer = reclaimer
+
+    async def exchange(self, flow: Flow, instance: Instance, body: bytes, leg: Leg, fresh: bool) -> Answer:
+        """One request to one instance. Returns its 2xx answer; anything else raises UpstreamFailure."""
+        pool = instance.pool
+        connection = (None if fresh else pool.take_idle()) or await pool.connect()
+        if instance.health.num_failures:
+            instance.health.succeeded()
+        if leg is Leg.DECODE and flow.entry is not None:
+            flow.entry.dispatched = True
+        head = b"POST %b HTTP/1.1\r\n%b%bX-Request-Id: %b\r\nContent-Length: %d\r\n\r\n" % (
+            flow.head.target,
+            pool.host_line,
+            flow.forwarded,
+            flow.upstream_id.encode("ascii"),
+            len(body),
+        )
+        config = self.config
+        timeout_s = config.prefill_timeout_s if leg is Leg.PREFILL else config.first_token_timeout_s
+        streams = leg is Leg.DECODE and flow.call.stream
+        waiter = connection.send(head, body, first_event_only=streams, deadline=monotonic() + timeout_s)
+        try:
+            answer = await waiter
+        except asyncio.CancelledError:
+            self._leave(flow, instance, connection, waiter, leg)
+            raise
+        except UpstreamFailure as failure:
+            if failure.failure is Failure.TIMEOUT:
+                self._leave(flow, instance, connection, waiter, leg)
+            raise
+        status = answer.head.status
+        if status >= 300:
+            if not answer.complete:
+                connection.close()
+            kind = Failure.SERVER_ERROR if status >= 500 else Failure.CLIENT_ERROR
+            raise UpstreamFailure(kind, f"{instance.key} answered {status}", answer)
+        if streams and answer.first_event is not None and (error := sse.error_of(answer.first_event)) is not None:
+            if not answer.complete:
+                connection.close()
+            kind = Failure.CLIENT_ERROR if error[0] < 500 else Failure.ERROR_EVENT
+            raise UpstreamFailure(kind, f"{instance.key} streamed an error", answer.as_error(*error))
+        return answer
+
+    def _leave(
+        self,
+        flow: Flow,
+        instance: Instance,
+        connection: UpstreamConnection,
+        waiter: asyncio.Future[Answer],
+        leg: Leg,
+    ) -> None:
+        """Nobody waits for `connection` any more. A prefill may still hand KV out, which then has to be given back."""
+        if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
+            answer = waiter.result()
+            if leg is Leg.PREFILL:
+                self._late_answer(flow, instance, answer)
+            elif not answer.complete:
+                connection.close()
+            return
+        if leg is Leg.PREFILL:
+            self._hang_up(flow, instance, connection)
+        else:
+            connection.close()
+
+    def _hang_up(self, flow: Flow, instance: Instance, connection: UpstreamConnection) -> None:
+        connection.hang_up(lambda answer: self._late_answer(flow, instance, answer), monotonic() + HANG_UP_S)
+
+    def _late_answer(self, flow: Flow, instance: Instance, answer: Answer) -> None:
+        try:
+            kv = self.kv_of(answer, instance) if answer.status < 300 else None
+        except UpstreamFailure:
+            return
+        if kv is not None:
+            entry = self.ledger.hand_out(flow.upstream_id, instance.key, kv, monotonic())
+            self._reclaimer.give_back(entry, flow.call, flow.head.target, flow.forwarded)
+
+    # --- choosing, and what follows from a failure
+
+    def pick(self, role: Role, flow: Flow, num_tokens: int) -> Instance:
+        """Filter, score, pick; the caller reserves before it awaits anything."""
+        now = monotonic()
+        fit = candidates(self._fleet.members[role], flow.avoid, now)
+        if not fit:
+            raise NoInstance(role.value, "none is enabled")
+        instance = self._policy.pick(fit, num_tokens)
+        self._fleet.picked(instance)
+        if not instance.health.healthy:
+            instance.health.begin_trial(now)
+        return instance
+
+    def reserve_decoder(self, flow: Flow) -> None:
+        flow.decoder = self.pick(Role.DECODE, flow, flow.cost.decode_tokens)
+        flow.decode_load = flow.decoder.load.reserve(flow.cost.decode_tokens)
+
+    def let_go_of_decoder(self, flow: Flow) -> None:
+        if flow.decode_load is not None:
+            flow.decode_load.release()
+        flow.decoder = flow.decode_load = None
+
+    async def after(self, leg: Leg, failure: UpstreamFailure, instance: Instance, flow: Flow) -> Action:
+        """Note the failure, wait as the table says, return the action. With none left, raises the client's answer."""
+        kind = failure.failure
+        action, delay_s = flow.budget.decide(leg, kind)
+        row = TABLE[leg, kind]
+        self.reporter.failed(flow, leg, instance, failure, action)
+        if row.unwell and instance.health.failed(monotonic(), failure.message):
+            self.reporter.went_out(instance)
+        if action in (Action.PASS_ON, Action.FAIL):
+            if isinstance(failure.answer, Answer):
+                raise PassOn(failure.answer)
+            raise ProxyError(
+                row.status,
+                f"The {leg.value} instance failed: {failure.message}.",
+                error_type="service_unavailable" if row.status == 503 else "upstream_error",
+                retry_after_s=1 if row.status == 503 else None,
+            )
+        if action is not Action.SAME_INSTANCE and kind is not Failure.STALE:
+            flow.avoid.add(instance)
+        if delay_s:
+            await asyncio.sleep(delay_s)
+        return action
+
+    def kv_of(self, answer: Answer, instance: Instance) -> dict[str, object] | None:
+        try:
+            return self.contract.kv_of(answer.body)
+        except ValueError as error:
+            raise UpstreamFailure(Failure.GARBAGE, f"{instance.key}: {error}") from None
+
+    def give_kv_back(self, flow: Flow) -> None:
+        entry, flow.entry = flow.entry, None
+        if entry is not None:
+            self._reclaimer.give_back(entry, flow.call, flow.head.target, flow.forwarded)

@@ -1,0 +1,79 @@
+"""Prefill, then decode: the decoder is told by the prefiller's answer where the KV is."""
+
+from __future__ import annotations
+
+from time import monotonic
+
+from proxy.errors import UpstreamFailure
+from proxy.flow import Flow
+from proxy.instance import Role
+from proxy.kv_ledger import KvState
+from proxy.legs import Legs
+from proxy.retry import Action, Leg
+from proxy.upstream import Answer
+
+
+async def prefill_first(flow: Flow, legs: Legs) -> Answer:
+    while True:
+        if flow.split and not flow.prefilled:
+            await _prefill(flow, legs)
+        answer = await _decode(flow, legs)
+        if answer is not None:
+            return answer
+
+
+async def _prefill(flow: Flow, legs: Legs) -> None:
+    """Leaves the KV in `flow.entry`, or none if the prefiller gave none. Raises ProxyError or PassOn."""
+    body = legs.contract.prefill_body(flow.call)
+    fresh = False
+    while True:
+        instance = flow.prefiller = (
+            flow.prefiller if fresh and flow.prefiller else legs.pick(Role.PREFILL, flow, flow.cost.prefill_tokens)
+        )
+        flow.prefill_load = load = instance.load.reserve(flow.cost.prefill_tokens)
+        flow.budget.spend(Leg.PREFILL)
+        flow.prefill_attempts += 1
+        began = monotonic()
+        flow.sent_at = flow.sent_at or began
+        try:
+            answer = await legs.exchange(flow, instance, body, Leg.PREFILL, fresh)
+            kv = legs.kv_of(answer, instance)
+        except UpstreamFailure as failure:
+            fresh = await legs.after(Leg.PREFILL, failure, instance, flow) is Action.SAME_INSTANCE
+            continue
+        finally:
+            load.release()
+        flow.prefilled = True
+        flow.prefilled_at = now = monotonic()
+        instance.load.observe(load.num_tokens + load.ahead, now - began)
+        legs.reporter.prefilled(now - began)
+        if kv is None:
+            legs.reporter.recompute("prefiller_gave_no_kv")
+        else:
+            flow.entry = legs.ledger.hand_out(flow.upstream_id, instance.key, kv, now)
+        return
+
+
+async def _decode(flow: Flow, legs: Legs) -> Answer | None:
+    """One attempt. None means: failed, try again as `flow` stands now. Raises ProxyError or PassOn."""
+    if flow.decoder is None:
+        legs.reserve_decoder(flow)
+    instance = flow.decoder
+    assert instance is not None
+    body = legs.contract.decode_body(flow.call, flow.kv)
+    flow.budget.spend(Leg.DECODE)
+    flow.sent_at = flow.sent_at or monotonic()
+    try:
+        answer = await legs.exchange(flow, instance, body, Leg.DECODE, False)
+    except UpstreamFailure as failure:
+        action = await legs.after(Leg.DECODE, failure, instance, flow)
+        legs.let_go_of_decoder(flow)
+        if action is Action.PREFILL_AGAIN:
+            legs.give_kv_back(flow)
+            flow.prefilled = False
+        return None
+    flow.first_event_at = monotonic()
+    if flow.entry is not None:
+        legs.ledger.move(flow.entry, KvState.CONSUMED)
+        flow.entry = None
+    return answer
