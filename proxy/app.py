@@ -13,6 +13,8 @@ from time import monotonic
 from aiohttp import web
 
 from proxy.access_log import AccessLog
+from proxy.admission import Admission
+from proxy.capacity import CapacityReader
 from proxy.config import Address, ProxyConfig
 from proxy.contracts import CONTRACTS
 from proxy.control_api import ControlApi, control_protocols
@@ -47,13 +49,15 @@ class ProxyApp:
         contract = CONTRACTS[config.contract]()
         self.fleet = Fleet(config, loop)
         self.kv_ledger = KvLedger()
-        self.metrics = ProxyMetrics(self.fleet, self.kv_ledger, self.num_in_flight)
+        self.metrics = ProxyMetrics(self.fleet, self.kv_ledger, self.num_in_flight, self.num_waiting)
         self.reclaimer = Reclaimer(config, contract, self.fleet, self.kv_ledger, loop)
         self._access_log = AccessLog(log.isEnabledFor(logging.INFO))
         reporter = Reporter(self.metrics, self._access_log)
         policy = POLICIES[config.policy]()
         legs = Legs(config, contract, policy, self.fleet, self.kv_ledger, self.reclaimer, reporter)
-        self.dispatcher = Dispatcher(config, legs, reporter, loop, bearer_line)
+        self.admission = Admission(config, legs, self.fleet, loop)
+        self.dispatcher = Dispatcher(config, legs, self.admission, reporter, loop, bearer_line)
+        self._capacity_reader = CapacityReader(config, self.fleet, loop, bearer_line)
         self.prober = Prober(config, self.fleet, loop, bearer_line)
         self._control = ControlApi(
             config,
@@ -76,6 +80,9 @@ class ProxyApp:
     def num_in_flight(self) -> int:
         return len(self.dispatcher.open)
 
+    def num_waiting(self) -> int:
+        return self.admission.num_waiting
+
     @property
     def connections(self) -> set[ClientConnection]:
         """Those of clients, without the ones handed to the control API."""
@@ -97,6 +104,8 @@ class ProxyApp:
             )
             self.addresses.append(Address(*one.getsockname()[:2]))
         self.prober.follow()
+        self.admission.tick()
+        self._capacity_reader.start()
         self._ticker = self._loop.create_task(self._tick())
 
     async def _tick(self) -> None:
@@ -111,6 +120,7 @@ class ProxyApp:
                 settle_speeds((one.load for one in self.fleet.members[role]), SPEED_DRIFT_A_TICK)
             if self.fleet.drop_drained():
                 self.prober.follow()
+            self.admission.tick()
             self._access_log.flush()
 
     async def drain(self) -> bool:
@@ -129,6 +139,7 @@ class ProxyApp:
         await wait_until(lambda: not self.dispatcher.open, 1.0)
         await self.reclaimer.finish()
         self.prober.stop()
+        self._capacity_reader.stop()
         if self._ticker is not None:
             self._ticker.cancel()
         await self._runner.cleanup()

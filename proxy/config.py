@@ -74,6 +74,20 @@ class ProxyConfig(BaseModel):
     upstream_keepalive_s: Seconds = Field(
         4, description="idle time of a connection to an instance; less than the 5 s after which vLLM closes it"
     )
+    min_remote_prefill_tokens: int = Field(
+        0, ge=0, description="shorter prompts are prefilled by the decoder itself; 0 splits every request"
+    )
+    decoder_max_streams: int = Field(0, ge=0, description="requests a decoder takes at once; 0 is no limit")
+    decoder_kv_tokens: int = Field(
+        0, ge=0, description="tokens of KV a decoder holds; 0 takes what its /metrics say, and no limit if they don't"
+    )
+    decoder_kv_overcommit: float = Field(
+        1.0, gt=0, le=100, description="part of the KV its /metrics say that is reserved; above 1 counts on early ends"
+    )
+    capacity_interval_s: Seconds = Field(10, description="between readings of the decoders' KV capacity")
+    max_queued_requests: int = Field(1024, ge=0, description="requests that may wait for a decoder; beyond it 429")
+    queue_timeout_s: Seconds = Field(60, description="how long a request may wait for a decoder; after it 503")
+
     drain_timeout_s: Seconds = Field(30, description="for requests in flight when told to stop")
     reclaim_timeout_s: Seconds = Field(5, description="for giving orphaned KV back")
     health_interval_s: Seconds = Field(5, description="between probes of an instance that is well")

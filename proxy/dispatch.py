@@ -12,6 +12,7 @@ import logging
 import uuid
 from time import monotonic
 
+from proxy.admission import Admission
 from proxy.answering import relay, send_error, send_whole
 from proxy.config import ProxyConfig
 from proxy.errors import BadRequest, ProxyError
@@ -33,12 +34,14 @@ class Dispatcher:
         self,
         config: ProxyConfig,
         legs: Legs,
+        admission: Admission,
         reporter: Reporter,
         loop: asyncio.AbstractEventLoop,
         bearer_line: bytes,
     ) -> None:
         self._config = config
         self._legs = legs
+        self._admission = admission
         self._contract = legs.contract
         self._tell = STORIES[legs.contract.order]
         self._reporter = reporter
@@ -59,7 +62,7 @@ class Dispatcher:
         self.open.add(flow)
         try:
             self._read(flow, body)
-            self._legs.reserve_decoder(flow)  # before the prefill: a prompt nobody can decode is not worth computing
+            await self._admission.admit(flow)  # before the prefill: a prompt nobody can decode is not worth computing
             answer = await self._tell(flow, self._legs)
             if answer.complete:
                 flow.outcome = "ok"
@@ -93,7 +96,14 @@ class Dispatcher:
         flow.forwarded = flow.head.forwarded
         if self._bearer_line and not flow.head.authorization:
             flow.forwarded += self._bearer_line
-        flow.split = not call.own_kv_transfer_params and self._contract.splits(call)
-        if not flow.split:
-            several = "list_of_prompts" if call.num_prompts > 1 else "nothing_to_decode"
-            self._reporter.recompute("own_kv_transfer_params" if call.own_kv_transfer_params else several)
+        if call.own_kv_transfer_params:
+            self._alone(flow, "own_kv_transfer_params")
+        elif not self._contract.splits(call):
+            self._alone(flow, "list_of_prompts" if call.num_prompts > 1 else "nothing_to_decode")
+        elif call.num_prompt_tokens < self._config.min_remote_prefill_tokens:
+            self._alone(flow, "short_prompt")
+
+    def _alone(self, flow: Flow, reason: str) -> None:
+        """The decoder computes the prompt itself."""
+        flow.split = False
+        self._reporter.recompute(reason)

@@ -8,6 +8,7 @@ follows from a failure is `retry.TABLE`'s. In which order legs run is a story's 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from time import monotonic
 
 from proxy import sse
@@ -132,19 +133,31 @@ class Legs:
 
     def pick(self, role: Role, flow: Flow, num_tokens: int) -> Instance:
         """Filter, score, pick; the caller reserves before it awaits anything."""
-        now = monotonic()
-        fit = candidates(self._fleet.members[role], flow.avoid, now)
+        return self._choose(self._candidates(role, flow), num_tokens)
+
+    def _candidates(self, role: Role, flow: Flow) -> Sequence[Instance]:
+        fit = candidates(self._fleet.members[role], flow.avoid, monotonic())
         if not fit:
             raise NoInstance(role.value, "none is enabled")
+        return fit
+
+    def _choose(self, fit: Sequence[Instance], num_tokens: int) -> Instance:
         instance = self._policy.pick(fit, num_tokens)
         self._fleet.picked(instance)
         if not instance.health.healthy:
-            instance.health.begin_trial(now)
+            instance.health.begin_trial(monotonic())
         return instance
 
-    def reserve_decoder(self, flow: Flow) -> None:
-        flow.decoder = self.pick(Role.DECODE, flow, flow.cost.decode_tokens)
-        flow.decode_load = flow.decoder.load.reserve(flow.cost.decode_tokens)
+    def reserve_decoder(self, flow: Flow, only_with_room: bool = False) -> bool:
+        """Reserve a decoder that has room for the request's KV. Where none has: any, or none and False."""
+        cost = flow.cost
+        fit = self._candidates(Role.DECODE, flow)
+        roomy = [one for one in fit if one.load.has_room(cost.kv_tokens)]
+        if not roomy and only_with_room:
+            return False
+        flow.decoder = decoder = self._choose(roomy or fit, cost.decode_tokens)
+        flow.decode_load = decoder.load.reserve(cost.decode_tokens, cost.kv_tokens)
+        return True
 
     def let_go_of_decoder(self, flow: Flow) -> None:
         if flow.decode_load is not None:

@@ -47,7 +47,9 @@ class Histogram:
 class ProxyMetrics(Collector):
     """`requests` is keyed by (route, "stream"|"whole", status, outcome); `retries` by (leg, failure, action)."""
 
-    def __init__(self, fleet: Fleet, kv_ledger: KvLedger, num_in_flight: Callable[[], int]) -> None:
+    def __init__(
+        self, fleet: Fleet, kv_ledger: KvLedger, num_in_flight: Callable[[], int], num_waiting: Callable[[], int]
+    ) -> None:
         self.requests: Counter[tuple[str, str, int, str]] = Counter()
         self.retries: Counter[tuple[str, str, str]] = Counter()
         self.recomputes: Counter[str] = Counter()
@@ -60,6 +62,7 @@ class ProxyMetrics(Collector):
         self._fleet = fleet
         self._kv_ledger = kv_ledger
         self._num_in_flight = num_in_flight
+        self._num_waiting = num_waiting
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
 
@@ -97,6 +100,9 @@ class ProxyMetrics(Collector):
         in_flight = GaugeMetricFamily("pd_proxy_requests_in_flight", "Requests being served")
         in_flight.add_metric([], self._num_in_flight())
         yield in_flight
+        waiting = GaugeMetricFamily("pd_proxy_requests_waiting", "Requests that wait for room on a decoder")
+        waiting.add_metric([], self._num_waiting())
+        yield waiting
 
     def _kv_families(self) -> Iterator[Metric]:
         ledger = self._kv_ledger
@@ -115,6 +121,12 @@ class ProxyMetrics(Collector):
         values: tuple[tuple[str, str, list[float]], ...] = (
             ("requests", "Requests open on the instance", [one.load.num_requests for _, one in rows]),
             ("load_tokens", "Work open on the instance", [one.load.num_tokens for _, one in rows]),
+            ("kv_tokens", "Tokens of KV reserved on a decoder", [one.load.kv_tokens for _, one in rows]),
+            (
+                "kv_tokens_limit",
+                "Tokens of KV it can hold; 0: unknown",
+                [one.load.max_kv_tokens for _, one in rows],
+            ),
             ("speed_tokens_per_second", "Speed it has shown", [one.load.speed for _, one in rows]),
             ("healthy", "1 if the evidence says it is well", [float(one.health.healthy) for _, one in rows]),
             ("enabled", "1 if the operator wants it used", [float(one.enabled) for _, one in rows]),

@@ -35,15 +35,34 @@ IO_MODULES = {
     "threading", "time", "uvloop",
 }  # fmt: skip
 PURE = {
-    "proxy/contracts/order.py", "proxy/contracts/pull.py", "proxy/errors.py", "proxy/kv_ledger.py",
-    "proxy/load_ledger.py", "proxy/openai_api.py", "proxy/health.py", "proxy/http1.py", "proxy/retry.py",
-    "proxy/scheduling/candidate.py", "proxy/scheduling/cost.py", "proxy/scheduling/least_load.py", "proxy/sse.py",
-    "sidecar/errors.py", "sidecar/framing.py", "sidecar/layout.py", "sidecar/leases.py", "sidecar/protocol.py",
-    "sidecar/spans.py", "sidecar/transfer.py", "engine_adapter/kv_transfer_params.py",
-    "engine_adapter/cluster/plan.py", "engine_adapter/torch_engine/sequence.py",
-    "engine_adapter/torch_engine/block_manager.py", "engine_adapter/torch_engine/scheduler.py",
+    "engine_adapter/cluster/plan.py",
+    "engine_adapter/kv_transfer_params.py",
+    "engine_adapter/torch_engine/block_manager.py",
     "engine_adapter/torch_engine/detokenizer.py",
-}  # fmt: skip
+    "engine_adapter/torch_engine/scheduler.py",
+    "engine_adapter/torch_engine/sequence.py",
+    "proxy/contracts/order.py",
+    "proxy/contracts/pull.py",
+    "proxy/errors.py",
+    "proxy/fair_queue.py",
+    "proxy/health.py",
+    "proxy/http1.py",
+    "proxy/kv_ledger.py",
+    "proxy/load_ledger.py",
+    "proxy/openai_api.py",
+    "proxy/retry.py",
+    "proxy/scheduling/candidate.py",
+    "proxy/scheduling/cost.py",
+    "proxy/scheduling/least_load.py",
+    "proxy/sse.py",
+    "sidecar/errors.py",
+    "sidecar/framing.py",
+    "sidecar/layout.py",
+    "sidecar/leases.py",
+    "sidecar/protocol.py",
+    "sidecar/spans.py",
+    "sidecar/transfer.py",
+}
 
 
 def imports_of(path: Path) -> list[tuple[str, bool]]:

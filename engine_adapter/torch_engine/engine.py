@@ -47,6 +47,8 @@ class EngineStats:
     num_prompt_tokens_external_kv_transfer: int
     num_generation_tokens: int
     num_preemptions: int
+    block_size: int
+    """Tokens of a block."""
 
 
 class Engine:
@@ -237,4 +239,5 @@ class Engine:
             num_prompt_tokens_external_kv_transfer=counters.num_prompt_tokens_external_kv_transfer,
             num_generation_tokens=counters.num_generation_tokens,
             num_preemptions=scheduler.num_preemptions,
+            block_size=self.kv_cache.block_size,
         )

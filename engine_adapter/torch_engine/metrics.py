@@ -121,6 +121,11 @@ class ServerMetrics(Collector):
             family = GaugeMetricFamily(name, text, labels=["model_name"])
             family.add_metric(self._labels, value)
             yield family
+        pool = GaugeMetricFamily(  # vLLM says the pool's size in labels; a proxy reads it there
+            "vllm:cache_config_info", "The KV pool.", labels=["model_name", "block_size", "num_gpu_blocks"]
+        )
+        pool.add_metric([*self._labels, str(stats.block_size), str(stats.num_blocks)], 1)
+        yield pool
 
     def _counters(self, stats: EngineStats) -> Iterable[Metric]:
         sources = {

@@ -18,10 +18,13 @@ MAX_EXPECTED_OUTPUT_TOKENS = 1024  # clients ask for far more than they use
 class Cost(NamedTuple):
     prefill_tokens: int
     decode_tokens: int
+    kv_tokens: int
+    """Of KV it is expected to hold on the decoder when it ends."""
 
 
 def cost_of(call: ApiCall) -> Cost:
     prompt = call.num_prompt_tokens
     output = min(call.max_new_tokens or UNKNOWN_OUTPUT_TOKENS, MAX_EXPECTED_OUTPUT_TOKENS)
     num_streams = call.num_prompts * (call.fields.get("n") or 1)
-    return Cost(prompt + STEP_OVERHEAD_TOKENS, prompt + num_streams * (STREAM_TOKENS + output))
+    kv_tokens = prompt + num_streams * output
+    return Cost(prompt + STEP_OVERHEAD_TOKENS, kv_tokens + num_streams * STREAM_TOKENS, kv_tokens)

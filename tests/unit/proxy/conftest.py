@@ -45,6 +45,8 @@ class Setup:
         found = [repr(one.load) for one in app.fleet.all if one.load.num_requests or one.load.num_tokens]
         found += [f"{one.key}: active connection" for one in app.fleet.all if one.pool.active]
         found += [f"KV of {entry.request_id} is {entry.state}" for entry in app.kv_ledger.open]
+        if app.num_waiting():
+            found.append(f"{app.num_waiting()} waiting for a decoder")
         if app.num_in_flight():
             found.append(f"{app.num_in_flight()} flows")
         if app.reclaimer.num_open:

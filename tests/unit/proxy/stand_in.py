@@ -79,6 +79,8 @@ class Engine:
         self.gate: asyncio.Event | None = None
         """If set, a prefill answers, and a stream goes on after its first event, only once this is set."""
         self.health_status = 200
+        self.exposition = b""
+        """What `GET /metrics` answers, if anything."""
         self.complaints: list[str] = []
         self.connections: set[asyncio.StreamWriter] = set()
         self._server: asyncio.Server | None = None
@@ -101,6 +103,9 @@ class Engine:
             while (request := await read_request(reader)) is not None:
                 if request.method == "GET" or request.target.startswith("/reset"):
                     self.probes.append(request)
+                    if request.target == "/metrics" and self.exposition:
+                        writer.write(whole(200, self.exposition))
+                        continue
                     writer.write(whole(self.health_status, {"object": "list", "data": [{"id": "m"}], "at": self.port}))
                     continue
                 act = asyncio.ensure_future(self._act(writer, request))

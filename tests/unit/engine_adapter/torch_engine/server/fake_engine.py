@@ -54,7 +54,7 @@ class ScriptedEngine:
         self.aborted.append(request_id)
 
     def stats(self) -> EngineStats:
-        return EngineStats(self.alive, 0, 0, 0, 64, 60, self.num_blocks_held_by_offers, 0.0625, 7, 5, 3, 11, 2)
+        return EngineStats(self.alive, 0, 0, 0, 64, 60, self.num_blocks_held_by_offers, 0.0625, 7, 5, 3, 11, 2, 16)
 
 
 @dataclass

@@ -30,6 +30,7 @@ def test_the_engines_counters_under_vllms_names() -> None:
     assert found["vllm:prompt_tokens_by_source_total", "local_compute"] == 7
     assert found["vllm:prompt_tokens_by_source_total", "local_cache_hit"] == 5
     assert found["vllm:prompt_tokens_by_source_total", "external_kv_transfer"] == 3
+    assert found["vllm:cache_config_info", "64,16"] == 1
     assert found["baton_engine_free_blocks", ""] == 60
     assert found["baton_engine_blocks_held_by_offers", ""] == 4
 

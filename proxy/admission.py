@@ -1,0 +1,119 @@
+"""Admission: a decoder's place is reserved before a prompt is prefilled, and beyond the room there is, requests wait.
+
+Room is streams and tokens of KV (`InstanceLoad.has_room`), configured or read from the instances' metrics
+(`capacity.py`). While there is room and nobody waits, admission costs a call and awaits nothing. The queue is bounded
+(429 beyond it), fair between API keys, ordered by the request's `priority`, and has a deadline (503 after it).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from time import monotonic
+
+from proxy.config import ProxyConfig
+from proxy.errors import ProxyError
+from proxy.fair_queue import FairQueue, Ticket
+from proxy.flow import Flow
+from proxy.instance import Fleet, Instance, Role
+from proxy.legs import Legs
+
+WAIT_WEIGHT = 0.2  # of the latest wait in the moving average that Retry-After is made from
+MAX_RETRY_AFTER_S = 60.0
+
+
+class Waiter:
+    """A flow in the queue and the future that says it has its decoder."""
+
+    __slots__ = ("flow", "turn")
+
+    def __init__(self, flow: Flow, turn: asyncio.Future[None]) -> None:
+        self.flow = flow
+        self.turn = turn
+
+
+class Admission:
+    def __init__(self, config: ProxyConfig, legs: Legs, fleet: Fleet, loop: asyncio.AbstractEventLoop) -> None:
+        self._config = config
+        self._legs = legs
+        self._fleet = fleet
+        self._loop = loop
+        self._queue: FairQueue[Waiter] = FairQueue()
+        self._wait_s = 1.0
+        self._is_called = False
+        self.num_rejected = {"full": 0, "too_late": 0}
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._queue)
+
+    async def admit(self, flow: Flow) -> None:
+        """Leaves with a decoder reserved in `flow`. Raises ProxyError: 429 (queue full), 503 (too late, no decoder)."""
+        if not self._queue and self._legs.reserve_decoder(flow, only_with_room=True):
+            return
+        if len(self._queue) >= self._config.max_queued_requests:
+            self.num_rejected["full"] += 1
+            raise self._rejection(429, "All decode capacity is taken and the queue is full.")
+        began = monotonic()
+        waiter = Waiter(flow, self._loop.create_future())
+        ticket = self._queue.push(api_key_of(flow), priority_of(flow), flow.cost.kv_tokens, waiter)
+        try:
+            async with asyncio.timeout(self._config.queue_timeout_s):
+                await waiter.turn
+        except TimeoutError:
+            self.num_rejected["too_late"] += 1
+            raise self._rejection(503, "No decode capacity became free in time (--queue-timeout-s).") from None
+        finally:
+            self._queue.leave(ticket, served=waiter.turn.done() and not waiter.turn.cancelled())
+            self.wake()
+        self._wait_s += WAIT_WEIGHT * (monotonic() - began - self._wait_s)
+
+    def _rejection(self, status: int, message: str) -> ProxyError:
+        after_s = round(min(max(self._wait_s, 1.0), MAX_RETRY_AFTER_S))
+        kind = "rate_limit_exceeded" if status == 429 else "service_unavailable"
+        return ProxyError(status, message, error_type=kind, retry_after_s=after_s)
+
+    def watch(self, instance: Instance) -> None:
+        """Be told when work on `instance` ends."""
+        instance.load.on_release = self.wake
+
+    def wake(self) -> None:
+        """Room may have become free: look once, soon. Cheap when nobody waits."""
+        if self._queue and not self._is_called:
+            self._is_called = True
+            self._loop.call_soon(self._serve_waiting)
+
+    def _serve_waiting(self) -> None:
+        self._is_called = False
+        while (ticket := self._queue.first()) is not None:
+            if not self._serve(ticket):
+                return
+
+    def _serve(self, ticket: Ticket[Waiter]) -> bool:
+        """Whether the next one may be looked at: who doesn't fit yet is not overtaken, or it might wait for ever."""
+        waiter = ticket.item
+        if not waiter.turn.done():
+            try:
+                if not self._legs.reserve_decoder(waiter.flow, only_with_room=True):
+                    return False
+                waiter.turn.set_result(None)
+            except ProxyError as error:  # no decoder is left at all
+                waiter.turn.set_exception(error)
+        self._queue.leave(ticket, served=True)
+        return True
+
+    def tick(self) -> None:
+        """Now and then: capacities change without a request that ends, and so does the membership."""
+        for instance in self._fleet.members[Role.DECODE]:
+            self.watch(instance)
+        self.wake()
+
+
+def api_key_of(flow: Flow) -> bytes:
+    """What tells clients apart: the Authorization header, whole; empty for all who send none."""
+    return next((line for line in flow.head.lines if line[:14].lower() == b"authorization:"), b"")
+
+
+def priority_of(flow: Flow) -> int:
+    """vLLM's field: an integer, a smaller one goes first, 0 if absent. What is no integer is the engine's to refuse."""
+    priority = flow.call.fields.get("priority")
+    return priority if type(priority) is int else 0
