@@ -32,6 +32,7 @@ from bench.proxy_processes import (
     HOST,
     Engines,
     Proxy,
+    bare_relay_command,
     engines,
     free_port,
     haproxy_command,
@@ -42,7 +43,7 @@ from bench.proxy_processes import (
 
 NUM_PREFILL, NUM_DECODE = 2, 4
 US = 1e6
-BASELINES = ("vllm-router", "haproxy")
+BASELINES = ("vllm-router", "haproxy", "bare-relay")
 
 CASES = {
     case.name: case
@@ -119,6 +120,8 @@ def start(
         port = free_port()
         if name == "vllm-router":
             command = vllm_router_command(options.vllm_router, port, others)
+        elif name == "bare-relay":
+            command = bare_relay_command(port, others, folder)
         else:
             command = haproxy_command(options.haproxy, port, others, folder)
         proxies.append(stack.enter_context(proxy(name, command, port, proxy_core)))
@@ -214,6 +217,8 @@ def main() -> int:
     options = parser().parse_args()
     if "vllm-router" in options.baseline and not options.vllm_router:
         parser().error("vllm-router is not installed: pip install vllm-router into a venv, then --vllm-router PATH")
+    if "bare-relay" in options.baseline and not shutil.which("cc"):
+        parser().error("bare-relay needs a C compiler: install gcc")
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     rows = run(options)

@@ -178,6 +178,13 @@ def vllm_router_command(executable: str, port: int, served: Engines) -> list[str
     return [*command, "--max-concurrent-requests", "8192", "--disable-circuit-breaker", "--disable-retries"]
 
 
+def bare_relay_command(port: int, served: Engines, folder: Path) -> list[str]:
+    """A relay in C that parses nothing, in front of the decoders alone: what the kernel takes for one leg."""
+    source, executable = Path(__file__).with_name("bare_relay.c"), folder / "bare_relay"
+    subprocess.run(["cc", "-O2", "-o", str(executable), str(source)], check=True)
+    return [str(executable), str(port), *map(str, served.decode_ports)]
+
+
 def haproxy_command(executable: str, port: int, served: Engines, folder: Path) -> list[str]:
     """HAProxy in front of the decoders alone: one leg, the floor of what relaying costs."""
     servers = "\n".join(f"  server d{one} {HOST}:{one} maxconn 8192" for one in served.decode_ports)
