@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from importlib.metadata import version
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
@@ -15,6 +15,8 @@ from pydantic.fields import FieldInfo
 EXIT_USAGE = 2
 SIZE_UNITS = {"": 1, "B": 1, "K": 1000, "KB": 1000, "KIB": 1024, "M": 1000**2, "MB": 1000**2, "MIB": 1024**2,
               "G": 1000**3, "GB": 1000**3, "GIB": 1024**3}  # fmt: skip
+
+ALIASES = {"gpu": "cuda", "nvidia": "cuda", "ascend": "npu"}  # what is meant by words that are spelt like others
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -27,6 +29,12 @@ class UsageParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USAGE, f"{self.prog}: {message}\n")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """As argparse has it, with the nearest right value."""
+        if action.choices is not None and value not in action.choices:
+            known = [str(choice) for choice in action.choices]
+            raise argparse.ArgumentError(action, f"{value!r} is none of {', '.join(known)}{nearest(str(value), known)}")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse has it, but a misspelt flag is said before a missing one, which is most often the same."""
@@ -46,9 +54,11 @@ class UsageParser(argparse.ArgumentParser):
         meant.error(f"unknown flag {word}{nearest(word, flags)}")
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def nearest(word: str, known: Collection[str]) -> str:
     """`; did you mean X?`, or nothing where no known word is like it."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    found = (
+        [ALIASES[word]] if ALIASES.get(word) in known else difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    )
     return f"; did you mean {found[0]}?" if found else ""
 
 

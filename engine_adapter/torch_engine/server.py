@@ -177,6 +177,8 @@ class Instance:
 
 def check_model_directory(directory: Path) -> None:
     """What can be said before a port is bound or a library loaded. Raises EngineStartError."""
+    if directory.is_file():
+        raise EngineStartError(f"{directory} is a file", "name the directory it lies in: config.json is read there")
     if not directory.is_dir():
         raise EngineStartError(
             f"there is no model directory {directory}",

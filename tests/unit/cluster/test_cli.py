@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -225,3 +226,14 @@ def test_a_demonstration_that_fails_ends_it_only_when_asked_for_once(bench: Benc
     assert "the demonstration failed, the cluster stays: the answer came, but no sidecar moved KV" in cluster.text()
     cluster.process.send_signal(signal.SIGINT)
     assert cluster.process.wait(30) == 0
+
+
+@pytest.mark.parametrize("after_s", [0.15, 0.4, 0.7, 1.0])
+def test_ctrl_c_while_it_still_imports_is_quiet(after_s: float, tmp_path: Path) -> None:
+    launch = [sys.executable, "-c", "from engine_adapter.cluster.launch import main; main()", "up", "missing.toml"]
+    process = subprocess.Popen(launch, env=ENV, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    time.sleep(after_s)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert "Traceback" not in said
+    assert process.returncode in (-signal.SIGINT, 0, 1, 2)
