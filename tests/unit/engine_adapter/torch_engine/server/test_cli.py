@@ -26,7 +26,8 @@ PORT_0 = ["--port", "0"]
         (["serve", "--model", "x", "--kv-pool-bytes", "2 lots"], "--kv-pool-bytes '2 lots' is no size"),
         (["serve", "--model", "x", "extra"], "unexpected argument 'extra'"),
         (["serve"], "--model"),
-        (["make-model", "x", "--family", "qwen9"], "qwen9"),
+        (["make-model", "x", "--family", "qwen9"], "none of qwen3, qwen2, llama; did you mean qwen3?"),
+        (["serve", "--model", "x", "--device", "gpu"], "did you mean cuda?"),
         ([], "{serve,make-model}"),
     ],
 )  # fmt: skip
