@@ -23,11 +23,16 @@ async def answers_of(url: str, asked: list[Prompt], sampled: bool) -> list[Answe
         )
 
 
-@pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3"])
-async def test_split_equals_unsplit(family: str, tmp_path: Path) -> None:
-    model = tmp_path / family
-    make = [str(BIN / "pd-engine"), "make-model", str(model), "--family", family, "--size", "tiny"]
+@pytest.fixture
+def model(family: str, tmp_path: Path) -> Path:
+    directory = tmp_path / family
+    make = [str(BIN / "pd-engine"), "make-model", str(directory), "--family", family, "--size", "tiny"]
     subprocess.run(make, check=True, timeout=120, capture_output=True)
+    return directory
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3"])
+async def test_split_equals_unsplit(model: Path) -> None:
     asked = prompts(38, seed=11)[28:]
     with Deployment(model, engine_args=["--no-enable-prefix-caching"]) as split:
         for sampled in (False, True):
