@@ -8,13 +8,16 @@ having the same shape (see prefill_tiles.py). Decode forwards vary in rows, up t
 here:
 
 - Linear: oneDNN's inner product with a prepacked weight sums each row in an order that was found to be the same for
-  every number of rows from 2 on (at 1 it switches to a matrix-vector kernel). It costs 40 us a call, which small
-  weights can't hide: these are packed for MKL as well, for pieces of 4 and of 8 rows, which were found to give the
-  same bits. `rows_are_invariant` checks all this on the machine at load; where it fails, decode forwards are padded to
-  MAX_DECODE_ROWS, which leaves one shape.
+  every number of rows from 2 on (at 1 it switches to a matrix-vector kernel). With AVX-512 it costs 40 us a call, which
+  small weights can't hide: these are packed for MKL as well, for pieces of 4 and of 8 rows, which were found to give
+  the same bits. `rows_are_invariant` checks all this on the machine at load; where it fails, decode forwards are padded
+  to MAX_DECODE_ROWS, which leaves one shape.
 - the activation: torch's vectorised and scalar exp differ in the last bit, and which elements are done by the scalar
   one depends on how the tensor is cut for threads. It is applied to pieces too small to be cut.
 - rotary embeddings: sines and cosines are looked up in a table made once, not computed a batch.
+
+- attention: inside torch's fused kernel MKL multiplies matrices, and on AVX2 the order of its sums depends on the number
+  of threads, unless it is told otherwise before its first call (MKL_CBWR).
 
 Norms, softmax and everything else in these models reduce row by row or round exactly. float32 on CPU is held to this
 bit for bit by core/test_batch_invariance.py; bfloat16 and accelerators run through the same code without the promise.
@@ -23,6 +26,7 @@ bit for bit by core/test_batch_invariance.py; bfloat16 and accelerators run thro
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,11 +38,16 @@ from engine_adapter.device import Device
 
 logger = logging.getLogger(__name__)
 
+_IS_AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
+if _IS_AVX2:
+    os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")
+
 MAX_DECODE_ROWS = 64
 """Rows of one decode forward; more sequences than that are decoded in several."""
-PIECE_ROWS = (4, 8)
-"""Rows that small weights are packed for: 4 cost what one row does, 8 about 1.1 times that (MKL on AVX-512)."""
-DECODE_MULTIPLE = PIECE_ROWS[0]
+PIECE_ROWS: tuple[int, ...] = () if _IS_AVX2 else (4, 8)
+"""Rows that small weights are packed for: with AVX-512 MKL's 4 cost what one row does, 8 about 1.1 times that. With
+AVX2 4 cost 2.2 times what one row does, and oneDNN's 2 rows 1.3 times."""
+DECODE_MULTIPLE = PIECE_ROWS[0] if PIECE_ROWS else 2
 """Decode forwards have a multiple of this many rows."""
 _MOST_PIECED_WEIGHTS = 4 << 20
 """Weights of more elements than this are packed for oneDNN only: its 40 us are lost in reading 16 MiB."""
@@ -195,6 +204,8 @@ def make_batch_invariant(model: Any, *, max_positions: int, device: Device) -> t
         _swap_norms(backbone)
     for layer in backbone.layers:
         layer.mlp.act_fn = UncutActivation(layer.mlp.act_fn)
+    if dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return kind, 1  # oneDNN has no bfloat16 on this CPU: the model's own linears stay, without the promise
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         logger.warning("event=no_onednn consequence=decodes_padded rows=%d", MAX_DECODE_ROWS)
         return kind, MAX_DECODE_ROWS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +17,9 @@ from engine_adapter.torch_engine.batch_invariant import (
     UncutActivation,
     rows_are_invariant,
 )
-from engine_adapter.torch_engine.model_loader import LoadedModel
+from engine_adapter.torch_engine.model_loader import LoadedModel, load_model
 from tests.unit.engine_adapter.torch_engine.core.harness import (
+    CPU,
     CoreHarness,
     ask,
     greedy,
@@ -26,6 +28,9 @@ from tests.unit.engine_adapter.torch_engine.core.harness import (
     random_prompt,
 )
 
+needs_bfloat16_matmul = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 matmul for this CPU"
+)
 PROMPT_LENGTHS = (1, 2, 15, 16, 17, 32, 70, 129, 300)
 Load = Callable[[str, str], LoadedModel]
 
@@ -179,7 +184,7 @@ def test_probe_notices_a_linear_that_depends_on_its_batch() -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16_matmul)])
 def test_linear_computes_what_nn_linear_does(bias: bool, dtype: torch.dtype) -> None:
     linear = nn.Linear(64, 48, bias=bias, dtype=dtype).requires_grad_(False)
     kind = ForwardKind()
@@ -200,3 +205,9 @@ def test_activation_is_applied_to_pieces_too_small_to_be_cut() -> None:
     rows = torch.randn(1, 7, 11008)
     assert torch.equal(UncutActivation(Spy())(rows), torch.stack([nn.functional.silu(row) for row in rows[0]])[None])
     assert max(sizes) <= 32768
+
+
+def test_bfloat16_runs_on_any_cpu(model_dir: Callable[[str, str], Path]) -> None:
+    model = load_model(model_dir("qwen3", "tiny"), "bfloat16", CPU, 2048)
+    harness = run_alone(model, {"p17": random_prompt(17)}, max_tokens=4)
+    assert len(harness.token_ids("p17")) == 4
