@@ -15,9 +15,8 @@ here:
 - the activation: torch's vectorised and scalar exp differ in the last bit, and which elements are done by the scalar
   one depends on how the tensor is cut for threads. It is applied to pieces too small to be cut.
 - rotary embeddings: sines and cosines are looked up in a table made once, not computed a batch.
-
-- attention: inside torch's fused kernel MKL multiplies matrices, and on AVX2 the order of its sums depends on the number
-  of threads, unless it is told otherwise before its first call (MKL_CBWR).
+- attention: inside torch's fused kernel MKL multiplies matrices, and on AVX2 the order of its sums depends on the
+  number of threads, unless it is told otherwise before its first call (MKL_CBWR).
 
 Norms, softmax and everything else in these models reduce row by row or round exactly. float32 on CPU is held to this
 bit for bit by core/test_batch_invariance.py; bfloat16 and accelerators run through the same code without the promise.
