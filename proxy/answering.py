@@ -10,6 +10,7 @@ from proxy import http1, sse
 from proxy.errors import Failure, ProxyError
 from proxy.flow import Flow
 from proxy.report import Reporter
+from proxy.scheduling.cost import step_tokens
 from proxy.upstream import Answer, UpstreamConnection
 
 MIN_MEASURED_CHUNKS = 8  # a shorter stream says little about the time of a decode step
@@ -91,9 +92,8 @@ def unchunked(transport: asyncio.WriteTransport) -> Callable[[bytes], None]:
 def _measure_decode(flow: Flow, num_chunks: int) -> None:
     flow.num_chunks = num_chunks
     if num_chunks >= MIN_MEASURED_CHUNKS and flow.decoder is not None and flow.decode_load is not None:
-        load = flow.decode_load
-        step_s = (monotonic() - flow.first_event_at) / num_chunks
-        flow.decoder.load.observe(load.ahead + load.num_tokens, step_s)
+        load = flow.decoder.load
+        load.observe(step_tokens(load, flow.decode_load), (monotonic() - flow.first_event_at) / num_chunks)
 
 
 def _end_broken(flow: Flow, connection: UpstreamConnection, failure: Failure, reporter: Reporter) -> None:

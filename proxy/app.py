@@ -30,7 +30,7 @@ from proxy.load_ledger import settle_speeds
 from proxy.metrics import ProxyMetrics
 from proxy.reclaim import Reclaimer
 from proxy.report import Reporter
-from proxy.scheduling import POLICIES
+from proxy.scheduling import make_policy
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +53,8 @@ class ProxyApp:
         self.reclaimer = Reclaimer(config, contract, self.fleet, self.kv_ledger, loop)
         self._access_log = AccessLog(log.isEnabledFor(logging.INFO))
         reporter = Reporter(self.metrics, self._access_log)
-        policy = POLICIES[config.policy]()
-        legs = Legs(config, contract, policy, self.fleet, self.kv_ledger, self.reclaimer, reporter)
+        policies = {role: make_policy(config.policy_of(role), role) for role in Role}
+        legs = Legs(config, contract, policies, self.fleet, self.kv_ledger, self.reclaimer, reporter)
         self.admission = Admission(config, legs, self.fleet, loop)
         self.dispatcher = Dispatcher(config, legs, self.admission, reporter, loop, bearer_line)
         self._capacity_reader = CapacityReader(config, self.fleet, loop, bearer_line)
@@ -202,7 +202,8 @@ async def run(config: ProxyConfig) -> None:
     await app.start()
     print("ready", " ".join(f"listen={address}" for address in app.addresses), flush=True)
     log.info(
-        "event=ready contract=%s policy=%s prefillers=%s decoders=%s", config.contract, config.policy,
+        "event=ready contract=%s prefill_policy=%s decode_policy=%s prefillers=%s decoders=%s",
+        config.contract, config.policy_of(Role.PREFILL), config.policy_of(Role.DECODE),
         ",".join(map(str, config.prefillers)), ",".join(map(str, config.decoders)),
     )  # fmt: skip
     await told.wait()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -53,6 +53,8 @@ class ProxyConfig(BaseModel):
 
     contract: str = Field("pull", description="KV hand-off contract: " + ", ".join(CONTRACTS))
     policy: str = Field("least_load", description="how an instance is chosen: " + ", ".join(POLICIES))
+    prefill_policy: str = Field("", description="how a prefiller is chosen, where not by --policy")
+    decode_policy: str = Field("", description="how a decoder is chosen, where not by --policy")
     allow_client_kv_transfer_params: bool = Field(
         False, description="let clients send kv_transfer_params of their own; such a request goes to a decoder as it is"
     )
@@ -94,6 +96,10 @@ class ProxyConfig(BaseModel):
     health_retry_interval_s: Seconds = Field(0.5, description="between probes of an instance that is out")
     health_timeout_s: Seconds = Field(3, description="for the answer to a probe")
     health_max_failures: int = Field(2, ge=1, description="consecutive connect failures that take an instance out")
+
+    def policy_of(self, role: str) -> str:
+        """The name of the policy for `role`, "prefill" or "decode"."""
+        return (self.decode_policy if role == "decode" else self.prefill_policy) or self.policy
 
     @property
     def prefillers(self) -> tuple[Address, ...]:
@@ -168,7 +174,13 @@ def load_config(path: Path | None, flags: Mapping[str, Any]) -> ProxyConfig:
 
 
 def _check(config: ProxyConfig) -> None:
-    for name, value, known in (("contract", config.contract, CONTRACTS), ("policy", config.policy, POLICIES)):
+    choices: tuple[tuple[str, str, Collection[str]], ...] = (
+        ("contract", config.contract, CONTRACTS),
+        ("policy", config.policy, POLICIES),
+        ("prefill-policy", config.policy_of("prefill"), POLICIES),
+        ("decode-policy", config.policy_of("decode"), POLICIES),
+    )
+    for name, value, known in choices:
         if value not in known:
             raise ConfigError(f"--{name} {value}: not one of {', '.join(known)}{nearest(value, list(known))}")
     if config.workers > 1:

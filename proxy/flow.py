@@ -6,18 +6,22 @@ from typing import Any
 
 from proxy.frontend import ClientConnection
 from proxy.http1 import RequestHead
-from proxy.instance import Instance
+from proxy.instance import Instance, Role
 from proxy.kv_ledger import KvEntry
-from proxy.load_ledger import Reservation
+from proxy.load_ledger import Hold, Reservation
 from proxy.openai_api import ApiCall
 from proxy.retry import Budget
+from proxy.scheduling import Prefix
 from proxy.scheduling.cost import Cost
+from proxy.scheduling.prefix_affinity import prefix_of
+from proxy.scheduling.session import session_key_of
 
 
 class Flow:
     """Times are of the monotonic clock, in seconds; zero means "not reached"."""
 
     __slots__ = (
+        "_prefix",
         "arrived",
         "avoid",
         "budget",
@@ -25,6 +29,7 @@ class Flow:
         "client",
         "close",
         "cost",
+        "decode_hold",
         "decode_load",
         "decoder",
         "entry",
@@ -35,6 +40,7 @@ class Flow:
         "num_chunks",
         "outcome",
         "prefill_attempts",
+        "prefill_hold",
         "prefill_load",
         "prefilled",
         "prefilled_at",
@@ -64,6 +70,8 @@ class Flow:
         self.decoder: Instance | None = None
         self.prefill_load: Reservation | None = None
         self.decode_load: Reservation | None = None
+        self.prefill_hold: Hold | None = None
+        self.decode_hold: Hold | None = None
         self.entry: KvEntry | None = None
         self.split = True
         self.prefilled = False
@@ -77,6 +85,7 @@ class Flow:
         self.prefilled_at = 0.0
         self.first_event_at = 0.0
         self.num_chunks = 0
+        self._prefix: Prefix | None = None
 
     @property
     def kv(self) -> dict[str, Any] | None:
@@ -87,8 +96,38 @@ class Flow:
         """The X-Request-Id of both legs. A prefill that is repeated gets a new one: the engine may know the old."""
         return self.request_id if self.prefill_attempts <= 1 else f"{self.request_id}-{self.prefill_attempts}"
 
+    # what a policy may ask (`scheduling.Ask`)
+
+    @property
+    def body_bytes(self) -> int:
+        return len(self.call.body)
+
+    @property
+    def session_key(self) -> bytes:
+        return session_key_of(self.head.lines, self.call.fields)
+
+    @property
+    def prefix(self) -> Prefix:
+        if self._prefix is None:
+            self._prefix = prefix_of(self.call)
+        return self._prefix
+
+    def hold(self, role: Role, hold: Hold) -> None:
+        """What a policy holds for this request. An earlier hold of the role, of a leg that failed, is given back."""
+        earlier = self.prefill_hold if role is Role.PREFILL else self.decode_hold
+        if earlier is not None:
+            earlier.release()
+        if role is Role.PREFILL:
+            self.prefill_hold = hold
+        else:
+            self.decode_hold = hold
+
     def release_loads(self) -> None:
         if self.prefill_load is not None:
             self.prefill_load.release()
         if self.decode_load is not None:
             self.decode_load.release()
+        if self.prefill_hold is not None:
+            self.prefill_hold.release()
+        if self.decode_hold is not None:
+            self.decode_hold.release()

@@ -8,7 +8,7 @@ follows from a failure is `retry.TABLE`'s. In which order legs run is a story's 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from time import monotonic
 
 from proxy import sse
@@ -41,7 +41,7 @@ class Legs:
         self,
         config: ProxyConfig,
         contract: Contract,
-        policy: Policy,
+        policies: Mapping[Role, Policy],
         fleet: Fleet,
         ledger: KvLedger,
         reclaimer: Reclaimer,
@@ -51,7 +51,7 @@ class Legs:
         self.contract = contract
         self.ledger = ledger
         self.reporter = reporter
-        self._policy = policy
+        self._policies = policies
         self._fleet = fleet
         self._reclaimer = reclaimer
 
@@ -94,6 +94,8 @@ class Legs:
                 connection.close()
             kind = Failure.CLIENT_ERROR if error[0] < 500 else Failure.ERROR_EVENT
             raise UpstreamFailure(kind, f"{instance.key} streamed an error", answer.as_error(*error))
+        if leg is Leg.DECODE and flow.prefill_hold is not None:
+            flow.prefill_hold.release()
         return answer
 
     def _leave(
@@ -133,7 +135,7 @@ class Legs:
 
     def pick(self, role: Role, flow: Flow, num_tokens: int) -> Instance:
         """Filter, score, pick; the caller reserves before it awaits anything."""
-        return self._choose(self._candidates(role, flow), num_tokens)
+        return self._choose(role, flow, self._candidates(role, flow), num_tokens)
 
     def _candidates(self, role: Role, flow: Flow) -> Sequence[Instance]:
         fit = candidates(self._fleet.members[role], flow.avoid, monotonic())
@@ -141,8 +143,11 @@ class Legs:
             raise NoInstance(role.value, "none is enabled")
         return fit
 
-    def _choose(self, fit: Sequence[Instance], num_tokens: int) -> Instance:
-        instance = self._policy.pick(fit, num_tokens)
+    def _choose(self, role: Role, flow: Flow, fit: Sequence[Instance], num_tokens: int) -> Instance:
+        policy = self._policies[role]
+        instance = policy.pick(fit, num_tokens, flow)
+        if policy.holds:
+            flow.hold(role, policy.hold(instance.load, flow))
         self._fleet.picked(instance)
         if not instance.health.healthy:
             instance.health.begin_trial(monotonic())
@@ -155,14 +160,16 @@ class Legs:
         roomy = [one for one in fit if one.load.has_room(cost.kv_tokens)]
         if not roomy and only_with_room:
             return False
-        flow.decoder = decoder = self._choose(roomy or fit, cost.decode_tokens)
+        flow.decoder = decoder = self._choose(Role.DECODE, flow, roomy or fit, cost.decode_tokens)
         flow.decode_load = decoder.load.reserve(cost.decode_tokens, cost.kv_tokens)
         return True
 
     def let_go_of_decoder(self, flow: Flow) -> None:
         if flow.decode_load is not None:
             flow.decode_load.release()
-        flow.decoder = flow.decode_load = None
+        if flow.decode_hold is not None:
+            flow.decode_hold.release()
+        flow.decoder = flow.decode_load = flow.decode_hold = None
 
     async def after(self, leg: Leg, failure: UpstreamFailure, instance: Instance, flow: Flow) -> Action:
         """Note the failure, wait as the table says, return the action. With none left, raises the client's answer."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 # Tokens per second assumed of an instance nobody has measured yet. Only ratios matter to a choice, so the same number
 # for all is neutral; it is replaced by the first measurement.
 UNKNOWN_SPEED = 5000.0
-SPEED_WEIGHT = 0.2  # of a new measurement in the moving average: the last ~5 requests dominate
+SPEED_MEMORY = 0.95  # of what was measured is left after the next measurement: the last ~20 dominate
 SPEED_SPREAD = 4.0  # an instance counts as at most this many times slower or faster than its fleet's mean
 
 
@@ -22,6 +22,9 @@ class InstanceLoad:
     """
 
     __slots__ = (
+        "_last_end",
+        "_seconds",
+        "_tokens",
         "kv_tokens",
         "last_pick",
         "max_kv_tokens",
@@ -30,6 +33,7 @@ class InstanceLoad:
         "num_requests",
         "num_tokens",
         "on_release",
+        "policy_load",
         "speed",
         "total_requests",
     )
@@ -43,8 +47,12 @@ class InstanceLoad:
         self.on_release: Callable[[], None] | None = None
         self.total_requests = 0
         self.last_pick = 0
+        self.policy_load = 0  # what a policy holds in a measure of its own
         self.speed = UNKNOWN_SPEED
         self.measured = False
+        self._tokens = 0.0
+        self._seconds = 0.0
+        self._last_end = 0.0
 
     def has_room(self, kv_tokens: int) -> bool:
         """Whether a request that will hold `kv_tokens` fits beside what is open. An idle instance takes any: if it is
@@ -63,10 +71,26 @@ class InstanceLoad:
         return Reservation(self, num_tokens, kv_tokens)
 
     def observe(self, num_tokens: float, seconds: float) -> None:
-        """The instance got through `num_tokens` of work in `seconds`."""
-        shown = num_tokens / max(seconds, 1e-6)
-        self.speed = shown if not self.measured else self.speed + SPEED_WEIGHT * (shown - self.speed)
+        """The instance got through `num_tokens` of work in `seconds`.
+
+        Speed is a quotient of sums and no mean of quotients: a short piece of work, of which little can be said, has
+        little weight.
+        """
+        self._tokens = self._tokens * SPEED_MEMORY + num_tokens
+        self._seconds = self._seconds * SPEED_MEMORY + seconds
+        self.speed = self._tokens / max(self._seconds, 1e-6)
         self.measured = True
+
+    def observe_queue(self, num_tokens: float, began: float, now: float) -> None:
+        """As `observe`, for work that is done one after the other: it began at `began`, or when the work before it
+        had ended."""
+        self.observe(num_tokens, now - max(began, self._last_end))
+        self._last_end = now
+
+    def set_speed(self, speed: float) -> None:
+        """Go on as if it had shown `speed`."""
+        self.speed = speed
+        self._seconds = self._tokens / speed
 
     def __repr__(self) -> str:
         return f"<InstanceLoad {self.num_requests} requests, {self.num_tokens} tokens, {self.speed:.0f} tokens/s>"
@@ -94,11 +118,29 @@ class Reservation:
                 load.on_release()
 
 
+class Hold:
+    """What a policy holds on one instance in a measure of its own; `release()` gives it back exactly once."""
+
+    __slots__ = ("_amount", "_load")
+
+    def __init__(self, load: InstanceLoad, amount: int) -> None:
+        self._load: InstanceLoad | None = load
+        self._amount = amount
+        load.policy_load += amount
+
+    def release(self) -> None:
+        load = self._load
+        if load is not None:
+            self._load = None
+            load.policy_load -= self._amount
+
+
 def settle_speeds(loads: Iterable[InstanceLoad], drift: float) -> None:
     """Keep the speeds of one fleet comparable.
 
-    Every speed moves by the fraction `drift` towards the mean, so that an instance that was slow once (a cold start) is
-    tried again; unmeasured ones take the mean; none stays beyond SPEED_SPREAD of it. Called once a maintenance tick.
+    The speed of one that has nothing to do moves by the fraction `drift` towards the mean, so that an instance that was
+    slow once (a cold start) is tried again; unmeasured ones take the mean; none stays beyond SPEED_SPREAD of it. Called
+    once a maintenance tick.
     """
     fleet = list(loads)
     known = [load.speed for load in fleet if load.measured]
@@ -106,5 +148,10 @@ def settle_speeds(loads: Iterable[InstanceLoad], drift: float) -> None:
         return
     mean = sum(known) / len(known)
     for load in fleet:
-        speed = load.speed + drift * (mean - load.speed) if load.measured else mean
-        load.speed = min(max(speed, mean / SPEED_SPREAD), mean * SPEED_SPREAD)
+        if not load.measured:
+            load.speed = mean
+            continue
+        drifted = load.speed if load.num_requests else load.speed + drift * (mean - load.speed)
+        bounded = min(max(drifted, mean / SPEED_SPREAD), mean * SPEED_SPREAD)
+        if bounded != load.speed:
+            load.set_speed(bounded)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
-
-from proxy.scheduling.candidate import CandidateT
+from proxy.scheduling.ascend import Ascend
 from proxy.scheduling.least_load import LeastLoad
+from proxy.scheduling.policy import Ask, Policy, Prefix
+from proxy.scheduling.power_of_two import PowerOfTwo
+from proxy.scheduling.prefix_affinity import PrefixAffinity
+from proxy.scheduling.random_choice import RandomChoice
+from proxy.scheduling.round_robin import RoundRobin
+from proxy.scheduling.session import Session
+
+__all__ = ["POLICIES", "Ask", "Policy", "Prefix", "make_policy"]
+
+POLICIES: dict[str, type[Policy]] = {
+    one.name: one for one in (LeastLoad, Ascend, RoundRobin, PowerOfTwo, RandomChoice, PrefixAffinity, Session)
+}
 
 
-class Policy(Protocol):
-    name: str
-
-    def pick(self, candidates: Sequence[CandidateT], num_tokens: int) -> CandidateT:
-        """One of `candidates` (at least one is given) for a request that costs `num_tokens`. Must not await."""
-        ...
-
-
-POLICIES: dict[str, type[Policy]] = {"least_load": LeastLoad}
+def make_policy(name: str, role: str, seed: int | None = None) -> Policy:
+    return POLICIES[name](role, seed)

@@ -10,6 +10,7 @@ from proxy.load_ledger import InstanceLoad
 
 
 class Candidate(Protocol):
+    key: str
     enabled: bool
     health: Health
     load: InstanceLoad

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from proxy.load_ledger import InstanceLoad, Reservation
 from proxy.openai_api import ApiCall
 
 # A step costs something whatever it computes. The seeds' formula has 120.07 + 0.0345 * tokens, which makes short
@@ -11,6 +12,9 @@ from proxy.openai_api import ApiCall
 STEP_OVERHEAD_TOKENS = 64
 # A stream's place in the decode batch, in tokens of KV read per step; beyond it the KV it holds counts.
 STREAM_TOKENS = 256
+# What a decode step costs whatever is in the batch, in tokens of KV read: the weights (a 7B model in 16 bits has 14 GB
+# of them and 131 KB of KV a token) and the launch.
+DECODE_STEP_TOKENS = 100_000
 UNKNOWN_OUTPUT_TOKENS = 256
 MAX_EXPECTED_OUTPUT_TOKENS = 1024  # clients ask for far more than they use
 
@@ -28,3 +32,8 @@ def cost_of(call: ApiCall) -> Cost:
     num_streams = call.num_prompts * (call.fields.get("n") or 1)
     kv_tokens = prompt + num_streams * output
     return Cost(prompt + STEP_OVERHEAD_TOKENS, kv_tokens + num_streams * STREAM_TOKENS, kv_tokens)
+
+
+def step_tokens(load: InstanceLoad, reservation: Reservation) -> float:
+    """What a step of the decoder has cost [tokens], on average from `reservation` until now, when it ends."""
+    return DECODE_STEP_TOKENS + (reservation.ahead + reservation.num_tokens + load.num_tokens) / 2

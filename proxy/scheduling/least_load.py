@@ -4,30 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from proxy.load_ledger import InstanceLoad
 from proxy.scheduling.candidate import Candidate, CandidateT
+from proxy.scheduling.cost import DECODE_STEP_TOKENS
+from proxy.scheduling.policy import Ask, Policy
 
 # Scores this close count as equal and the least recently picked wins: estimates are not better than that, and idle
-# instances should take turns.
-TOLERANCE = 1.25
+# instances should take turns. For decode a score is mostly what a step costs anyway, so less than that tells apart.
+# Both from bench/policy_simulator.py, which is not sensitive to them (1.0 to 1.25, and 1.0 to 1.1).
+PREFILL_TOLERANCE = 1.25
+DECODE_TOLERANCE = 1.02
 
 
-class LeastLoad:
-    """score [s] = (work open on the instance [tokens] + this request's own [tokens]) / speed shown [tokens/s]
+class LeastLoad(Policy):
+    """score [s] = (fixed [tokens] + work open on the instance [tokens] + the request's own [tokens]) / speed [tokens/s]
 
-    For prefill: the seconds until this prompt would be done, were the open prompts done first. For decode: the
-    seconds a step over all open streams and their KV would take with this one added. Lower is better. An instance
-    whose speed nobody has measured is taken to be as fast as the mean of its fleet.
+    For prefill: the seconds until this prompt would be done, were the open prompts done first; nothing is fixed. For
+    decode: the seconds a step over all open streams and their KV would take with this one added; a step's own cost is
+    fixed, or a busy decoder would pass for a fast one. Lower is better. Speed is what `InstanceLoad.observe` has seen;
+    an instance nobody has measured is taken to be as fast as the mean of its fleet.
     """
 
     name = "least_load"
 
-    def pick(self, candidates: Sequence[CandidateT], num_tokens: int) -> CandidateT:
+    def __init__(self, role: str, seed: int | None = None) -> None:
+        super().__init__(role, seed)
+        self._fixed_tokens = DECODE_STEP_TOKENS if role == "decode" else 0
+        self._tolerance = DECODE_TOLERANCE if role == "decode" else PREFILL_TOLERANCE
+
+    def pick(self, candidates: Sequence[CandidateT], num_tokens: int, ask: Ask) -> CandidateT:
         if len(candidates) == 1:
             return candidates[0]
-        scores = [(one.load.num_tokens + num_tokens) / one.load.speed for one in candidates]
-        bound = min(scores) * TOLERANCE
+        own = num_tokens + self._fixed_tokens
+        scores = [(one.load.num_tokens + own) / one.load.speed for one in candidates]
+        bound = min(scores) * self._tolerance
         close = [one for one, score in zip(candidates, scores, strict=True) if score <= bound]
         return close[0] if len(close) == 1 else min(close, key=_last_pick)
+
+    def score(self, load: InstanceLoad, num_tokens: int) -> float:
+        """Of one instance, for the policies that compare a few."""
+        return (load.num_tokens + num_tokens + self._fixed_tokens) / load.speed
 
 
 def _last_pick(one: Candidate) -> int:

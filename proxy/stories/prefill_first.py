@@ -45,7 +45,7 @@ async def _prefill(flow: Flow, legs: Legs) -> None:
             load.release()
         flow.prefilled = True
         flow.prefilled_at = now = monotonic()
-        instance.load.observe(load.num_tokens + load.ahead, now - began)
+        instance.load.observe_queue(load.num_tokens, began, now)
         legs.reporter.prefilled(now - began)
         if kv is None:
             legs.reporter.recompute("prefiller_gave_no_kv")

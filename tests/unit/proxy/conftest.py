@@ -42,7 +42,8 @@ class Setup:
 
     def open_things(self) -> list[str]:
         app = self.app
-        found = [repr(one.load) for one in app.fleet.all if one.load.num_requests or one.load.num_tokens]
+        loads = [one.load for one in app.fleet.all]
+        found = [repr(load) for load in loads if load.num_requests or load.num_tokens or load.policy_load]
         found += [f"{one.key}: active connection" for one in app.fleet.all if one.pool.active]
         found += [f"KV of {entry.request_id} is {entry.state}" for entry in app.kv_ledger.open]
         if app.num_waiting():

@@ -63,6 +63,10 @@ def test_repetitions_and_increments() -> None:
         ("--max-retries -1", "--max-retries"),
         ("--workers 2", "only 1 is supported"),
         ("--policy least_laod", "did you mean least_load?"),
+        ("--prefill-policy asend", "--prefill-policy asend: not one of least_load, ascend"),
+        ("--prefill-policy asend", "did you mean ascend?"),
+        ("--decode-policy roundrobin", "--decode-policy roundrobin"),
+        ("--decode-policy roundrobin", "did you mean round_robin?"),
         ("--contract pul", "did you mean pull?"),
         ("--decoder-hots x", "unknown flag --decoder-hots; did you mean --decoder-host"),
         ("--log-level LOUD", "--log-level"),
@@ -98,6 +102,17 @@ def test_a_wrong_key_is_named(tmp_path: Path, text: str, says: str) -> None:
     path.write_text(text)
     with pytest.raises(ConfigError, match=says.replace("?", r"\?")):
         read_config(["--config", str(path)])
+
+
+def test_a_role_has_the_policy_of_its_own_flag_or_the_common_one() -> None:
+    def policies(line: str) -> tuple[str, str]:
+        config = read_config(flags(line))
+        return config.policy_of("prefill"), config.policy_of("decode")
+
+    assert policies("") == ("least_load", "least_load")
+    assert policies("--policy ascend") == ("ascend", "ascend")
+    assert policies("--policy ascend --decode-policy session") == ("ascend", "session")
+    assert policies("--prefill-policy prefix_affinity") == ("prefix_affinity", "least_load")
 
 
 def test_the_config_is_frozen() -> None:

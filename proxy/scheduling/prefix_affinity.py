@@ -1,0 +1,86 @@
+"""Policy `prefix_affinity`: send a prefix where it was prefilled last, unless load says no."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import orjson
+
+from proxy.openai_api import ApiCall
+from proxy.scheduling.candidate import CandidateT
+from proxy.scheduling.least_load import LeastLoad
+from proxy.scheduling.policy import Ask, Policy, Prefix
+
+CHUNK_BYTES = 1024  # about 16 blocks of 16 tokens: short of it there is little to save
+MAX_CHUNKS = 256  # of a prompt; what comes after them follows the beginning anyway
+MAX_REMEMBERED = 1 << 17  # chunks over all prompts; the least recently used is forgotten, some 20 MB at most
+
+
+class PrefixAffinity(Policy):
+    """score [s] = expected wait of `least_load` with (num_tokens - saved) of its own [tokens]; lower is better
+
+    saved = length of the longest beginning of the prompt [tokens] that was last sent to the instance; 0 for all the
+    others. So the instance that has the prefix wins as long as it is not behind the best other one by more than
+    the time the prefix would take to prefill anew. With nothing remembered it is `least_load`.
+    """
+
+    name = "prefix_affinity"
+
+    def __init__(self, role: str, seed: int | None = None, max_remembered: int = MAX_REMEMBERED) -> None:
+        super().__init__(role, seed)
+        self._least_load = LeastLoad(role, seed)
+        self._max_remembered = max_remembered
+        self._sent_to: OrderedDict[int, str] = OrderedDict()
+
+    def pick(self, candidates: Sequence[CandidateT], num_tokens: int, ask: Ask) -> CandidateT:
+        prefix = ask.prefix
+        picked = self._least_load.pick(candidates, num_tokens, ask)
+        owner, num_chunks = self._owner(candidates, prefix.keys)
+        if owner is not None and owner is not picked:
+            rest = max(num_tokens - int(num_chunks * prefix.chunk_tokens), 1)
+            if self._least_load.score(owner.load, rest) <= self._least_load.score(picked.load, num_tokens):
+                picked = owner
+        self._remember(prefix.keys, picked.key)
+        return picked
+
+    def _owner(self, candidates: Sequence[CandidateT], keys: Sequence[int]) -> tuple[CandidateT | None, int]:
+        """Who has the longest beginning, of those offered, and how many chunks of it."""
+        sent_to = self._sent_to
+        owners: dict[str, int] = {}
+        for num_chunks, key in enumerate(keys, 1):
+            name = sent_to.get(key)
+            if name is None:
+                break
+            owners[name] = num_chunks
+        if not owners:
+            return None, 0
+        offered = [one for one in candidates if one.key in owners]
+        owner = max(offered, key=lambda one: owners[one.key], default=None)
+        return owner, owners[owner.key] if owner is not None else 0
+
+    def _remember(self, keys: Sequence[int], name: str) -> None:
+        sent_to = self._sent_to
+        for key in reversed(keys):  # the beginning is the youngest: a chain is forgotten from its end
+            sent_to[key] = name
+            sent_to.move_to_end(key)
+        while len(sent_to) > self._max_remembered:
+            sent_to.popitem(last=False)
+
+
+def prefix_of(call: ApiCall) -> Prefix:
+    """The chain of hashes over a prompt's chunks: text, messages or token ids as JSON, behind what changes its KV.
+
+    Python's own hash, salted in each process, is enough: the keys never leave the process, and two prompts that share
+    one by accident cost a detour.
+    """
+    fields = call.fields
+    prompt = fields.get("messages") if call.route == "chat" else fields.get("prompt")
+    text = prompt.encode("utf-8", "surrogatepass") if isinstance(prompt, str) else orjson.dumps(prompt)
+    before = orjson.dumps([fields.get("model"), fields.get("cache_salt"), fields.get("tools")])
+    key = hash(before)
+    keys = []
+    for start in range(0, min(len(text) // CHUNK_BYTES, MAX_CHUNKS) * CHUNK_BYTES, CHUNK_BYTES):
+        key = hash((key, text[start : start + CHUNK_BYTES]))
+        keys.append(key)
+    return Prefix(tuple(keys), call.num_prompt_tokens * CHUNK_BYTES / max(len(text), 1))
