@@ -31,8 +31,8 @@ lint: $(STAMP) ## ruff check, ruff format --check, mypy --strict
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-bench: $(STAMP) ## every benchmark with its bar: KV transfer, engine, proxy
-	@status=0; for words in kv_transfer "engine_throughput --size small" proxy_overhead; do \
+bench: $(STAMP) ## every benchmark with its bar: KV transfer, engine, policies, proxy
+	@status=0; for words in kv_transfer "engine_throughput --size small" policy_simulator proxy_overhead; do \
 		echo "python -m bench.$$words --check"; $(VENV)/bin/python -m bench.$$words --check || status=1; \
 	done; exit $$status
 
