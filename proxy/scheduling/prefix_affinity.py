@@ -13,7 +13,7 @@ from proxy.scheduling.least_load import LeastLoad
 from proxy.scheduling.policy import Ask, Policy, Prefix
 
 CHUNK_BYTES = 1024  # about 16 blocks of 16 tokens: short of it there is little to save
-MAX_CHUNKS = 256  # of a prompt; what comes after them follows the beginning anyway
+MAX_BYTES = 256 * CHUNK_BYTES  # of a prompt; what comes after them follows the beginning anyway
 MAX_REMEMBERED = 1 << 17  # chunks over all prompts; the least recently used is forgotten, some 20 MB at most
 
 
@@ -75,12 +75,26 @@ def prefix_of(call: ApiCall) -> Prefix:
     one by accident cost a detour.
     """
     fields = call.fields
-    prompt = fields.get("messages") if call.route == "chat" else fields.get("prompt")
-    text = prompt.encode("utf-8", "surrogatepass") if isinstance(prompt, str) else orjson.dumps(prompt)
-    before = orjson.dumps([fields.get("model"), fields.get("cache_salt"), fields.get("tools")])
-    key = hash(before)
+    text = _beginning(call)
+    key = hash(orjson.dumps([fields.get("model"), fields.get("cache_salt"), fields.get("tools")]))
     keys = []
-    for start in range(0, min(len(text) // CHUNK_BYTES, MAX_CHUNKS) * CHUNK_BYTES, CHUNK_BYTES):
+    for start in range(0, len(text) - CHUNK_BYTES + 1, CHUNK_BYTES):
         key = hash((key, text[start : start + CHUNK_BYTES]))
         keys.append(key)
-    return Prefix(tuple(keys), call.num_prompt_tokens * CHUNK_BYTES / max(len(text), 1))
+    return Prefix(tuple(keys), call.num_prompt_tokens * CHUNK_BYTES / len(call.body))
+
+
+def _beginning(call: ApiCall) -> bytes:
+    """At most MAX_BYTES of the prompt. What comes behind them (images in messages, say) is not even serialised."""
+    fields = call.fields
+    if call.route != "chat":
+        prompt = fields.get("prompt")
+        if isinstance(prompt, str):
+            return prompt[:MAX_BYTES].encode()[:MAX_BYTES]
+        return orjson.dumps(prompt[:MAX_BYTES] if isinstance(prompt, list) else prompt)[:MAX_BYTES]
+    text = b""
+    for message in fields["messages"]:
+        text += orjson.dumps(message)
+        if len(text) >= MAX_BYTES:
+            break
+    return text[:MAX_BYTES]

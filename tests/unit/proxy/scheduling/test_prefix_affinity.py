@@ -7,7 +7,7 @@ import pytest
 
 from proxy.openai_api import parse_call
 from proxy.scheduling import Prefix
-from proxy.scheduling.prefix_affinity import CHUNK_BYTES, MAX_CHUNKS, PrefixAffinity, prefix_of
+from proxy.scheduling.prefix_affinity import CHUNK_BYTES, MAX_BYTES, PrefixAffinity, prefix_of
 from tests.unit.proxy.scheduling.fleet import StubAsk, fleet
 
 
@@ -100,5 +100,15 @@ def test_what_has_no_long_beginning_has_no_keys(fields: dict[str, Any]) -> None:
     assert prefix(**fields).keys == ()
 
 
-def test_a_very_long_prompt_is_hashed_only_so_far() -> None:
-    assert len(prefix(prompt="x" * (MAX_CHUNKS + 50) * CHUNK_BYTES).keys) == MAX_CHUNKS
+@pytest.mark.parametrize(
+    ("route", "fields"),
+    [
+        ("completions", {"prompt": "x" * 2 * MAX_BYTES}),
+        ("completions", {"prompt": "ü" * 2 * MAX_BYTES}),
+        ("completions", {"prompt": list(range(MAX_BYTES))}),
+        ("chat", {"messages": [{"role": "user", "content": "x" * 2 * MAX_BYTES}]}),
+        ("chat", {"messages": [{"role": "user", "content": "x" * 10_000}] * 60}),
+    ],
+)
+def test_a_very_long_prompt_is_hashed_only_so_far(route: str, fields: dict[str, Any]) -> None:
+    assert len(prefix(route, **fields).keys) == MAX_BYTES // CHUNK_BYTES
