@@ -132,7 +132,7 @@ class MockFleet:
             if action in ("healthy", "unhealthy"):
                 instance.healthy = action == "healthy"
             else:
-                return {"stop": instance.stop, "start": instance.start}[action]
+                return {"stop": instance.stop, "start": instance.start, "deaf": instance.go_deaf}[action]
         elif path == "/mock/config":
             self.ledger.flavour = fields.pop("flavour", self.ledger.flavour)
             self.options.num_tokens = fields.pop("num_tokens", self.options.num_tokens)

@@ -8,7 +8,9 @@ from typing import Any
 # What is done instead of reading the request, so the KV it names stays unread.
 BEFORE = frozenset({"status", "hang_before_head", "reset_before_head", "close_before_head", "garbage"})
 # What is done in the course of an answer; the KV was read.
-WITHIN = frozenset({"error_event", "error_event_mid", "reset_mid", "close_mid", "hang_mid", "bad_json", "no_kv"})
+WITHIN = frozenset(
+    {"error_event", "error_event_mid", "reset_mid", "close_mid", "hang_mid", "garbage_mid", "bad_json", "no_kv"}
+)
 KINDS = BEFORE | WITHIN
 
 

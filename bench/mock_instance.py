@@ -27,6 +27,7 @@ from bench.mock_http import (
 from bench.mock_ledger import KvLedger, KvRefused
 
 BACKLOG = 4096
+GARBAGE_CHUNK = b"no length of a chunk\r\n"
 MAX_RECORDED = 256
 HOT = {"/v1/completions": False, "/v1/chat/completions": True}
 _epochs = itertools.count(1)
@@ -118,6 +119,8 @@ class Stream:
             self.instance.finished(connection)
         elif fault.kind == "reset_mid":
             connection.reset()
+        elif fault.kind == "garbage_mid":
+            connection.send(GARBAGE_CHUNK)
         else:
             connection.close()
         return False
@@ -144,11 +147,15 @@ class MockInstance:
     recorded: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=MAX_RECORDED))
     healthy: bool = True
     _server: asyncio.Server | None = None
+    _deaf: list[socket.socket] = field(default_factory=list)
     _loops: dict[float, StepLoop] = field(default_factory=dict)
 
     async def start(self) -> None:
         if self._server is not None:
             return
+        for one in self._deaf:
+            one.close()
+        self._deaf.clear()
         loop = asyncio.get_running_loop()
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -169,6 +176,20 @@ class MockInstance:
             connection.reset()
         self.running.clear()
         self.ledger.void(f"{self.host}:{self.port}")
+
+    async def go_deaf(self) -> None:
+        """Stop, and let nobody connect or be refused: as a machine without power looks to those who connect."""
+        await self.stop()
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((self.host, self.port))
+        listener.listen(0)
+        self._deaf.append(listener)
+        for _ in range(4):  # fill the queue of those that nobody accepts; the kernel ignores who comes then
+            one = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+            one.setblocking(False)
+            one.connect_ex((self.host, self.port))
+            self._deaf.append(one)
 
     def handle(self, connection: Connection, request: Request) -> None:
         chat = HOT.get(request.path)
@@ -310,6 +331,10 @@ class MockInstance:
             self._answer(connection, error_response(500, fault.message))
         elif fault.kind == "bad_json":
             self._answer(connection, json_response(200, b'{"id": "broken", "choices": ['))
+        elif fault.kind == "garbage_mid":
+            head, _, body = response.partition(b"\r\n\r\n")
+            head = head.partition(b"content-length")[0] + b"transfer-encoding: chunked\r\n\r\n"
+            connection.send(head + chunk(body[:20]) + GARBAGE_CHUNK)
         else:
             connection.send(response[: len(response) - 40])
             if fault.kind == "reset_mid":

@@ -11,9 +11,14 @@ from proxy.errors import Failure, ProxyError
 from proxy.flow import Flow
 from proxy.report import Reporter
 from proxy.scheduling.cost import step_tokens
+from proxy.retry import TABLE, Leg
 from proxy.upstream import Answer, UpstreamConnection
 
 MIN_MEASURED_CHUNKS = 8  # a shorter stream says little about the time of a decode step
+BROKEN = {
+    Failure.SILENT_MID_ANSWER: "The decode instance fell silent in the middle of the answer.",
+    Failure.OUT_OF_TIME: "The answer was not whole in time (--total-timeout-s).",
+}
 SMALL_BYTES = 16384  # below it, joining head and body costs less than a second write
 
 
@@ -101,7 +106,9 @@ def _end_broken(flow: Flow, connection: UpstreamConnection, failure: Failure, re
     flow.outcome = failure.value
     reporter.broken(flow, failure)
     if flow.head.version == "1.1" and connection.ends_well():
-        event = sse.error_event(502, "The decode instance was lost in the middle of the answer.", "upstream_error")
+        status = TABLE[Leg.DECODE, failure].status
+        told = BROKEN.get(failure, "The decode instance was lost in the middle of the answer.")
+        event = sse.error_event(status, told, "upstream_error")
         flow.client.write(http1.chunk(event) + http1.LAST_CHUNK)
         flow.client.answered(close=True)
     else:

@@ -31,10 +31,11 @@ from proxy.metrics import ProxyMetrics
 from proxy.reclaim import Reclaimer
 from proxy.report import Reporter
 from proxy.scheduling import make_policy
+from proxy.upstream_pool import SWEEP_S
 
 log = logging.getLogger(__name__)
 
-TICK_S = 0.25  # of the one coarse timer: overdue and idle connections, the access log, speeds, drained instances
+TICK_S = SWEEP_S  # of the one coarse timer: overdue and idle connections, the access log, speeds, drained instances
 SPEED_DRIFT_A_TICK = 0.01  # an outdated speed is half forgotten after about 17 s
 
 

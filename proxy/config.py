@@ -71,6 +71,12 @@ class ProxyConfig(BaseModel):
         600, description="from sending a decode to its first event (or whole answer)"
     )
     between_tokens_timeout_s: Seconds = Field(300, description="silence in the middle of a stream")
+    total_timeout_s: float = Field(
+        0,
+        ge=0,
+        le=86400,
+        description="for a whole request, from its arrival to the end of its stream; 0 is no limit",
+    )
     request_read_timeout_s: Seconds = Field(60, description="for a client to send a whole request")
     client_keepalive_s: Seconds = Field(75, description="idle time of a client's connection")
     upstream_keepalive_s: Seconds = Field(
@@ -92,10 +98,15 @@ class ProxyConfig(BaseModel):
 
     drain_timeout_s: Seconds = Field(30, description="for requests in flight when told to stop")
     reclaim_timeout_s: Seconds = Field(5, description="for giving orphaned KV back")
-    health_interval_s: Seconds = Field(5, description="between probes of an instance that is well")
+    health_interval_s: Seconds = Field(2, description="between probes of an instance that is well")
     health_retry_interval_s: Seconds = Field(0.5, description="between probes of an instance that is out")
     health_timeout_s: Seconds = Field(3, description="for the answer to a probe")
-    health_max_failures: int = Field(2, ge=1, description="consecutive connect failures that take an instance out")
+    health_max_failures: int = Field(
+        2, ge=1, description="consecutive failures to connect or of probes that take it out"
+    )
+    health_max_request_failures: int = Field(
+        5, ge=1, description="consecutive requests that fail on an instance (5xx, reset, no answer) before it is out"
+    )
 
     def policy_of(self, role: str) -> str:
         """The name of the policy for `role`, "prefill" or "decode"."""

@@ -11,7 +11,7 @@ import logging
 from time import monotonic
 
 from proxy.config import Address, ProxyConfig
-from proxy.errors import UpstreamFailure
+from proxy.errors import Failure, UpstreamFailure
 from proxy.instance import Fleet, Instance, Role
 
 log = logging.getLogger(__name__)
@@ -54,21 +54,31 @@ class Prober:
             )
 
     async def probe(self, instance: Instance) -> bool:
-        """Any answer below 500 will do: an engine without /health is still an engine."""
-        health = instance.health
+        """Any answer below 500 will do: an engine without /health is still an engine.
+
+        Where an instance that is out says nothing, those who wait on it since before the probe are told."""
+        health, began, is_silent = instance.health, monotonic(), False
         try:
             answer = await instance.pool.call(
                 b"GET /health HTTP/1.1\r\n" + self._bearer_line, timeout_s=self._config.health_timeout_s
             )
             error = "" if answer.status < 500 else f"GET /health answered {answer.status}"
         except UpstreamFailure as failure:
+            if failure.failure is Failure.STALE:  # an idle connection that the engine closed: says nothing
+                return health.healthy
             error = failure.message
+            # A refusal is an answer: the machine is up, and would have reset the connections of a process that died.
+            is_silent = failure.failure in (Failure.TIMEOUT, Failure.CONNECT_TIMEOUT)
+            if is_silent and instance.pool.heard_since(began):
+                return health.healthy  # busy, and alive: bytes of an answer have come meanwhile
         if not error:
             if health.succeeded():
                 log.warning("event=instance_back role=%s instance=%s", instance.role.value, instance.key)
             return True
         if health.failed(monotonic(), error):
             log.warning("event=instance_out role=%s instance=%s reason=%r", instance.role.value, instance.key, error)
+        if not health.healthy and is_silent:
+            instance.pool.instance_is_out(min(began, monotonic() - self._config.health_timeout_s))
         return False
 
     def admit_when_ready(self, role: Role, address: Address) -> None:

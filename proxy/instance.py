@@ -26,7 +26,7 @@ class Instance:
         self.address = address
         self.key = str(address)
         self.enabled = True
-        self.health = Health(config.health_max_failures)
+        self.health = Health(config.health_max_failures, config.health_max_request_failures)
         self.load = InstanceLoad()
         self.pool = UpstreamPool(address, config, loop)
 

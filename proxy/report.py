@@ -59,6 +59,9 @@ class Reporter:
         decoder = flow.decoder.key if flow.decoder else "-"
         log.warning("event=answer_broken request_id=%s decoder=%s failure=%s", flow.request_id, decoder, failure.value)
 
+    def came_back(self, instance: Instance) -> None:
+        log.warning("event=instance_back role=%s instance=%s", instance.role.value, instance.key)
+
     def went_out(self, instance: Instance) -> None:
         log.warning(
             "event=instance_out role=%s instance=%s reason=%r",

@@ -87,6 +87,7 @@ class UpstreamConnection(asyncio.Protocol):
         "lingers",
         "on_chunk_complete",
         "pool",
+        "sent_at",
         "transport",
         "waiter",
     )
@@ -116,6 +117,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._socket: socket.socket | None = None
         self.lingers = False
         self.deadline = 0.0
+        self.sent_at = 0.0
         self.idle_since = 0.0
 
     # --- llhttp's callbacks
@@ -141,16 +143,20 @@ class UpstreamConnection(asyncio.Protocol):
 
     # --- one request
 
-    def send(self, head: bytes, body: bytes, *, first_event_only: bool, deadline: float) -> asyncio.Future[Answer]:
+    def send(
+        self, head: bytes, body: bytes, *, first_event_only: bool, now: float, timeout_s: float
+    ) -> asyncio.Future[Answer]:
         """Send a request on this idle connection. The future fails with UpstreamFailure or is cancelled by its waiter.
 
-        After a cancellation or a TIMEOUT the connection is still open: the waiter calls `close` or `hang_up`."""
+        After a cancellation, TIMEOUT or INSTANCE_OUT it is still open: the waiter calls `close` or `hang_up`."""
         assert self.transport is not None
         self._first_event_only = first_event_only
         self._raw = b""
         self._head_end = 0
         self._complete = False
-        self.deadline = deadline
+        self._heard = False
+        self.sent_at = now
+        self.deadline = now + timeout_s
         self.waiter = waiter = self.pool.loop.create_future()
         if self.transport.is_closing():
             self._failed(Failure.STALE if self._reused else Failure.RESET, "the connection was closed at once")
@@ -170,10 +176,10 @@ class UpstreamConnection(asyncio.Protocol):
         try:
             self._feed(data)
         except httptools.HttpParserError:
-            self._ended(Failure.GARBAGE)
+            self._ended(Failure.GARBAGE_MID_ANSWER)
             return
         if self._overrun:
-            self._ended(Failure.GARBAGE)
+            self._ended(Failure.GARBAGE_MID_ANSWER)
             return
         self._heard = True
         self._last = data
@@ -186,6 +192,7 @@ class UpstreamConnection(asyncio.Protocol):
             self._ended(None)
 
     def _gather(self, data: bytes) -> None:
+        self._heard = True
         raw = self._raw
         if not raw:  # a small answer comes in one read and needs no copy
             self._raw = data
@@ -237,7 +244,7 @@ class UpstreamConnection(asyncio.Protocol):
         waiter = self.waiter
         if waiter is not None and not waiter.done():
             waiter.set_exception(UpstreamFailure(failure, f"{self.pool.address}: {message}"))
-        if failure is not Failure.TIMEOUT:
+        if failure not in (Failure.TIMEOUT, Failure.INSTANCE_OUT):
             self.close()
 
     # --- relaying
@@ -374,18 +381,42 @@ class UpstreamConnection(asyncio.Protocol):
 
     def check_deadline(self, now: float, between_tokens_s: float) -> None:
         """Called now and then for a connection in use; one coarse scan instead of a timer a request."""
-        if self._sink is not None and (self._heard or self._paused):
+        if self._heard:
             self._heard = False
+            self.pool.heard_at = now
+            if self._sink is not None:
+                self.deadline = now + between_tokens_s
+                self._acknowledge_late()
+        if self._sink is not None and self._paused:
             self.deadline = now + between_tokens_s
-            self._acknowledge_late()
         elif now > self.deadline:
             if self._sink is not None:
-                self._ended(Failure.LOST_MID_ANSWER)
+                self._ended(Failure.SILENT_MID_ANSWER)
             elif self.lingers or self.waiter is None or self.waiter.done():
                 self.close()
             else:
                 self.deadline = now + GRACE_S
                 self._failed(Failure.TIMEOUT, "no answer in time")
+
+    def instance_is_out(self) -> None:
+        """The instance is out and nothing came of late: whoever waits is told now, not at the deadline."""
+        if self._paused:  # the silence is ours
+            return
+        if self._sink is not None:
+            self._ended(Failure.SILENT_MID_ANSWER)
+        elif not self.lingers and self.waiter is not None and not self.waiter.done():
+            self.deadline = monotonic() + GRACE_S
+            self._failed(Failure.INSTANCE_OUT, "silent, and out by its probes")
+
+    def end_relay(self, failure: Failure) -> None:
+        """The answer is to end here, whatever is still to come. Does nothing if there is no relay."""
+        if self._sink is not None:
+            self._ended(failure)
+
+    @property
+    def heard(self) -> bool:
+        """Whether bytes came since the last `check_deadline`."""
+        return self._heard
 
     @property
     def num_chunks(self) -> int:

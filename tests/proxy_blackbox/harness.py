@@ -182,6 +182,10 @@ class Engines:
     def start(self, port: int) -> None:
         self._post("/mock/instance", port=port, action="start")
 
+    def go_deaf(self, port: int) -> None:
+        """Whoever connects waits in vain."""
+        self._post("/mock/instance", port=port, action="deaf")
+
     def configure(self, **fields: Any) -> None:
         self._post("/mock/config", **fields)
 
