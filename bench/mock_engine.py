@@ -131,6 +131,10 @@ class MockFleet:
             action = fields["action"]
             if action in ("healthy", "unhealthy"):
                 instance.healthy = action == "healthy"
+            elif action in ("freeze", "thaw"):
+                (instance.freeze if action == "freeze" else instance.thaw)()
+            elif action == "mute":
+                instance.mute = True
             else:
                 return {"stop": instance.stop, "start": instance.start, "deaf": instance.go_deaf}[action]
         elif path == "/mock/config":
@@ -152,6 +156,8 @@ class MockFleet:
             instance.counts.clear()
             instance.recorded.clear()
             instance.healthy = True
+            instance.mute = False
+            instance.thaw()
             for connection in list(instance.running):
                 connection.reset()
             await instance.start()

@@ -89,6 +89,9 @@ class Stream:
         connection, index = self.connection, self.index
         if connection.gone:
             return False
+        if self.instance.frozen:
+            self.instance.when_thawed(lambda: self.loop.add(self))
+            return False
         if connection.paused:
             connection.on_resumed = lambda: self.loop.add(self)
             return False
@@ -146,6 +149,10 @@ class MockInstance:
     counts: Counter[str] = field(default_factory=Counter)
     recorded: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=MAX_RECORDED))
     healthy: bool = True
+    mute: bool = False
+    """`/health` is not answered."""
+    frozen: bool = False
+    _held: list[Callable[[], None]] = field(default_factory=list)
     _server: asyncio.Server | None = None
     _deaf: list[socket.socket] = field(default_factory=list)
     _loops: dict[float, StepLoop] = field(default_factory=dict)
@@ -191,7 +198,25 @@ class MockInstance:
             one.connect_ex((self.host, self.port))
             self._deaf.append(one)
 
+    def freeze(self) -> None:
+        """As SIGSTOP: connections are made and kept, what is sent is taken, and nothing is answered until `thaw`."""
+        self.frozen = True
+
+    def when_thawed(self, go_on: Callable[[], None]) -> None:
+        self._held.append(go_on)
+
+    def thaw(self) -> None:
+        self.frozen = False
+        held, self._held = self._held, []
+        for go_on in held:
+            go_on()
+
     def handle(self, connection: Connection, request: Request) -> None:
+        if self.frozen:
+            self._held.append(lambda: None if connection.gone else self.handle(connection, request))
+            return
+        if self.mute and request.path == "/health":
+            return
         chat = HOT.get(request.path)
         if chat is None or request.method != "POST":
             self.control(connection, request)
@@ -231,6 +256,9 @@ class MockInstance:
             self.running.discard(connection)
 
     def _answer(self, connection: Connection, payload: bytes) -> None:
+        if self.frozen:
+            self._held.append(lambda: self._answer(connection, payload))
+            return
         if not connection.gone:
             connection.send(payload)
             self.finished(connection)

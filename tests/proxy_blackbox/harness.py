@@ -186,6 +186,10 @@ class Engines:
         """Whoever connects waits in vain."""
         self._post("/mock/instance", port=port, action="deaf")
 
+    def act(self, port: int, action: str) -> None:
+        """ "freeze" and "thaw" (nothing is answered), "mute" (probes are not answered)."""
+        self._post("/mock/instance", port=port, action=action)
+
     def configure(self, **fields: Any) -> None:
         self._post("/mock/config", **fields)
 
