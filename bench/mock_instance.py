@@ -305,6 +305,9 @@ class MockInstance:
         def answer() -> None:
             if connection.gone:
                 return
+            if self.frozen:
+                self._held.append(answer)
+                return
             script = script_of(fields, 1)
             more: dict[str, Any] = {}
             if fault is None or fault.kind != "no_kv":

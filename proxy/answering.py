@@ -7,12 +7,13 @@ from collections.abc import Callable
 from time import monotonic
 
 from proxy import http1, sse
+from proxy.answer import Answer
 from proxy.errors import Failure, ProxyError
 from proxy.flow import Flow
 from proxy.report import Reporter
 from proxy.scheduling.cost import step_tokens
 from proxy.retry import TABLE, Leg
-from proxy.upstream import Answer, UpstreamConnection
+from proxy.upstream import UpstreamConnection
 
 MIN_MEASURED_CHUNKS = 8  # a shorter stream says little about the time of a decode step
 BROKEN = {

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from time import monotonic
 
 from proxy import sse
+from proxy.answer import Answer
 from proxy.config import ProxyConfig
 from proxy.contracts import Contract
 from proxy.errors import Failure, NoInstance, ProxyError, UpstreamFailure
@@ -23,7 +24,7 @@ from proxy.report import Reporter
 from proxy.retry import TABLE, Action, Evidence, Leg
 from proxy.scheduling import Policy
 from proxy.scheduling.candidate import candidates
-from proxy.upstream import Answer, UpstreamConnection
+from proxy.upstream import UpstreamConnection
 
 HANG_UP_S = 5.0  # how long an abandoned prefill is listened to, for the KV it may still hand out
 

@@ -30,7 +30,8 @@ class Action(enum.StrEnum):
 class Evidence(enum.StrEnum):
     """What a failure says about the instance's health (`health.py`)."""
 
-    NONE = "none"  # nothing: the client's fault, the KV's, or a restart's
+    # Nothing: the client's fault, the KV's, a restart's. In mid-stream it had answered; probes tell of one that died.
+    NONE = "none"
     CONNECTION = "connection"  # it cannot be reached; a few in a row take it out
     REQUEST = "request"  # it failed at a request, which may be the request's fault: more in a row, of different ones
 
@@ -55,9 +56,9 @@ TABLE: dict[tuple[Leg, Failure], Row] = {
     (_P, Failure.CLIENT_ERROR): Row(Action.PASS_ON, 502, _NONE),
     (_P, Failure.SERVER_ERROR): Row(Action.OTHER_PREFILLER, 502, _REQUEST),
     (_P, Failure.ERROR_EVENT): Row(Action.OTHER_PREFILLER, 502, _NONE),
-    (_P, Failure.LOST_MID_ANSWER): Row(Action.OTHER_PREFILLER, 502, _REQUEST),
-    (_P, Failure.SILENT_MID_ANSWER): Row(Action.OTHER_PREFILLER, 504, _REQUEST),
-    (_P, Failure.GARBAGE_MID_ANSWER): Row(Action.OTHER_PREFILLER, 502, _REQUEST),
+    (_P, Failure.LOST_MID_ANSWER): Row(Action.OTHER_PREFILLER, 502, _NONE),
+    (_P, Failure.SILENT_MID_ANSWER): Row(Action.OTHER_PREFILLER, 504, _NONE),
+    (_P, Failure.GARBAGE_MID_ANSWER): Row(Action.OTHER_PREFILLER, 502, _NONE),
     (_P, Failure.OUT_OF_TIME): Row(Action.FAIL, 504, _NONE),
     (_D, Failure.REFUSED): Row(Action.OTHER_DECODER, 503, _CONNECTION),
     (_D, Failure.CONNECT_TIMEOUT): Row(Action.OTHER_DECODER, 503, _CONNECTION),
@@ -69,9 +70,9 @@ TABLE: dict[tuple[Leg, Failure], Row] = {
     (_D, Failure.CLIENT_ERROR): Row(Action.PASS_ON, 502, _NONE),
     (_D, Failure.SERVER_ERROR): Row(Action.PREFILL_AGAIN, 502, _REQUEST),
     (_D, Failure.ERROR_EVENT): Row(Action.PREFILL_AGAIN, 502, _NONE),
-    (_D, Failure.LOST_MID_ANSWER): Row(Action.END_ANSWER, 502, _REQUEST),
-    (_D, Failure.SILENT_MID_ANSWER): Row(Action.END_ANSWER, 504, _REQUEST),
-    (_D, Failure.GARBAGE_MID_ANSWER): Row(Action.END_ANSWER, 502, _REQUEST),
+    (_D, Failure.LOST_MID_ANSWER): Row(Action.END_ANSWER, 502, _NONE),
+    (_D, Failure.SILENT_MID_ANSWER): Row(Action.END_ANSWER, 504, _NONE),
+    (_D, Failure.GARBAGE_MID_ANSWER): Row(Action.END_ANSWER, 502, _NONE),
     (_D, Failure.OUT_OF_TIME): Row(Action.END_ANSWER, 504, _NONE),
 }
 

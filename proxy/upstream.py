@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, cast
 import httptools
 
 from proxy import http1, sse
+from proxy.answer import Answer
 from proxy.errors import Failure, UpstreamFailure
 from proxy.http1 import HEAD_END, ResponseHead
 
@@ -28,36 +29,6 @@ GATHER_WHOLE, GATHER_FIRST_EVENT = False, True
 _EVENT_AND_CHUNK_END = b"\n\n\r\n"
 _QUICKACK: int | None = getattr(socket, "TCP_QUICKACK", None)  # Linux only
 GRACE_S = 1.0  # for whoever waited in vain to close the connection
-
-
-class Answer:
-    """What an instance answered: all of it (`complete`), or a stream up to its first telling event."""
-
-    __slots__ = ("complete", "connection", "first_event", "head", "raw")
-
-    def __init__(
-        self, connection: UpstreamConnection, head: ResponseHead, raw: bytes, complete: bool, first_event: bytes | None
-    ) -> None:
-        self.connection = connection
-        self.head = head
-        self.raw = raw  # of the body, with its framing
-        self.complete = complete
-        self.first_event = first_event
-
-    @property
-    def status(self) -> int:
-        return self.head.status
-
-    @property
-    def body(self) -> bytes:
-        return http1.dechunk(self.raw) if self.head.chunked else self.raw
-
-    def as_error(self, status: int, body: bytes) -> Answer:
-        """The answer an engine would have given, had it known of the error before it sent its 200."""
-        head = ResponseHead()
-        head.status = status
-        head.add(b"Content-Type", b"application/json")
-        return Answer(self.connection, head, body, True, None)
 
 
 class UpstreamConnection(asyncio.Protocol):

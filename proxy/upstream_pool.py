@@ -6,9 +6,10 @@ import asyncio
 import errno
 from time import monotonic
 
+from proxy.answer import Answer
 from proxy.config import Address, ProxyConfig
 from proxy.errors import Failure, UpstreamFailure
-from proxy.upstream import GATHER_WHOLE, Answer, UpstreamConnection
+from proxy.upstream import GATHER_WHOLE, UpstreamConnection
 
 SWEEP_S = 0.25  # between calls of `sweep`
 # Nobody says no, so it is not known whether what is open there is alive: as if the time-out had been waited for.

@@ -120,9 +120,7 @@ class Outcome:
 @pytest.mark.parametrize("fault", CAUSES)
 @pytest.mark.parametrize("leg", list(Leg))
 def test_cell(steady: Proxy, engines: Engines, leg: Leg, fault: str, stream: bool, path: str) -> None:
-    fields = body_of(
-        path, num_tokens=9, stream=stream, mock={"interval_s": 0.02}
-    )
+    fields = body_of(path, num_tokens=9, stream=stream, mock={"interval_s": 0.02})
     for number in (0, 0, 1, 1):  # one that is down is asked when it is its turn
         if number == 0 or fault in DOWN:
             break_one(engines, leg.value, fault, number)

@@ -10,7 +10,8 @@ from proxy.errors import Failure
 from proxy.retry import TABLE, Action, Budget, Evidence, Leg
 
 MID_ANSWER = (Failure.LOST_MID_ANSWER, Failure.SILENT_MID_ANSWER, Failure.GARBAGE_MID_ANSWER)
-INNOCENT = {  # what says nothing about the instance: it restarted, it is out already, the client's or the KV's fault
+INNOCENT = {  # what is not counted: it restarted, it is out already, it did answer, the client's or the KV's fault
+    *MID_ANSWER,
     *(Failure.STALE, Failure.INSTANCE_OUT, Failure.CLIENT_ERROR, Failure.ERROR_EVENT, Failure.OUT_OF_TIME),
 }
 ALL = list(itertools.product(Leg, Failure))
