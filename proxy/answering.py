@@ -11,8 +11,8 @@ from proxy.answer import Answer
 from proxy.errors import Failure, ProxyError
 from proxy.flow import Flow
 from proxy.report import Reporter
-from proxy.scheduling.cost import step_tokens
 from proxy.retry import TABLE, Leg
+from proxy.scheduling.cost import step_tokens
 from proxy.upstream import UpstreamConnection
 
 MIN_MEASURED_CHUNKS = 8  # a shorter stream says little about the time of a decode step
