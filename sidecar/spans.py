@@ -119,7 +119,7 @@ def _offsets(first: int, stride: int, block_ids: Sequence[int]) -> list[int]:
 
 
 def _runs(remote: Sequence[int], local: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Where each maximal run begins that rises by one on both sides, and its blocks; nothing if no two are neighbours."""
+    """First index and blocks of each longest run that rises by one on both sides; nothing if all have one block."""
     if 1 not in map(sub, remote[1:], remote):
         return [], []
     steps = zip(map(sub, remote[1:], remote), map(sub, local[1:], local), strict=True)
