@@ -173,12 +173,15 @@ class TcpCopy(PendingCopy):
             self._loop.call_soon_threadsafe(self._finish, outcome)
 
 
+Connect = Callable[[Callable[[socket.socket], object]], socket.socket]
+
+
 class TcpMemory:
     """See contract.PeerMemory. A thread and a connection for each copy under way, MAX_STREAMS at most."""
 
     transport = "tcp"
 
-    def __init__(self, local: Region, pace: Pace, connect: Callable[[], socket.socket], first: socket.socket) -> None:
+    def __init__(self, local: Region, pace: Pace, connect: Connect, first: socket.socket) -> None:
         self._pool = view_of(local)
         self._pace = pace
         self._connect = connect
@@ -221,7 +224,7 @@ class TcpMemory:
             outcome = STOPPED
             try:
                 if not copy.stopped.is_set():
-                    sock = self._idle_sockets.pop() if self._idle_sockets else self._connect()
+                    sock = self._idle_sockets.pop() if self._idle_sockets else self._connect(copy.begin)
                     if self._run(copy, sock):
                         outcome = COPIED
             except DataFault as fault:
@@ -294,7 +297,7 @@ class TcpTransport:
             connect = partial(_connect, host, int(port), secret.encode(), self._connect_timeout_s)
         except ValueError as error:
             raise Refusal("transport", "the producer's data address makes no sense") from error
-        connecting = asyncio.ensure_future(asyncio.to_thread(connect))
+        connecting = asyncio.ensure_future(asyncio.to_thread(connect, lambda _: None))
         try:
             first = await asyncio.shield(connecting)
         except asyncio.CancelledError:
@@ -314,16 +317,20 @@ class TcpTransport:
         return ""
 
 
-def _connect(host: str, port: int, secret: bytes, timeout_s: float) -> socket.socket:
-    """A data connection, its hello sent. Raises DataFault."""
+def _connect(
+    host: str, port: int, secret: bytes, timeout_s: float, begin: Callable[[socket.socket], object]
+) -> socket.socket:
+    """A data connection, its hello answered; `begin` may shut it down from when it has it. Raises DataFault."""
     try:
         sock = socket.create_connection((host, port), timeout_s)
     except (OSError, OverflowError) as error:
         raise DataFault(f"the data port at {host}:{port} cannot be reached: {error}") from error
     try:
-        set_stall(sock, STALL_S)
+        set_stall(sock, timeout_s)
+        begin(sock)
         send(sock, [memoryview(MAGIC + secret)])
         _granted(sock)
+        set_stall(sock, STALL_S)
     except BaseException:
         sock.close()
         raise

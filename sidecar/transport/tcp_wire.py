@@ -55,8 +55,7 @@ def set_stall(sock: socket.socket, seconds: float) -> None:
 def receive(sock: socket.socket, num_bytes: int, *, may_end: bool = False) -> bytes:
     """Exactly `num_bytes`; b"" at an end that is allowed. Raises DataFault."""
     received = bytearray(num_bytes)
-    fill(sock, [memoryview(received)], num_bytes, may_end=may_end)
-    return bytes(received) if num_bytes else b""
+    return bytes(received) if fill(sock, [memoryview(received)], num_bytes, may_end=may_end) else b""
 
 
 def fill(sock: socket.socket, views: list[memoryview], num_bytes: int, *, may_end: bool = False) -> bool:
