@@ -27,9 +27,11 @@ def _stream(port: int) -> None:
 def plain_sockets() -> Iterator[Callable[[int], float]]:
     """A function that has so many bytes sent over one connection into one buffer, and gives the seconds it took."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(60)  # should the other process not come up
         sender = multiprocessing.get_context("spawn").Process(target=_stream, args=(listener.getsockname()[1],))
         sender.start()
         sock, _ = listener.accept()
+    sock.settimeout(None)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     buffer = memoryview(bytearray(CALL_BYTES))
 
