@@ -10,7 +10,7 @@ out and not yet consumed or released as outstanding (`bench.mock_ledger`). A req
 
 Every port, and the control port that no fault touches, serves GET /health, /v1/models, /metrics, /mock/state,
 /mock/requests and POST /mock/fault {"port" | "role", "kind", ...} (`bench.mock_faults`), /mock/instance {"port",
-"action": "stop" | "start" | "unhealthy" | "healthy"}, /mock/config {"prefill_s", ..., "flavour"}, /mock/reset.
+"action": "stop" | "start" | "unhealthy" | "healthy" | "answer" (with "path", "status": `bench.mock_routes`)}, /mock/config {"prefill_s", ..., "flavour"}, /mock/reset.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 import orjson
 import uvloop
 
+from bench import mock_routes
 from bench.mock_faults import Fault
 from bench.mock_http import Connection, Request, error_response, json_response
 from bench.mock_instance import MockInstance, Pace
@@ -77,6 +78,9 @@ class MockFleet:
 
     def _control(self, connection: Connection, request: Request) -> None:
         instance = next((i for i in self.instances if connection in i.connections), self.control)
+        if mock_routes.is_engine_route(request.path):
+            connection.answer(mock_routes.answer(instance, request, self.options.model))
+            return
         if request.method == "GET":
             connection.answer(self._get(instance, request.path))
             return
@@ -129,7 +133,9 @@ class MockFleet:
         elif path == "/mock/instance":
             (instance,) = self._named(fields)
             action = fields["action"]
-            if action in ("healthy", "unhealthy"):
+            if action == "answer":  # a route of mock_routes, from now on with this status
+                instance.statuses[fields["path"]] = fields["status"]
+            elif action in ("healthy", "unhealthy"):
                 instance.healthy = action == "healthy"
             else:
                 return {"stop": instance.stop, "start": instance.start}[action]
@@ -151,6 +157,7 @@ class MockFleet:
             instance.faults.clear()
             instance.counts.clear()
             instance.recorded.clear()
+            instance.statuses.clear()
             instance.healthy = True
             for connection in list(instance.running):
                 connection.reset()

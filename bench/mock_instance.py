@@ -143,6 +143,8 @@ class MockInstance:
     counts: Counter[str] = field(default_factory=Counter)
     recorded: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=MAX_RECORDED))
     healthy: bool = True
+    statuses: dict[str, int] = field(default_factory=dict)
+    """By path: what a route beside the hot ones answers instead of 200."""
     _server: asyncio.Server | None = None
     _loops: dict[float, StepLoop] = field(default_factory=dict)
 

@@ -30,6 +30,7 @@ class Request:
 
 Act = str | Callable[["Engine", asyncio.StreamWriter, Request], Awaitable[None]]
 NUM_TOKENS = 4
+ROUTES = {"/health", "/metrics", "/reset_prefix_cache", "/v1/models", "/version"}
 
 
 async def read_request(reader: asyncio.StreamReader) -> Request | None:
@@ -105,6 +106,9 @@ class Engine:
                     self.probes.append(request)
                     if request.target == "/metrics" and self.exposition:
                         writer.write(whole(200, self.exposition))
+                        continue
+                    if request.target.partition("?")[0] not in ROUTES:
+                        writer.write(whole(404, {"detail": "Not Found"}))
                         continue
                     writer.write(whole(self.health_status, {"object": "list", "data": [{"id": "m"}], "at": self.port}))
                     continue
