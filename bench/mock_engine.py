@@ -8,9 +8,10 @@ says which. Answers are deterministic (`bench.mock_answers`), what a caller does
 out and not yet consumed or released as outstanding (`bench.mock_ledger`). A request may carry `"mock": {"prefill_s",
 "first_token_s", "interval_s", "num_tokens"}` to shape its own answer.
 
-Every port, and the control port that no fault touches, serves GET /health, /v1/models, /metrics, /mock/state,
-/mock/requests and POST /mock/fault {"port" | "role", "kind", ...} (`bench.mock_faults`), /mock/instance {"port",
-"action": "stop" | "start" | "unhealthy" | "healthy" | "answer" (with "path", "status": `bench.mock_routes`)}, /mock/config {"prefill_s", ..., "flavour"}, /mock/reset.
+Every port, and the control port that no fault touches, serves GET /health, /v1/models, /metrics, the routes of
+`bench.mock_routes`, /mock/state, /mock/requests and POST /mock/fault {"port" | "role", "kind", ...}
+(`bench.mock_faults`), /mock/instance {"port", "action": "stop" | "start" | "unhealthy" | "healthy"}, or {"port",
+"action": "answer", "path", "status"}, /mock/config {"prefill_s", ..., "flavour"}, /mock/reset.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ def reload(
     """What was read, or `old` (what was read last) if that cannot be used. `running` is what cannot change."""
     try:
         new = reread()
+        _check_lists_are_there(old, new)
     except ConfigError as error:
         log.error("event=reload_failed reason=%r", str(error))
         return old
@@ -42,3 +43,10 @@ def reload(
     if fixed:
         log.warning("event=reload_needs_restart keys=%s", ",".join(fixed))
     return new
+
+
+def _check_lists_are_there(old: ProxyConfig, new: ProxyConfig) -> None:
+    """Raises ConfigError for a file that lost a list (it may be half written): defaults are not what was meant."""
+    for key in ("prefiller_hosts", "decoder_hosts"):
+        if key in old.model_fields_set and key not in new.model_fields_set:
+            raise ConfigError(f"{key} is not there any more; write {key} = [] if there are to be none")
