@@ -11,7 +11,7 @@ out and not yet consumed or released as outstanding (`bench.mock_ledger`). A req
 Every port, and the control port that no fault touches, serves GET /health, /v1/models, /metrics, the routes of
 `bench.mock_routes`, /mock/state, /mock/requests and POST /mock/fault {"port" | "role", "kind", ...}
 (`bench.mock_faults`), /mock/instance {"port", "action": "stop" | "start" | "unhealthy" | "healthy"}, or {"port",
-"action": "answer", "path", "status"}, /mock/config {"prefill_s", ..., "flavour"}, /mock/reset.
+"action": "answer", "route", "status"}, /mock/config {"prefill_s", ..., "flavour"}, /mock/reset.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class MockFleet:
             (instance,) = self._named(fields)
             action = fields["action"]
             if action == "answer":  # a route of mock_routes, from now on with this status
-                instance.statuses[fields["path"]] = fields["status"]
+                instance.statuses[fields["route"]] = fields["status"]
             elif action in ("healthy", "unhealthy"):
                 instance.healthy = action == "healthy"
             else:

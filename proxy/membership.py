@@ -149,7 +149,6 @@ class Membership:
         An operator may name the host name that stands for several. `timeout_s` of 0 is the configured deadline."""
         key = (role, canonical(address))
         if source is not Source.ADMIN:
-            self._barred.pop(key, None)
             key = (self._moved.pop(key, role), key[1])
         by_hand = source is Source.ADMIN
         for waiting_key, waiting in list(self.waiting.items()):
@@ -179,6 +178,10 @@ class Membership:
             self._barred[key] = monotonic() + (lease.ttl_s if lease else 0)
         elif instance.source is Source.KUBERNETES:
             self._barred[key] = math.inf
+
+    def forget(self, role: Role, address: Address) -> None:
+        """Its source has it no more: what comes at this address later is another, which no operator took out."""
+        self._barred.pop((role, canonical(address)), None)
 
     def drain(self, instance: Instance, timeout_s: float = 0) -> None:
         """No new work for this member; a role that it was to have next is forgotten."""

@@ -46,6 +46,7 @@ ROLES = {
 }
 
 Place = tuple[Role, Address]
+NOWHERE: frozenset[Place] = frozenset()
 
 
 class Gone(Exception):
@@ -64,7 +65,9 @@ class PodWatcher:
         self._task: asyncio.Task[None] | None = None
         self._session: aiohttp.ClientSession | None = None
         self._pods: dict[str, frozenset[Place]] = {}
-        """By uid: where each pod serves; nothing while it isn't ready."""
+        """By uid: where each pod serves; nowhere while it isn't ready."""
+        self._seen: dict[str, frozenset[Place]] = {}
+        """By uid: where each pod has ever served."""
         self._version = ""
         self._base = URL(api_url(config))
         self._query = {"labelSelector": config.k8s_selector} if config.k8s_selector else {}
@@ -93,8 +96,10 @@ class PodWatcher:
                         self._apply(event)
                 except Gone:
                     self._version, trouble = "", "410 Gone: listing again"
-                except (aiohttp.ClientError, OSError, ApiTrouble, *NONSENSE) as error:
+                except (aiohttp.ClientError, OSError, ApiTrouble) as error:
                     trouble = f"{type(error).__name__}: {error}"
+                except NONSENSE as error:
+                    self._version, trouble = "", f"not understood: {type(error).__name__}: {error}"
                 if self._loop.time() - began > MAX_BACK_OFF_S:
                     back_off_s = FIRST_BACK_OFF_S
                 if trouble:
@@ -138,8 +143,8 @@ class PodWatcher:
             if not more:
                 break
             query = {"limit": str(LIST_LIMIT), "continue": more}
-        for uid in self._pods.keys() - pods.keys():
-            self._become(uid, frozenset())
+        for uid in self._seen.keys() - pods.keys():
+            self._delete(uid)
         for uid, places in pods.items():
             self._become(uid, places)
         self._version = page["metadata"]["resourceVersion"]
@@ -173,15 +178,15 @@ class PodWatcher:
         if kind in ("ADDED", "MODIFIED"):
             self._become(meta["uid"], self._places(thing))
         elif kind == "DELETED":
-            self._become(meta["uid"], frozenset())
+            self._delete(meta["uid"])
         self._version = meta.get("resourceVersion") or self._version
 
     def _become(self, uid: str, places: frozenset[Place]) -> None:
         """The pod serves at `places` from now on. An address may already be another pod's: it stays then."""
-        before = self._pods.pop(uid, frozenset())
-        if places:
-            self._pods[uid] = places
-        others = frozenset[Place]().union(*(one for name, one in self._pods.items() if name != uid))
+        before = self._pods.get(uid, NOWHERE)
+        self._pods[uid] = places
+        self._seen[uid] = self._seen.get(uid, NOWHERE) | places
+        others = NOWHERE.union(*(one for name, one in self._pods.items() if name != uid))
         for role, address in before - places - others:
             self._membership.remove(role, address, Source.KUBERNETES)
         for role, address in places - before:
@@ -190,13 +195,19 @@ class PodWatcher:
             except ProxyError as error:  # too many instances
                 log.warning("event=k8s_ignored instance=%s reason=%r", address, error.message)
 
+    def _delete(self, uid: str) -> None:
+        self._become(uid, NOWHERE)
+        del self._pods[uid]
+        for role, address in self._seen.pop(uid):
+            self._membership.forget(role, address)
+
     def _places(self, pod: dict[str, Any]) -> frozenset[Place]:
-        """Where and as what this pod serves now."""
+        """Where and as what this pod serves now. Raises one of NONSENSE."""
         meta, status = pod["metadata"], pod.get("status") or {}
         host = status.get("podIP")
         ready = any(one["type"] == "Ready" and one["status"] == "True" for one in status.get("conditions") or ())
         if not host or not ready or meta.get("deletionTimestamp") or status.get("phase") != "Running":
-            return frozenset()
+            return NOWHERE
         config = self._config
         said = (meta.get("labels") or {}).get(config.k8s_role_label, "")
         roles = ROLES.get(said.lower(), ())
@@ -205,7 +216,7 @@ class PodWatcher:
         text = (meta.get("annotations") or {}).get(config.k8s_port_annotation) or str(config.k8s_port)
         if not text.isascii() or not text.isdigit() or not 0 < int(text) < 65536:
             log.warning("event=k8s_ignored pod=%s reason='port %s'", meta.get("name"), text[:20])
-            return frozenset()
+            return NOWHERE
         return frozenset((role, Address(host, int(text))) for role in roles)
 
 

@@ -182,6 +182,10 @@ class Engines:
     def start(self, port: int) -> None:
         self._post("/mock/instance", port=port, action="start")
 
+    def answer(self, port: int, route: str, status: int) -> None:
+        """From now on, on a route beside the hot ones (`bench.mock_routes`)."""
+        self._post("/mock/instance", port=port, action="answer", route=route, status=status)
+
     def configure(self, **fields: Any) -> None:
         self._post("/mock/config", **fields)
 
