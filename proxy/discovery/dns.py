@@ -59,6 +59,7 @@ class NameWatcher:
         self._loop = loop
         self._resolve = resolve
         self._last: dict[Name, frozenset[str]] = {}
+        self._failing: set[str] = set()
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -92,10 +93,14 @@ class NameWatcher:
         """Nothing where the look-up fails: the last answer holds."""
         try:
             async with asyncio.timeout(LOOK_UP_TIMEOUT_S):
-                return await self._resolve(host)
+                found = await self._resolve(host)
         except (OSError, UnicodeError) as error:  # TimeoutError is an OSError
-            log.warning("event=dns_failed host=%s reason=%r", host, str(error) or "no answer in time")
+            if host not in self._failing:  # once, not every time
+                log.warning("event=dns_failed host=%s reason=%r", host, str(error) or "no answer in time")
+            self._failing.add(host)
             return frozenset()
+        self._failing.discard(host)
+        return found
 
     def _follow(self, role: Role, name: Address, source: Source, found: frozenset[str]) -> None:
         last = self._last.get((role, name), frozenset())

@@ -66,8 +66,9 @@ def event(chat: bool, i: int) -> str:
 class Engine:
     """`requests` are those it got, `released` the leases it was told to drop, `held` those handed out and not read."""
 
-    def __init__(self, role: str, *, stock: bool = False) -> None:
+    def __init__(self, role: str, *, stock: bool = False, host: str = "127.0.0.1") -> None:
         self.role = role
+        self.host = host
         self.stock = stock
         self.port = 0
         self.script: list[Act] = []
@@ -88,7 +89,7 @@ class Engine:
         self.num_leases = 0
 
     async def start(self) -> None:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+        self._server = await asyncio.start_server(self._serve, self.host, self.port)
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def stop(self) -> None:
