@@ -5,6 +5,7 @@ Bodies and reply keys of `add` and `remove` are the seeds' (ascend-proxy.md 2.1,
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -32,7 +33,7 @@ def parse_address(text: str) -> Address:
     """`host:port` or `[v6]:port`. Raises BadRequest."""
     bare = text.strip()
     match = _ADDRESS.fullmatch(bare)
-    if match and 0 < int(match["port"]) < 65536:
+    if match and 0 < int(match["port"]) < 65536 and (match["v6"] is None or _is_ipv6(match["v6"])):
         return Address(match["v6"] or match["host"], int(match["port"]))
     nearest = ""
     if (inner := re.fullmatch(r"https?://([^/]+)/*", bare)) and _ADDRESS.fullmatch(inner[1]):
@@ -40,6 +41,14 @@ def parse_address(text: str) -> Address:
     elif bare.count(":") > 1 and (v6 := re.fullmatch(r"([0-9A-Fa-f:]+):([0-9]+)", bare)):
         nearest = f"; did you mean [{v6[1]}]:{v6[2]}?"
     raise BadRequest(f"'{text}' is not host:port (IPv6 as [address]:port){nearest}.", "instances")
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        ipaddress.IPv6Address(text)
+    except ValueError:
+        return False
+    return True
 
 
 class InstancesApi:
