@@ -75,8 +75,12 @@ class Prober:
     async def serves(self, instance: Instance) -> str:
         """Why an instance that wants to join can't yet; empty once it lists its models."""
         head = b"GET /v1/models HTTP/1.1\r\n" + self._bearer_line
+        timeout_s = self._config.health_timeout_s
         try:
-            answer = await instance.pool.call(head, timeout_s=self._config.health_timeout_s)
+            async with asyncio.timeout(timeout_s):  # the sweep that ends overdue calls knows members only
+                answer = await instance.pool.call(head, timeout_s=timeout_s)
         except UpstreamFailure as failure:
             return failure.message
+        except TimeoutError:
+            return "no answer in time"
         return "" if answer.status < 300 else f"GET /v1/models answered {answer.status}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -176,6 +177,14 @@ def test_one_that_is_added_joins_when_it_answers_and_is_given_up_otherwise(
     eventually(lambda: _waiting(proxy), "still waits")
     assert state(proxy, "decode", port) is None
     assert "event=instance_dropped" in proxy.process.output
+
+
+def test_one_that_hangs_is_given_up_too(start_proxy: StartProxy) -> None:
+    proxy = start_proxy("--waiting-retry-interval", "0.1", "--max-waiting-retries", "2", "--health-timeout-s", "0.2")
+    with socket.create_server((HOST, 0)) as silent:
+        change(proxy, "add", type="decode", instances=at(silent.getsockname()[1]))
+        eventually(lambda: "no answer in time" not in proxy.process.output, "still asked")
+        assert not _waiting(proxy)
 
 
 def test_localhost_means_the_same_instance(start_proxy: StartProxy, engines: Engines) -> None:
