@@ -8,6 +8,7 @@ because a client's own `kv_transfer_params` must not reach an engine (design.md,
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterable, Iterator
 from time import monotonic
@@ -147,8 +148,12 @@ class PassThrough:
         is_json = given is None or "json" in request.content_type
         hold = limit if is_json else min(HOLD_BYTES, limit)
         held = bytearray()
-        while len(held) <= hold and not request.content.at_eof():
-            held += await request.content.readany()
+        try:
+            async with asyncio.timeout(self._config.request_read_timeout_s):
+                while len(held) <= hold and not request.content.at_eof():
+                    held += await request.content.readany()
+        except TimeoutError:
+            raise ProxyError(408, "The request did not arrive in time.") from None
         complete = request.content.at_eof()
         if len(held) > limit:
             raise TooLarge(limit)
@@ -212,7 +217,9 @@ class PassThrough:
     async def _lacking(self, request: web.Request, instance: Instance, answer: aiohttp.ClientResponse) -> None:
         """Its 404 may mean a route or an object (a model, a stored response): the first is remembered, the second is
         the answer if nobody has a better one. Raises _NextInstance."""
-        said = await answer.content.read(HOLD_BYTES)
+        said = b""
+        while len(said) < HOLD_BYTES and (more := await answer.content.read(HOLD_BYTES - len(said))):
+            said += more
         if answer.status == 404 and _names_an_object(said):
             headers = _passed(answer.headers.items(), answer.headers.get(hdrs.CONNECTION, ""))
             raise _NextInstance("no such object", answer=web.Response(body=said, status=404, headers=headers))

@@ -117,6 +117,13 @@ def test_a_body_over_the_limit_is_413(start_proxy: StartProxy) -> None:
     assert request(proxy.port, "POST", "/tokenize", b'"' + b"a" * 1_999_998 + b'"').status == 200
 
 
+def test_a_body_that_does_not_come_is_408(start_proxy: StartProxy) -> None:
+    proxy = start_proxy("--request-read-timeout-s", "0.3")
+    with connected(proxy.port) as sock:
+        sock.sendall(b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{")
+        assert read_answer(sock).status == 408
+
+
 def test_both_directions_stream(start_before: Callable[..., Proxy]) -> None:
     """The answer begins, and arrives, while the upload goes on: neither is gathered."""
     went_on = threading.Event()

@@ -156,6 +156,17 @@ async def test_an_instance_that_never_answers_is_dropped(start: Start) -> None:
     assert len(setup.app.fleet.all) == 2
 
 
+async def test_there_is_a_limit_to_how_many_there_are(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("proxy.membership.MAX_INSTANCES", 3)
+    setup = await start(waiting_retry_interval=60)
+    body = {"type": "prefill", "instances": "127.0.0.1:9"}
+    assert (await ask(setup.port, "/instances/add", body)).status == 200
+    assert (await ask(setup.port, "/instances/add", body)).status == 200, "it waits already"
+    answer = await ask(setup.port, "/instances/add", {**body, "instances": "127.0.0.1:10"})
+    assert answer.status == 409 and "3 instances already" in answer.error["message"]
+    assert len(setup.app.membership.waiting) == 1
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
