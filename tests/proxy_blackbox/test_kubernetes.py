@@ -12,16 +12,14 @@ import pytest
 
 from tests.proxy_blackbox.admin import at, becomes, change, in_background, shown, state
 from tests.proxy_blackbox.api_server import ApiServer
-from tests.proxy_blackbox.harness import CHAT, HOST, PROXY, Engines, Process, Proxy, body_of, eventually, free_port
+from tests.proxy_blackbox.harness import CHAT, HOST, PROXY, Engines, Proxy, body_of, eventually
 
 
 class Discovering(Proxy):
     def __init__(self, api: ApiServer, *flags: str) -> None:
-        self.port = free_port()
         self.num_read = 0
-        command = [PROXY, "--host", HOST, "--port", str(self.port), "--discover", "k8s", "--k8s-api", api.url]
-        self.process = Process([*command, "--k8s-namespace", "models", *flags])
-        self.wait_until_serving()
+        command = [PROXY, "--host", HOST, "--port", "0", "--discover", "k8s", "--k8s-api", api.url]
+        self.start([*command, "--k8s-namespace", "models", *flags])
 
 
 @pytest.fixture

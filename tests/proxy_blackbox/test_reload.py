@@ -19,11 +19,9 @@ from tests.proxy_blackbox.harness import (
     PROXY,
     Answer,
     Engines,
-    Process,
     Proxy,
     body_of,
     eventually,
-    free_port,
     request,
     text_for,
 )
@@ -34,11 +32,9 @@ class FromFile(Proxy):
 
     def __init__(self, file: Path, prefillers: tuple[int, ...], decoders: tuple[int, ...]) -> None:
         self.file = file
-        self.port = free_port()
         self.num_read = 0
         self.write(prefillers, decoders)
-        self.process = Process([PROXY, "--config", str(file), "--port", str(self.port)])
-        self.wait_until_serving()
+        self.start([PROXY, "--config", str(file), "--port", "0"])
 
     def write(self, prefillers: tuple[int, ...], decoders: tuple[int, ...], more: str = "") -> None:
         lines = [f'host = "{HOST}"', more]
