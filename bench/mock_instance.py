@@ -153,6 +153,8 @@ class MockInstance:
     """`/health` is not answered."""
     frozen: bool = False
     _held: list[Callable[[], None]] = field(default_factory=list)
+    statuses: dict[str, int] = field(default_factory=dict)
+    """By path: what a route beside the hot ones answers instead of 200."""
     _server: asyncio.Server | None = None
     _deaf: list[socket.socket] = field(default_factory=list)
     _loops: dict[float, StepLoop] = field(default_factory=dict)

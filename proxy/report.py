@@ -23,6 +23,8 @@ class Reporter:
 
     def ended(self, flow: Flow, now: float) -> None:
         metrics = self._metrics
+        if flow.outcome == "upstream_error" and flow.status < 500:  # the instance's word, but the client's fault
+            flow.outcome = "client_error"
         stream = flow.stream
         metrics.requests[flow.route, "stream" if stream else "whole", flow.status, flow.outcome] += 1
         arrived, first = flow.arrived, flow.first_event_at
