@@ -36,16 +36,31 @@ class Script:
 
 
 def prompt_of(fields: dict[str, Any]) -> Any:
-    return fields["messages"] if "messages" in fields else fields.get("prompt")
+    return next((fields[name] for name in ("messages", "input") if name in fields), fields.get("prompt"))
+
+
+def prompts_of(fields: dict[str, Any]) -> list[Any]:
+    """The prompts of a completion, each in the form it was given; anything else is one."""
+    prompt = fields.get("prompt")
+    several = isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list))
+    return list(prompt) if several and "messages" not in fields else [prompt_of(fields)]  # type: ignore[arg-type]
+
+
+def scripts_of(fields: dict[str, Any], num_tokens: int | None = None) -> list[Script]:
+    """One script a prompt."""
+    if len(prompts_of(fields)) == 1:
+        return [script_of(fields, num_tokens)]
+    return [script_of({**fields, "prompt": one}, num_tokens) for one in prompts_of(fields)]
 
 
 def script_of(fields: dict[str, Any], num_tokens: int | None = None) -> Script:
-    """The script of a request's parsed body. A list of prompts counts as one."""
+    """The script of a request's parsed body. A list of prompts counts as one (see `scripts_of`)."""
     prompt = prompt_of(fields)
     encoded = orjson.dumps(prompt)
     num_prompt_tokens = len(prompt) if isinstance(prompt, list) and prompt and isinstance(prompt[0], int) else 0
     if num_tokens is None:
-        num_tokens = fields.get("max_completion_tokens") or fields.get("max_tokens") or 16
+        names = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+        num_tokens = int(next((fields[name] for name in names if fields.get(name)), 16))
     fingerprint, first = f"{zlib.crc32(encoded):08x}", 0
     match = _TOKEN_AT_END.search(_last_text(prompt))
     if match:
@@ -104,10 +119,18 @@ class EventTemplate:
     """The SSE events of one stream, each the same length but the last: one formatting a token."""
 
     def __init__(
-        self, script: Script, chat: bool, name: str, model: str, num_choices: int, num_cached_tokens: int, usage: bool
+        self,
+        script: Script,
+        chat: bool,
+        name: str,
+        model: str,
+        num_choices: int,
+        num_cached_tokens: int,
+        usage: bool,
+        first_index: int = 0,
     ) -> None:
         self.script = script
-        self.num_choices = num_choices
+        self._indices = range(first_index, first_index + num_choices)
         self._opening = b'data: {"id":%b,"object":"%b","created":%d,"model":%b,"choices":[' % (
             orjson.dumps(name),
             b"chat.completion.chunk" if chat else b"text_completion",
@@ -118,7 +141,7 @@ class EventTemplate:
         self._usage = orjson.dumps(usage_of(script, num_choices, num_cached_tokens)) if usage else None
         self._chat = chat
         head, tail = text.split(b"%b")
-        self._heads = [self._opening + b'{"index":%d,' % k + head for k in range(num_choices)]
+        self._heads = [self._opening + b'{"index":%d,' % k + head for k in self._indices]
         self._tail = tail + b',"logprobs":null,"finish_reason":null}]}\n\n'
         self._last_tail = tail + b',"logprobs":null,"finish_reason":"length","stop_reason":null}]}\n\n'
 
@@ -127,7 +150,7 @@ class EventTemplate:
         if not self._chat:
             return []
         delta = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]}\n\n'
-        return [self._opening + b'{"index":%d,' % k + delta for k in range(self.num_choices)]
+        return [self._opening + b'{"index":%d,' % k + delta for k in self._indices]
 
     def token_events(self, index: int) -> list[bytes]:
         script = self.script
@@ -138,7 +161,10 @@ class EventTemplate:
     def last_events(self) -> list[bytes]:
         if self._usage is None:
             return [DONE_EVENT]
-        return [self._opening + b'],"usage":' + self._usage + b"}\n\n", DONE_EVENT]
+        return [self.usage_event(self._usage), DONE_EVENT]
+
+    def usage_event(self, usage: bytes) -> bytes:
+        return self._opening + b'],"usage":' + usage + b"}\n\n"
 
     def whole(self) -> bytes:
         """Every byte of the stream's body."""

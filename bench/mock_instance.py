@@ -12,7 +12,8 @@ from typing import Any
 
 import orjson
 
-from bench.mock_answers import DONE_EVENT, EventTemplate, answer_id, script_of, whole_answer
+from bench import mock_other_apis as other_apis
+from bench.mock_answers import DONE_EVENT, EventTemplate, answer_id, script_of, scripts_of, whole_answer
 from bench.mock_faults import BEFORE, Fault
 from bench.mock_http import (
     LAST_CHUNK,
@@ -25,6 +26,7 @@ from bench.mock_http import (
     json_response,
 )
 from bench.mock_ledger import KvLedger, KvRefused
+from bench.mock_several import ManyTemplates, is_plain, scores_prompt, whole_answer_of_all
 
 BACKLOG = 4096
 GARBAGE_CHUNK = b"no length of a chunk\r\n"
@@ -78,7 +80,7 @@ class StepLoop:
 @dataclass(eq=False, slots=True)
 class Stream:
     connection: Connection
-    template: EventTemplate
+    template: EventTemplate | ManyTemplates
     loop: StepLoop
     instance: MockInstance
     fault: Fault | None
@@ -219,7 +221,8 @@ class MockInstance:
             return
         if self.mute and request.path == "/health":
             return
-        chat = HOT.get(request.path)
+        api = other_apis.PATHS.get(request.path, "")
+        chat = bool(api) or HOT.get(request.path)
         if chat is None or request.method != "POST":
             self.control(connection, request)
             return
@@ -244,6 +247,8 @@ class MockInstance:
             self._fail_before(connection, fault)
         elif self.role == "prefill" or (self.role == "both" and params.get("do_remote_decode")):
             self._prefill(connection, request, fields, chat, fault)
+        elif api:
+            self._decode_other(connection, request, fields, api, fault)
         else:
             self._decode(connection, request, fields, chat, fault)
 
@@ -286,7 +291,7 @@ class MockInstance:
 
     def _release(self, connection: Connection, request: Request, fields: Any, params: Any, chat: bool) -> None:
         self.counts["release_only"] += 1
-        self.ledger.check(fields.get("max_tokens") == 1, "release: max_tokens is not 1")
+        self.ledger.check(_limited(request, fields).get("max_tokens") == 1, "release: max_tokens is not 1")
         self.ledger.check(not fields.get("stream"), "release: streamed")
         try:
             self.ledger.release(params)
@@ -301,7 +306,7 @@ class MockInstance:
     ) -> None:
         self.counts["prefills"] += 1
         ledger, request_id = self.ledger, request.request_id
-        ledger.check_prefill(fields, request_id)
+        ledger.check_prefill(_limited(request, fields), request_id)
         delay_s = self._shape(fields, "prefill_s", self.pace.prefill_s)
 
         def answer() -> None:
@@ -310,14 +315,20 @@ class MockInstance:
             if self.frozen:
                 self._held.append(answer)
                 return
-            script = script_of(fields, 1)
+            script = scripts_of(fields, 1)[0]
             more: dict[str, Any] = {}
             if fault is None or fault.kind != "no_kv":
                 producer = f"{self.host}:{self.port}"
                 more["kv_transfer_params"] = ledger.hand_out(
                     producer, self.epoch, request_id, script.fingerprint, script.num_prompt_tokens
                 )
-            body = whole_answer(script, chat, answer_id(chat, request_id), self.model, **more)
+            name, num_cached = answer_id(chat, request_id), self._shape(fields, "cached_tokens", 0)
+            if api := other_apis.PATHS.get(request.path):
+                body = other_apis.whole(api, script, request_id, self.model, num_cached, **more)
+            elif is_plain(fields):
+                body = whole_answer(script, chat, name, self.model, num_cached_tokens=num_cached, **more)
+            else:
+                body = whole_answer_of_all(fields, 1, chat, name, self.model, **more)
             if fault is not None and fault.kind != "no_kv":
                 ledger.void_one(more["kv_transfer_params"])
                 self._fail_within(connection, json_response(200, body), fault)
@@ -330,33 +341,75 @@ class MockInstance:
         self, connection: Connection, request: Request, fields: dict[str, Any], chat: bool, fault: Fault | None
     ) -> None:
         self.counts["decodes"] += 1
-        script = script_of(fields, self._shape(fields, "num_tokens", self.num_tokens))
-        try:
-            whose = self.ledger.claim(fields.get("kv_transfer_params") or {}, request.request_id, script.fingerprint)
-        except KvRefused as error:
-            self._answer(connection, error_response(503, str(error), "kv_load_error"))
+        num_tokens = self._shape(fields, "num_tokens", self.num_tokens)
+        scripts = scripts_of(fields, num_tokens)
+        script = scripts[0]
+        if not self._claimed(connection, request, fields, script.fingerprint):
             return
-        if whose is None:
-            self.counts["recomputed"] += 1
         if fault is not None and fault.kind in BEFORE:
             self._fail_before(connection, fault)
             return
-        name, num_choices = answer_id(chat, request.request_id), fields.get("n") or 1
+        name, num_choices = answer_id(chat, request.request_id), _number(fields.get("n"))
         interval_s = self._shape(fields, "interval_s", self.pace.interval_s)
         delay_s = self._shape(fields, "first_token_s", self.pace.first_token_s)
-        if not fields.get("stream"):
-            body = json_response(200, whole_answer(script, chat, name, self.model, num_choices))
+        if not _is_true(fields.get("stream")):
+            if is_plain(fields):
+                num_cached = self._shape(fields, "decoder_cached_tokens", 0)
+                told = whole_answer(script, chat, name, self.model, num_choices, num_cached)
+            else:
+                told = whole_answer_of_all(fields, num_tokens, chat, name, self.model)
+            body = json_response(200, told)
             answer = self._answer if fault is None else self._fail_within
             arguments = (connection, body) if fault is None else (connection, body, fault)
             _after(delay_s + interval_s * script.num_tokens, lambda: answer(*arguments))
             return
         usage = bool((fields.get("stream_options") or {}).get("include_usage"))
-        template = EventTemplate(script, chat, name, self.model, num_choices, 0, usage)
+        template: EventTemplate | ManyTemplates
+        if len(scripts) == 1:
+            template = EventTemplate(script, chat, name, self.model, num_choices, 0, usage)
+        else:
+            template = ManyTemplates(scripts, chat, name, self.model, num_choices, usage)
         loop = self._loops.setdefault(interval_s, StepLoop(interval_s))
         if fault is not None and fault.kind == "error_event":
             fault = Fault(fault.kind, after=0, message=fault.message)
         stream = Stream(connection, template, loop, self, fault)
         _after(delay_s, lambda: loop.add(stream))
+
+    def _claimed(self, connection: Connection, request: Request, fields: dict[str, Any], fingerprint: str) -> bool:
+        """Take the KV the request names; False where it can't be had, which has been answered then."""
+        try:
+            whose = self.ledger.claim(fields.get("kv_transfer_params") or {}, request.request_id, fingerprint)
+        except KvRefused as error:
+            self._answer(connection, error_response(503, str(error), "kv_load_error"))
+            return False
+        if whose is None:
+            self.counts["recomputed"] += 1
+        else:
+            self.ledger.check(not scores_prompt(fields), "decode: logprobs of a prompt that was computed elsewhere")
+            self.ledger.check(_number(fields.get("n")) == 1, "decode: several choices of one KV")
+        return True
+
+    def _decode_other(
+        self, connection: Connection, request: Request, fields: dict[str, Any], api: str, fault: Fault | None
+    ) -> None:
+        """/v1/responses and /v1/messages; a stream comes at once."""
+        self.counts["decodes"] += 1
+        script = script_of(fields, self._shape(fields, "num_tokens", self.num_tokens))
+        if not self._claimed(connection, request, fields, script.fingerprint):
+            return
+        if fault is not None and fault.kind in BEFORE:
+            self._fail_before(connection, fault)
+            return
+        if not _is_true(fields.get("stream")):
+            num_cached = self._shape(fields, "decoder_cached_tokens", 0)
+            body = other_apis.whole(api, script, request.request_id, self.model, num_cached)
+            self._answer(connection, json_response(200, body))
+            return
+        told = other_apis.events(api, script, request.request_id, self.model)
+        if fault is not None:
+            after = 0 if fault.kind == "error_event" else fault.after
+            told = [*told[: 2 + after], other_apis.error_event(api, fault.message)]
+        self._answer(connection, STREAM_HEAD + b"".join(map(chunk, told)) + LAST_CHUNK)
 
     def _fail_within(self, connection: Connection, response: bytes, fault: Fault) -> None:
         """A fault in the course of an answer that is not streamed."""
@@ -384,6 +437,20 @@ class MockInstance:
             "port": self.port, "role": self.role, "epoch": self.epoch, "listening": self._server is not None,
             "num_running": len(self.running), "num_connections": len(self.connections), "counts": dict(self.counts),
         }  # fmt: skip
+
+
+def _limited(request: Request, fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields with the limit of /v1/responses under the name it has elsewhere."""
+    return {**fields, "max_tokens": fields.get("max_output_tokens")} if request.path == "/v1/responses" else fields
+
+
+def _number(value: Any) -> int:
+    """As vLLM reads it, `"3"` and `3.0` included; 1 if absent."""
+    return int(float(value or 1))
+
+
+def _is_true(value: Any) -> bool:
+    return str(value).lower() in ("true", "1", "1.0", "yes", "on", "t", "y")
 
 
 def _after(delay_s: float, action: Callable[[], None]) -> None:

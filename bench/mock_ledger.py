@@ -61,6 +61,9 @@ class KvLedger:
         self.check("stream_options" not in fields, "prefill: stream_options present")
         self.check((fields.get("n") or 1) == 1, f"prefill: n is {fields.get('n')}")
         self.check(bool(request_id), "prefill: no X-Request-Id")
+        prompt = fields.get("prompt")
+        several = isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int)
+        self.check(not several, "prefill: several prompts, of which one's KV would be handed out")
 
     def hand_out(self, producer: str, epoch: str, request_id: str, fingerprint: str, num_tokens: int) -> dict[str, Any]:
         """The `kv_transfer_params` of a prefiller's answer."""

@@ -44,7 +44,7 @@ def send_error(flow: Flow, error: ProxyError) -> None:
     flow.client.write(
         http1.simple_response(
             error.status,
-            error.body(),
+            error.body(flow.route),
             request_id=flow.request_id,
             close=flow.close,
             retry_after_s=error.retry_after_s,
@@ -109,7 +109,7 @@ def _end_broken(flow: Flow, connection: UpstreamConnection, failure: Failure, re
     if flow.head.version == "1.1" and connection.ends_well():
         status = TABLE[Leg.DECODE, failure].status
         told = BROKEN.get(failure, "The decode instance was lost in the middle of the answer.")
-        event = sse.error_event(status, told, "upstream_error")
+        event = sse.error_event(status, told, "upstream_error", flow.route)
         flow.client.write(http1.chunk(event) + http1.LAST_CHUNK)
         flow.client.answered(close=True)
     else:

@@ -58,6 +58,13 @@ class ProxyConfig(BaseModel):
     policy: str = Field("least_load", description="how an instance is chosen: " + ", ".join(POLICIES))
     prefill_policy: str = Field("", description="how a prefiller is chosen, where not by --policy")
     decode_policy: str = Field("", description="how a decoder is chosen, where not by --policy")
+    max_children: int = Field(
+        128,
+        ge=1,
+        le=10_000,
+        description="prompts times choices up to which a request is divided into one request each; beyond it a decoder "
+        "computes it alone",
+    )
     allow_client_kv_transfer_params: bool = Field(
         False, description="let clients send kv_transfer_params of their own; such a request goes to a decoder as it is"
     )

@@ -14,17 +14,21 @@ from time import monotonic
 
 from proxy.admission import Admission
 from proxy.answering import relay, send_error, send_whole
+from proxy.children import Family
 from proxy.config import ProxyConfig
+from proxy.downstream import Downstream
 from proxy.errors import BadRequest, Failure, ProxyError
 from proxy.flow import Flow
 from proxy.frontend import ClientConnection
 from proxy.http1 import RequestHead
 from proxy.legs import Legs, PassOn
 from proxy.openai_api import ROUTES, parse_call
+from proxy.prompt_facts import with_cached_tokens, with_scored_prompt
 from proxy.report import Reporter
 from proxy.retry import Budget
 from proxy.scheduling.cost import cost_of
 from proxy.stories import STORIES
+from proxy.upstream import Answer
 
 log = logging.getLogger(__name__)
 
@@ -54,13 +58,19 @@ class Dispatcher:
 
     def serve(self, client: ClientConnection, head: RequestHead, body: bytes) -> asyncio.Task[None]:
         request_id = head.request_id or f"{self._id_prefix}-{next(self._ids):x}"
-        budget = Budget(self._config.max_retries, self._config.retry_delay)
-        flow = Flow(client, head, ROUTES[head.path], request_id, budget, monotonic())
-        task = self._loop.create_task(self._serve(flow, body))
+        flow = self._flow(client, head, request_id)
+        task = self._start(flow, body)
         if self._config.total_timeout_s:
             timer = self._loop.call_later(self._config.total_timeout_s, self._out_of_time, flow, task)
             task.add_done_callback(lambda _: timer.cancel())
         return task
+
+    def _flow(self, client: Downstream, head: RequestHead, request_id: str) -> Flow:
+        budget = Budget(self._config.max_retries, self._config.retry_delay)
+        return Flow(client, head, ROUTES[head.path], request_id, budget, monotonic())
+
+    def _start(self, flow: Flow, body: bytes) -> asyncio.Task[None]:
+        return self._loop.create_task(self._serve(flow, body))
 
     def _out_of_time(self, flow: Flow, task: asyncio.Task[None]) -> None:
         """The request's own limit has passed: what is open is ended, and the client told."""
@@ -75,11 +85,15 @@ class Dispatcher:
         self.open.add(flow)
         try:
             self._read(flow, body)
+            if flow.divided:
+                await Family(flow, self._flow, self._start).answer()
+                flow.client.answered(close=flow.close)
+                return
             await self._admission.admit(flow)  # before the prefill: a prompt nobody can decode is not worth computing
             answer = await self._tell(flow, self._legs)
             if answer.complete:
                 flow.outcome = "ok"
-                send_whole(flow, answer)
+                send_whole(flow, told_of_prompt(flow, answer))
             else:
                 await relay(flow, answer, self._config.between_tokens_timeout_s, self._reporter)
         except asyncio.CancelledError:
@@ -94,7 +108,7 @@ class Dispatcher:
             send_error(flow, error)
         except Exception:  # the last resort: a bug of ours must not leave a client without an answer
             log.exception("event=internal_error request_id=%s", flow.request_id)
-            send_error(flow, ProxyError(500, "Internal error in the proxy.", error_type="internal_server_error"))
+            send_error(flow, ProxyError(500, "Internal error in the proxy.", error_type="InternalServerError"))
         finally:
             flow.release_loads()
             self._legs.give_kv_back(flow)
@@ -114,12 +128,36 @@ class Dispatcher:
             flow.forwarded += self._bearer_line
         if call.own_kv_transfer_params:
             self._alone(flow, "own_kv_transfer_params")
+        elif call.indivisible:
+            self._alone(flow, call.indivisible)
         elif not self._contract.splits(call):
-            self._alone(flow, "list_of_prompts" if call.num_prompts > 1 else "nothing_to_decode")
-        elif call.num_prompt_tokens < self._config.min_remote_prefill_tokens:
+            self._alone(flow, "nothing_to_decode")
+        elif call.num_prompt_tokens // call.num_prompts < self._config.min_remote_prefill_tokens:
             self._alone(flow, "short_prompt")
+        elif not self._contract.takes_whole(call):
+            if call.num_prompts * call.num_choices <= self._config.max_children:
+                flow.divided = True
+            else:
+                self._alone(flow, "too_many_children")
 
     def _alone(self, flow: Flow, reason: str) -> None:
         """The decoder computes the prompt itself."""
         flow.split = False
         self._reporter.recompute(reason)
+
+
+def told_of_prompt(flow: Flow, answer: Answer) -> Answer:
+    """The decoder's whole answer with what the prefiller alone knows of the prompt; the same where there is nothing."""
+    if flow.cached_tokens is None:
+        return answer
+    given = body = answer.body
+    if flow.scored_prompt is not None:
+        try:
+            body = with_scored_prompt(flow.call, flow.scored_prompt, body)
+        except ValueError as error:
+            raise ProxyError(502, f"The answers cannot be joined: {error}.", error_type="upstream_error") from None
+    body = with_cached_tokens(body, flow.cached_tokens, flow.route)
+    if body is given:
+        return answer
+    answer.head.chunked = False
+    return Answer(answer.connection, answer.head, body, True, None)

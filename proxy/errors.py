@@ -1,13 +1,14 @@
 """What can go wrong in the proxy, whose fault it is, and what the client is told.
 
-Every error that reaches a client has the OpenAI shape `{"error": {"message", "type", "param", "code"}}`. `ProxyError`
-is what the proxy itself answers; `UpstreamFailure` is what an instance did to us, and `retry.py` says what follows
-from it.
+Every error that reaches a client has the shape of the API it speaks: OpenAI's `{"error": {"message", "type", "param",
+"code"}}`, with vLLM's words for the type, or Anthropic's on /v1/messages. `ProxyError` is what the proxy itself
+answers; `UpstreamFailure` is what an instance did to us, and `retry.py` says what follows from it.
 """
 
 from __future__ import annotations
 
 import enum
+from http import HTTPStatus
 
 import orjson
 
@@ -21,38 +22,58 @@ class StartError(Exception):
 
 
 class ProxyError(Exception):
-    """An answer of the proxy's own: `status`, an OpenAI error type, the field at fault, seconds for Retry-After."""
+    """An answer of the proxy's own: `status`, an error type (else the status in words, as vLLM has it), the field at
+    fault, seconds for Retry-After."""
 
     def __init__(
         self,
         status: int,
         message: str,
         *,
-        error_type: str = "invalid_request_error",
+        error_type: str | None = None,
         param: str | None = None,
         retry_after_s: int | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
-        self.error_type = error_type
+        self.error_type = error_type or HTTPStatus(status).phrase
         self.param = param
         self.retry_after_s = retry_after_s
 
-    def body(self) -> bytes:
-        return error_body(self.status, self.message, self.error_type, self.param)
+    def body(self, route: str = "") -> bytes:
+        return error_body(self.status, self.message, self.error_type, self.param, route)
 
 
-def error_body(status: int, message: str, error_type: str, param: str | None = None) -> bytes:
-    """The OpenAI error object as JSON; `code` is the HTTP status, as vLLM has it."""
+_ANTHROPIC_TYPES = {
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
+    429: "rate_limit_error", 503: "overloaded_error",
+}  # fmt: skip
+
+
+def anthropic_type(status: int) -> str:
+    return _ANTHROPIC_TYPES.get(status) or ("invalid_request_error" if status < 500 else "api_error")
+
+
+def anthropic_status(error_type: object) -> int:
+    """The HTTP status of an error whose type alone is known."""
+    known = {"invalid_request_error": 400, "BadRequestError": 400, "overloaded_error": 503}
+    known |= {name: status for status, name in _ANTHROPIC_TYPES.items()}
+    return known.get(str(error_type), 502)
+
+
+def error_body(status: int, message: str, error_type: str, param: str | None = None, route: str = "") -> bytes:
+    """The error object of `route`'s API as JSON; OpenAI's has the HTTP status as `code`, as in vLLM."""
+    if route == "messages":
+        return orjson.dumps({"type": "error", "error": {"type": anthropic_type(status), "message": message}})
     return orjson.dumps({"error": {"message": message, "type": error_type, "param": param, "code": status}})
 
 
 class BadRequest(ProxyError):
     """The client's request cannot be served as it is; `param` names the field."""
 
-    def __init__(self, message: str, param: str | None = None) -> None:
-        super().__init__(400, message, param=param)
+    def __init__(self, message: str, param: str | None = None, *, error_type: str = "BadRequestError") -> None:
+        super().__init__(400, message, param=param, error_type=error_type)
 
 
 class BadHead(ProxyError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from proxy.frontend import ClientConnection
+from proxy.downstream import Downstream
 from proxy.http1 import RequestHead
 from proxy.instance import Instance, Role
 from proxy.kv_ledger import KvEntry
@@ -25,6 +25,7 @@ class Flow:
         "arrived",
         "avoid",
         "budget",
+        "cached_tokens",
         "call",
         "client",
         "close",
@@ -32,11 +33,13 @@ class Flow:
         "decode_hold",
         "decode_load",
         "decoder",
+        "divided",
         "entry",
         "first_event_at",
         "forwarded",
         "head",
         "headers_sent",
+        "is_child",
         "num_chunks",
         "outcome",
         "prefill_attempts",
@@ -47,6 +50,7 @@ class Flow:
         "prefiller",
         "request_id",
         "route",
+        "scored_prompt",
         "sent_at",
         "split",
         "status",
@@ -54,7 +58,7 @@ class Flow:
     )
 
     def __init__(
-        self, client: ClientConnection, head: RequestHead, route: str, request_id: str, budget: Budget, arrived: float
+        self, client: Downstream, head: RequestHead, route: str, request_id: str, budget: Budget, arrived: float
     ) -> None:
         self.client = client
         self.head = head
@@ -73,11 +77,18 @@ class Flow:
         self.prefill_hold: Hold | None = None
         self.decode_hold: Hold | None = None
         self.entry: KvEntry | None = None
+        self.cached_tokens: int | None = None
+        """Of the prompt, those the prefiller found in its caches; None if no prefiller computed it."""
+        self.scored_prompt: bytes | None = None
+        """The prefiller's answer, where it has the logprobs of the prompt that the client asked for."""
         self.split = True
+        self.divided = False
+        """Whether its children are prefilled and decoded in its place."""
         self.prefilled = False
         self.prefill_attempts = 0
         self.avoid: set[Instance] = set()
         self.headers_sent = False
+        self.is_child = False
         self.stream = False
         self.status = 0
         self.outcome = "error"

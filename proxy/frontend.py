@@ -11,16 +11,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from time import monotonic
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from proxy import http1
 from proxy.config import ProxyConfig
+from proxy.downstream import Relayed
 from proxy.errors import BadHead, Failure, ProxyError, TooLarge
 from proxy.http1 import HEAD_END, ChunkDecoder, RequestHead
 from proxy.openai_api import ROUTES
-
-if TYPE_CHECKING:
-    from proxy.upstream import UpstreamConnection
 
 LINGER_S = 2.0  # to let a refused client read our answer before the connection is reset
 
@@ -76,7 +74,7 @@ class ClientConnection(asyncio.Protocol):
         self._decoder: ChunkDecoder | None = None
         self._ahead = b""
         self._task: asyncio.Task[None] | None = None
-        self._relayed: UpstreamConnection | None = None
+        self._relayed: Relayed | None = None
         self.since = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -185,7 +183,8 @@ class ClientConnection(asyncio.Protocol):
     def _refuse(self, error: ProxyError) -> None:
         """Answer what is not a request we can read, and end the connection once the client has had time to see it."""
         self._services.refused(error.status)
-        self.write(http1.simple_response(error.status, error.body(), close=True))
+        body = error.body(ROUTES.get(self._head.path, ""))
+        self.write(http1.simple_response(error.status, body, close=True))
         self._linger()
 
     def _linger(self) -> None:
@@ -201,7 +200,7 @@ class ClientConnection(asyncio.Protocol):
         if not self.transport.is_closing():
             self.transport.write(data)
 
-    def relay_from(self, upstream: UpstreamConnection | None) -> None:
+    def relay_from(self, upstream: Relayed | None) -> None:
         """From now on the client's pace slows `upstream` down, and its leaving ends it."""
         self._relayed = upstream
 

@@ -1,6 +1,7 @@
-"""OpenAI request bodies: what must hold before an engine is troubled, and what a choice needs to know of them.
+"""Bodies of the generating routes: what must hold before an engine is troubled, and what a choice needs to know.
 
 Only what costs nothing is checked here; whatever needs the model (its name, its context length) is the engine's answer.
+Numbers and truth values are taken as vLLM's reader of bodies (pydantic, lax) takes them: `"5"`, `5.0`, `"yes"`.
 """
 
 from __future__ import annotations
@@ -13,12 +14,39 @@ import orjson
 from proxy.errors import BadRequest
 
 BYTES_PER_TOKEN = 4  # the seeds' proxy divides the body's bytes by 4 as well (ascend-proxy.md 2.1, "Scores")
-ROUTES = {b"/v1/completions": "completions", b"/v1/chat/completions": "chat"}
+ROUTES = {
+    b"/v1/completions": "completions",
+    b"/v1/chat/completions": "chat",
+    b"/v1/responses": "responses",
+    b"/v1/messages": "messages",
+}
+LIMITS: dict[str, tuple[str, ...]] = {
+    "completions": ("max_tokens",),
+    "chat": ("max_completion_tokens", "max_tokens"),  # the first that is given counts
+    "responses": ("max_output_tokens",),
+    "messages": ("max_tokens",),
+}
+INT64_MAX = 2**63 - 1
+_ALL_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+# What a leg that generates one forced token has no use for. None of it changes the prompt (tools, tool_choice,
+# documents, chat_template_kwargs and the like do, and stay). A grammar or a list of allowed tokens that leaves only the
+# end token has nothing to sample from when min_tokens forbids the end, and a grammar is compiled before the prefill
+# starts; a stop string must not be what ends the request: KV is handed out only for one that ends by length.
+_NOT_FOR_ONE_TOKEN = (
+    "stream_options", "best_of", "stop", "stop_token_ids", "stop_sequences", "allowed_token_ids", "response_format",
+    "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_json_object",
+    "structural_tag", "text", "background",
+)  # fmt: skip
+_TRUE = frozenset(("1", "on", "t", "true", "y", "yes"))
+_FALSE = frozenset(("0", "off", "f", "false", "n", "no"))
+WRONG_TYPE = "Bad Request"  # vLLM's word for a body that its schema refuses; a wrong value is a BadRequestError
 
 
 @dataclass(slots=True)
 class ApiCall:
-    """One client request: `body` is what it sent, byte for byte; `fields` the same, parsed and never changed."""
+    """One client request: `body` is what it sent, byte for byte; `fields` the same, parsed and never changed.
+
+    An empty `kv_transfer_params` is taken out of both."""
 
     route: str
     body: bytes
@@ -29,6 +57,12 @@ class ApiCall:
     max_new_tokens: int | None
     num_prompts: int
     own_kv_transfer_params: bool
+    num_choices: int = 1
+    """Of each prompt."""
+    indivisible: str = ""
+    """Why it can be neither handed over nor divided, so that a decoder has to compute it alone; empty: it can."""
+    scores_prompt: bool = False
+    """Whether the answer has logprobs of the prompt's tokens, which only who computes the prompt can give."""
 
 
 def parse_call(route: str, body: bytes) -> ApiCall:
@@ -36,48 +70,113 @@ def parse_call(route: str, body: bytes) -> ApiCall:
     try:
         fields = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise BadRequest(f"The request body is not valid JSON: {error}.") from None
+        raise BadRequest(f"The request body is not valid JSON: {error}.", error_type=WRONG_TYPE) from None
     if type(fields) is not dict:
-        raise BadRequest("The request body must be a JSON object.")
+        raise BadRequest("The request body must be a JSON object.", error_type=WRONG_TYPE)
+    own = False
+    if "kv_transfer_params" in fields:
+        if fields["kv_transfer_params"] is None or fields["kv_transfer_params"] == {}:
+            del fields["kv_transfer_params"]  # parsers differ on which of two equal keys counts: let none be seen
+            body = orjson.dumps(fields)
+        else:
+            own = True
     get = fields.get
+    xargs = get("vllm_xargs")  # vLLM puts both into the same dictionary
+    if type(xargs) is dict and "kv_transfer_params" in xargs:
+        own = True
     model = get("model")
     if model is not None and type(model) is not str:
-        raise BadRequest("'model' must be a string.", "model")
+        raise _wrong_type("model", "must be a string")
     stream = get("stream")
     if stream is not None and type(stream) is not bool:
-        raise BadRequest("'stream' must be true or false.", "stream")
-    limit = _count(get("max_completion_tokens"), "max_completion_tokens")
+        stream = _truth(stream, "stream")
     least = 0 if route == "completions" and get("echo") is True else 1  # nothing but the prompt, for its logprobs
-    plain = _count(get("max_tokens"), "max_tokens", least)
-    _count(get("n"), "n")
-    if route == "chat":
-        messages = get("messages")
-        if type(messages) is not list:
-            raise BadRequest("'messages' is required and must be a list.", "messages")
-        num_prompts, num_tokens = 1, None
-    else:
+    limit = None
+    for name in LIMITS[route]:
+        given = _count(get(name), name, least)
+        limit = given if limit is None else limit
+    num_choices = _count(get("n"), "n") or 1 if route in ("completions", "chat") else 1
+    num_tokens = None
+    num_prompts = 1
+    if route == "completions":
         num_prompts, num_tokens = _prompts(get("prompt"), get("prompt_embeds"))
-    own = get("kv_transfer_params") is not None
-    return ApiCall(
+    elif route == "responses":
+        if type(get("input")) not in (str, list):
+            raise _wrong_type("input", "is required and must be a string or a list")
+    elif type(get("messages")) is not list:
+        raise _wrong_type("messages", "is required and must be a list")
+    call = ApiCall(
         route,
         body,
         fields,
         stream is True,
         num_tokens if num_tokens is not None else len(body) // BYTES_PER_TOKEN + 1,
-        limit if limit is not None else plain,
+        limit,
         num_prompts,
         own,
+        num_choices,
     )
+    if route == "responses":
+        if get("previous_response_id") is not None or get("background"):
+            call.indivisible = "stored_response"
+    elif route != "messages":
+        _judge(call)
+    return call
+
+
+def _judge(call: ApiCall) -> None:
+    """Whether a completion or chat can be divided, and whose the logprobs of its prompt are."""
+    get = call.fields.get
+    prompt_logprobs, echo = get("prompt_logprobs"), get("echo")
+    best_of, seed = get("best_of"), get("seed")
+    if get("use_beam_search"):
+        call.indivisible = "beam_search"
+    elif best_of is not None and best_of != 1:
+        call.indivisible = "best_of"
+    elif call.num_choices > 1 and seed is not None and (type(seed) is not int or seed + call.num_choices > INT64_MAX):
+        call.indivisible = "seed"  # the engine's to judge, and to count up
+    elif call.num_prompts > 1 and get("prompt") is not None and get("prompt_embeds") is not None:
+        call.indivisible = "prompts_of_two_kinds"
+    elif prompt_logprobs is not None or echo:
+        # In vLLM an echo of logprobs asks for the prompt's (completions: of `logprobs`; chat: of `top_logprobs`, which
+        # has a default).
+        chat_echo = echo and call.route == "chat"
+        call.scores_prompt = prompt_logprobs is not None or chat_echo or get("logprobs") is not None
+        if call.scores_prompt and (call.stream or chat_echo):
+            call.indivisible = "prompt_logprobs"  # a stream is not taken apart for them
+
+
+def _wrong_type(name: str, reason: str) -> BadRequest:
+    return BadRequest(f"'{name}' {reason}.", name, error_type=WRONG_TYPE)
 
 
 def _count(value: Any, name: str, least: int = 1) -> int | None:
     if value is None:
         return None
-    if type(value) is not int:
-        raise BadRequest(f"'{name}' must be an integer.", name)
-    if value < least:
-        raise BadRequest(f"'{name}' must be at least {least}, got {value}.", name)
-    return value
+    number = value if type(value) is int else _integer(value, name)
+    if number < least:
+        raise BadRequest(f"'{name}' must be at least {least}, got {number}.", name)
+    return number
+
+
+def _integer(value: Any, name: str) -> int:
+    if type(value) is bool:
+        return int(value)
+    if type(value) is float and value.is_integer():
+        return int(value)
+    if type(value) is str:
+        try:
+            return int(value.removesuffix(".0"))
+        except ValueError:
+            pass
+    raise _wrong_type(name, "must be an integer")
+
+
+def _truth(value: Any, name: str) -> bool:
+    word = str(int(value)) if type(value) in (int, float) and value in (0, 1) else value
+    if type(word) is str and word.lower() in _TRUE | _FALSE:
+        return word.lower() in _TRUE
+    raise _wrong_type(name, "must be true or false")
 
 
 def _prompts(prompt: Any, embeds: Any) -> tuple[int, int | None]:
@@ -85,9 +184,9 @@ def _prompts(prompt: Any, embeds: Any) -> tuple[int, int | None]:
     if type(prompt) is str:
         return 1, None
     if prompt is None and embeds is not None:
-        return len(embeds) if isinstance(embeds, list) else 1, None
+        return len(embeds) if isinstance(embeds, list) and embeds else 1, None
     if type(prompt) is not list:
-        raise BadRequest("'prompt' is required and must be a string or a list.", "prompt")
+        raise _wrong_type("prompt", "is required and must be a string or a list")
     if not prompt:
         raise BadRequest("'prompt' must not be empty.", "prompt")
     first = prompt[0]
@@ -96,8 +195,47 @@ def _prompts(prompt: Any, embeds: Any) -> tuple[int, int | None]:
     if type(first) is list:
         return len(prompt), sum(len(one) for one in prompt if isinstance(one, list))
     if type(first) is not str:
-        raise BadRequest("'prompt' must hold strings, token ids or lists of token ids.", "prompt")
+        raise _wrong_type("prompt", "must hold strings, token ids or lists of token ids")
     return len(prompt), None
+
+
+def one_token(call: ApiCall, kv_transfer_params: dict[str, Any]) -> dict[str, Any]:
+    """The call's fields for a leg that computes the prompt: one forced token, one choice, not streamed.
+
+    `min_tokens` keeps the end token from being that token: an engine hands KV out only if the request ends by length
+    (ascend-proxy.md 2.4)."""
+    fields = {**call.fields, "stream": False}
+    for name in LIMITS[call.route]:
+        fields[name] = 1
+    for name in _ALL_LIMITS:
+        if name in fields:
+            fields[name] = 1
+    fields["min_tokens"] = 1
+    fields["kv_transfer_params"] = kv_transfer_params
+    if "n" in fields:
+        fields["n"] = 1
+    for name in _NOT_FOR_ONE_TOKEN:
+        fields.pop(name, None)
+    if call.route == "responses":
+        fields["store"] = False
+    return fields
+
+
+def without_prompt_scores(call: ApiCall) -> ApiCall:
+    """The call for a decoder whose prompt was computed, and scored, elsewhere: it has no logits of the prompt, and some
+    engines die of being asked (vllm-ascend 13363)."""
+    fields = {key: value for key, value in call.fields.items() if key not in ("prompt_logprobs", "echo")}
+    return ApiCall(
+        call.route,
+        orjson.dumps(fields),
+        fields,
+        call.stream,
+        call.num_prompt_tokens,
+        call.max_new_tokens,
+        call.num_prompts,
+        call.own_kv_transfer_params,
+        call.num_choices,
+    )
 
 
 def spliced(body: bytes, fields: dict[str, Any], key: str, value: Any) -> bytes:

@@ -26,7 +26,8 @@ class Reporter:
         if flow.outcome == "upstream_error" and flow.status < 500:  # the instance's word, but the client's fault
             flow.outcome = "client_error"
         stream = flow.stream
-        metrics.requests[flow.route, "stream" if stream else "whole", flow.status, flow.outcome] += 1
+        route = "child" if flow.is_child else flow.route
+        metrics.requests[route, "stream" if stream else "whole", flow.status, flow.outcome] += 1
         arrived, first = flow.arrived, flow.first_event_at
         if flow.sent_at:
             metrics.queue.observe(flow.sent_at - arrived)
@@ -40,7 +41,7 @@ class Reporter:
                     metrics.tpot.observe((now - first) / flow.num_chunks)
         if self._access_log.enabled:
             self._access_log.add(
-                f"request_id={flow.request_id} route={flow.route} stream={stream:d} status={flow.status} "
+                f"request_id={flow.request_id} route={route} stream={stream:d} status={flow.status} "
                 f"outcome={flow.outcome} prefiller={flow.prefiller.key if flow.prefiller else '-'} "
                 f"decoder={flow.decoder.key if flow.decoder else '-'} retries={flow.budget.num_retries} "
                 f"prefill_ms={_ms(flow.sent_at, flow.prefilled_at)} first_ms={_ms(arrived, first)} "

@@ -6,26 +6,49 @@ import re
 
 import orjson
 
-from proxy.errors import error_body
+from proxy.errors import anthropic_status, error_body
 
 # An event ends at an empty line; a line ends with LF, CRLF or CR (WHATWG HTML, section 9.2.6).
-_EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r|\n\r\n")
+EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r|\n\r\n")
 DONE = b"data: [DONE]\n\n"
+
+
+# What opens a stream of /v1/messages or /v1/responses before the engine has computed anything, and pings.
+_OPENING_NAMES = frozenset(
+    (
+        b"message_start", b"content_block_start", b"ping", b"response.created", b"response.queued",
+        b"response.in_progress", b"response.output_item.added", b"response.content_part.added",
+    )
+)  # fmt: skip
 
 
 def first_telling_event(body: bytes) -> bytes | None:
     """The first complete event in `body` that commits the engine to an answer, or None if it has not come yet.
 
-    Comments and chat's opening chunk (a role and no text) do not count: vLLM sends that chunk before an error too
-    (kv-contracts section 1.5), so it says nothing about whether the KV was loaded.
+    Comments and what only opens an answer (chat's chunk with a role and no text, Anthropic's `message_start` and the
+    like) do not count: vLLM sends them before an error too (kv-contracts section 1.5), so they say nothing about
+    whether the KV was loaded.
     """
     start = 0
-    for end in _EVENT_END.finditer(body):
+    for end in EVENT_END.finditer(body):
         event = body[start : end.start()]
         start = end.end()
-        if event.startswith(b"data:") and not _is_opening_chunk(event):
+        if event.startswith(b"data:"):
+            if not _is_opening_chunk(event):
+                return event
+        elif event.startswith(b"event:") and name_of(event) not in _OPENING_NAMES:
             return event
     return None
+
+
+def name_of(event: bytes) -> bytes:
+    """What stands in the event's `event:` line, its first."""
+    return event[6:].split(b"\n", 1)[0].strip()
+
+
+def data_of(event: bytes) -> bytes:
+    """What stands in the event's `data:` lines."""
+    return b"\n".join(line[5:].strip() for line in event.splitlines() if line.startswith(b"data:"))
 
 
 def _is_opening_chunk(event: bytes) -> bool:
@@ -51,6 +74,8 @@ def _json_of(event: bytes) -> dict[str, object]:
 
 def error_of(event: bytes) -> tuple[int, bytes] | None:
     """Status and body of an error event (`data: {"error": ...}`), or None if the event is not one."""
+    if event.startswith(b"event:"):
+        return _named_error(event)
     if not event[5:].lstrip().startswith((b'{"error"', b'{"object":"error"', b'{"object": "error"')):
         return None
     parsed = _json_of(event)
@@ -62,5 +87,26 @@ def error_of(event: bytes) -> tuple[int, bytes] | None:
     return status, orjson.dumps(parsed)
 
 
-def error_event(status: int, message: str, error_type: str) -> bytes:
-    return b"data: " + error_body(status, message, error_type) + b"\n\n"
+def _named_error(event: bytes) -> tuple[int, bytes] | None:
+    """Anthropic's `event: error`, and the `error` and `response.failed` of /v1/responses."""
+    name = name_of(event)
+    if name not in (b"error", b"response.failed"):
+        return None
+    data = data_of(event)
+    parsed = _json_of(b"data:" + data)
+    response = parsed.get("response")
+    error = (response if isinstance(response, dict) else parsed).get("error")
+    code = error.get("code") if isinstance(error, dict) else None
+    if isinstance(code, int) and 400 <= code <= 599:
+        status = code
+    else:
+        status = anthropic_status(error.get("type")) if isinstance(error, dict) else 502
+    return status, orjson.dumps({"error": error}) if name == b"response.failed" else data
+
+
+def error_event(status: int, message: str, error_type: str, route: str = "") -> bytes:
+    """An error in the middle of an answer, as the API of `route` has it."""
+    body = error_body(status, message, error_type, None, route)
+    if route == "responses":
+        body = orjson.dumps({"type": "error", "code": str(status), "message": message, "param": None})
+    return (b"event: error\ndata: " if route in ("responses", "messages") else b"data: ") + body + b"\n\n"

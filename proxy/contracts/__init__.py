@@ -22,6 +22,11 @@ class Contract(Protocol):
         """Whether the call can be prefilled elsewhere; if not, a decoder computes it alone."""
         ...
 
+    def takes_whole(self, call: ApiCall) -> bool:
+        """Whether a call that splits is handed over as it is, though it has several prompts or choices; if not, it is
+        divided (`proxy/children.py`) into calls that have one of each."""
+        ...
+
     def prefill_body(self, call: ApiCall) -> bytes: ...
 
     def kv_of(self, prefill_answer: bytes) -> dict[str, Any] | None:

@@ -11,9 +11,9 @@ from typing import Any
 import orjson
 
 from proxy.contracts.order import Order
-from proxy.openai_api import ApiCall, spliced
+from proxy.openai_api import ApiCall, one_token, spliced
 
-_ASK_FOR_REMOTE_DECODE = {
+_ASK_FOR_REMOTE_DECODE: dict[str, Any] = {
     "do_remote_decode": True,
     "do_remote_prefill": False,
     "remote_engine_id": None,
@@ -21,8 +21,6 @@ _ASK_FOR_REMOTE_DECODE = {
     "remote_host": None,
     "remote_port": None,
 }
-# One token, forced (min_tokens=1): an engine hands KV out only if the request ends by length (ascend-proxy.md 2.4).
-_ONE_TOKEN = {"stream": False, "max_tokens": 1, "min_tokens": 1}
 
 
 class PullContract:
@@ -30,19 +28,16 @@ class PullContract:
     order = Order.PREFILL_FIRST
 
     def splits(self, call: ApiCall) -> bool:
-        """A list of prompts would get one child's KV and strand the others' (kv-contracts section 2). Without a token
-        to generate there is nothing to decode."""
-        return call.num_prompts == 1 and call.max_new_tokens != 0
+        """Without a token to generate there is nothing to decode."""
+        return call.max_new_tokens != 0
+
+    def takes_whole(self, call: ApiCall) -> bool:
+        """Of several prompts or choices a prefiller hands out one's KV and strands the others' until they expire
+        (kv-contracts section 2), and a stock decoder would read one KV several times."""
+        return call.num_prompts == 1 and call.num_choices == 1
 
     def prefill_body(self, call: ApiCall) -> bytes:
-        fields = {**call.fields, **_ONE_TOKEN, "kv_transfer_params": _ASK_FOR_REMOTE_DECODE}
-        if call.route == "chat" or "max_completion_tokens" in fields:
-            fields["max_completion_tokens"] = 1
-        if "n" in fields:
-            fields["n"] = 1
-        fields.pop("stream_options", None)
-        fields.pop("best_of", None)
-        return orjson.dumps(fields)
+        return orjson.dumps(one_token(call, _ASK_FOR_REMOTE_DECODE))
 
     def kv_of(self, prefill_answer: bytes) -> dict[str, Any] | None:
         try:
@@ -65,11 +60,4 @@ class PullContract:
         return not dispatched or "baton" in kv
 
     def reclaim_body(self, call: ApiCall, kv: dict[str, Any]) -> bytes:
-        fields = {**call.fields, **_ONE_TOKEN, "kv_transfer_params": {**kv, "release_only": True}}
-        if "max_completion_tokens" in fields:
-            fields["max_completion_tokens"] = 1
-        if "n" in fields:
-            fields["n"] = 1
-        fields.pop("stream_options", None)
-        fields.pop("best_of", None)
-        return orjson.dumps(fields)
+        return orjson.dumps(one_token(call, {**kv, "release_only": True}))

@@ -29,7 +29,7 @@ class Cost(NamedTuple):
 def cost_of(call: ApiCall) -> Cost:
     prompt = call.num_prompt_tokens
     output = min(call.max_new_tokens or UNKNOWN_OUTPUT_TOKENS, MAX_EXPECTED_OUTPUT_TOKENS)
-    num_streams = call.num_prompts * (call.fields.get("n") or 1)
+    num_streams = call.num_prompts * call.num_choices
     kv_tokens = prompt + num_streams * output
     return Cost(prompt + STEP_OVERHEAD_TOKENS, kv_tokens + num_streams * STREAM_TOKENS, kv_tokens)
 

@@ -9,14 +9,23 @@ from proxy.errors import UpstreamFailure
 from proxy.flow import Flow
 from proxy.instance import Role
 from proxy.kv_ledger import KvState
-from proxy.legs import Legs
+from proxy.legs import Legs, PassOn
+from proxy.openai_api import without_prompt_scores
+from proxy.prompt_facts import cached_tokens_of, speaks_of_limits
 from proxy.retry import Action, Leg
 
 
 async def prefill_first(flow: Flow, legs: Legs) -> Answer:
     while True:
         if flow.split and not flow.prefilled:
-            await _prefill(flow, legs)
+            try:
+                await _prefill(flow, legs)
+            except PassOn as refused:
+                if refused.answer.status not in (400, 422) or not speaks_of_limits(refused.answer.body):
+                    raise
+                # It speaks of the one token it was asked for. The decoder, asked as the client asked, has the words.
+                flow.split = False
+                legs.reporter.recompute("prefiller_refused_limits")
         answer = await _decode(flow, legs)
         if answer is not None:
             return answer
@@ -46,6 +55,10 @@ async def _prefill(flow: Flow, legs: Legs) -> None:
         flow.prefilled = True
         flow.prefilled_at = now = monotonic()
         instance.load.observe_queue(load.num_tokens, began, now)
+        told = answer.body
+        flow.cached_tokens = cached_tokens_of(told, flow.route)
+        if flow.call.scores_prompt:
+            flow.scored_prompt = told
         legs.reporter.prefilled(now - began)
         if kv is None:
             legs.reporter.recompute("prefiller_gave_no_kv")
@@ -60,7 +73,8 @@ async def _decode(flow: Flow, legs: Legs) -> Answer | None:
         legs.reserve_decoder(flow)
     instance = flow.decoder
     assert instance is not None
-    body = legs.contract.decode_body(flow.call, flow.kv)
+    call = flow.call if flow.scored_prompt is None else without_prompt_scores(flow.call)
+    body = legs.contract.decode_body(call, flow.kv)
     flow.budget.spend(Leg.DECODE)
     flow.sent_at = flow.sent_at or monotonic()
     try:

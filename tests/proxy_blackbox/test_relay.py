@@ -86,13 +86,6 @@ def test_the_prefill_leg_is_one_forced_token(proxy: Proxy, engines: Engines) -> 
     assert not any(value for key, value in asked.items() if key.startswith("remote_"))
 
 
-def test_several_choices_are_prefilled_once_and_decoded_as_asked(proxy: Proxy, engines: Engines) -> None:
-    fields = body_of(COMPLETIONS, n=3)
-    answer = proxy.post(COMPLETIONS, fields)
-    assert [choice["text"] for choice in answer.json["choices"]] == [text_for(fields)] * 3
-    assert engines.requests("decode")[0]["body"]["n"] == 3
-
-
 def test_both_legs_carry_the_clients_request_id_and_headers(proxy: Proxy, engines: Engines) -> None:
     headers = {"X_Request_Id": "abc-123", "Authorization": "Bearer secret", "traceparent": "00-ab-cd-01"}
     answer = proxy.post(CHAT, body_of(CHAT), **headers)
@@ -109,16 +102,25 @@ def test_requests_without_an_id_get_one_each(proxy: Proxy) -> None:
     assert len(ids) == 3
 
 
-@pytest.mark.parametrize("fields", [{"do_remote_prefill": True}, {"do_remote_decode": True}, {}, [], "x"])
+@pytest.mark.parametrize("fields", [{"do_remote_prefill": True}, {"do_remote_decode": True}, [], "x"])
 def test_a_clients_own_kv_transfer_params_are_refused(proxy: Proxy, engines: Engines, fields: Any) -> None:
     answer = proxy.post(CHAT, body_of(CHAT, kv_transfer_params=fields))
     assert answer.status == 400 and answer.error["param"] == "kv_transfer_params"
     assert engines.count("prefill", "requests") + engines.count("decode", "requests") == 0
 
 
-def test_null_kv_transfer_params_are_as_good_as_none(proxy: Proxy) -> None:
-    fields = body_of(CHAT, kv_transfer_params=None)
+@pytest.mark.parametrize("empty", [None, {}])
+def test_empty_kv_transfer_params_are_as_good_as_none(proxy: Proxy, engines: Engines, empty: Any) -> None:
+    fields = body_of(CHAT, kv_transfer_params=empty)
     assert proxy.post(CHAT, fields).text == text_for(fields)
+    assert engines.requests("decode")[0]["body"]["kv_transfer_params"]["do_remote_prefill"] is True
+
+
+def test_kv_transfer_params_among_the_extra_arguments_are_refused(proxy: Proxy, engines: Engines) -> None:
+    """vLLM keeps both in one dictionary, where its connector would find them."""
+    answer = proxy.post(CHAT, body_of(CHAT, vllm_xargs={"kv_transfer_params": "x"}))
+    assert answer.status == 400 and answer.error["param"] == "kv_transfer_params"
+    assert engines.count("prefill", "requests") + engines.count("decode", "requests") == 0
 
 
 def test_kv_transfer_params_hidden_by_a_duplicate_key_do_not_reach_an_engine(proxy: Proxy, engines: Engines) -> None:
@@ -129,12 +131,6 @@ def test_kv_transfer_params_hidden_by_a_duplicate_key_do_not_reach_an_engine(pro
     for leg in ("prefill", "decode"):
         for seen in engines.requests(leg):
             assert seen["body"]["kv_transfer_params"] != {"do_remote_prefill": True}
-
-
-def test_a_list_of_prompts_is_decoded_without_prefill(proxy: Proxy, engines: Engines) -> None:
-    fields = {"model": "mock", "prompt": ["one", "two"], "max_tokens": 3}
-    assert proxy.post(COMPLETIONS, fields).text == text_for(fields)
-    assert engines.count("prefill", "requests") == 0
 
 
 def test_token_ids_are_a_prompt(proxy: Proxy) -> None:

@@ -69,5 +69,11 @@ def test_the_reclaim_body_drops_the_kv_and_generates_nothing_much() -> None:
     assert (made["max_tokens"], made["max_completion_tokens"], made["n"], made["stream"]) == (1, 1, 1, False)
 
 
-def test_a_list_of_prompts_is_not_split() -> None:
-    assert PULL.splits(call("completions", prompt=["a"])) and not PULL.splits(call("completions", prompt=["a", "b"]))
+def test_several_prompts_or_choices_are_divided() -> None:
+    for fields, whole in (({"prompt": ["a"]}, True), ({"prompt": ["a", "b"]}, False), ({"prompt": "a", "n": 2}, False)):
+        one = call("completions", **fields)
+        assert PULL.splits(one) and PULL.takes_whole(one) is whole
+
+
+def test_nothing_is_handed_over_where_nothing_is_generated() -> None:
+    assert not PULL.splits(call("completions", prompt="a", echo=True, max_tokens=0))

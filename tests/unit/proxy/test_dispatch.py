@@ -74,11 +74,11 @@ async def test_kv_params_of_a_client_can_be_allowed(start: Start) -> None:
     assert answer.text == TEXT and setup.d.requests[0].kv == own and not setup.p.requests
 
 
-async def test_a_list_of_prompts_goes_to_a_decoder_alone(start: Start) -> None:
-    setup = await start()
-    answer = await ask(setup.port, COMPLETIONS, fields_of(COMPLETIONS, prompt=["a", "b"]))
+async def test_a_list_of_prompts_beyond_the_limit_goes_to_a_decoder_alone(start: Start) -> None:
+    setup = await start(max_children=2)
+    answer = await ask(setup.port, COMPLETIONS, fields_of(COMPLETIONS, prompt=["a", "b", "c"]))
     assert answer.status == 200 and not setup.p.requests and setup.d.requests[0].kv is None
-    assert setup.app.metrics.recomputes == {"list_of_prompts": 1}
+    assert setup.app.metrics.recomputes == {"too_many_children": 1}
 
 
 async def test_without_kv_the_decoder_computes_the_prompt_and_it_is_counted(start: Start) -> None:

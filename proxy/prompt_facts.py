@@ -1,0 +1,88 @@
+"""What only the prefiller knows of a prompt, put into the decoder's answer: cached tokens, and logprobs of the prompt.
+
+Bytes are searched before anything is parsed: an answer that is right already is not touched. A name in quotes and a
+colon cannot stand inside a JSON string, whose quotes are escaped, so what is found is a member.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import orjson
+
+from proxy.openai_api import ApiCall
+
+Json = dict[str, Any]
+_CACHED = re.compile(rb'"cached_tokens"\s*:\s*(\d+)')
+_CACHED_ANTHROPIC = re.compile(rb'"cache_read_input_tokens"\s*:\s*(\d+)')
+_NO_DETAILS = re.compile(rb'"(prompt_tokens_details|input_tokens_details)"\s*:\s*null')
+# An engine's words on limits that the prefill leg has rewritten: about one token, where the client asked for more.
+_ABOUT_LIMITS = re.compile(rb"(?:max|min)_[a-z_]*tokens|output tokens|context length")
+
+
+def cached_tokens_of(prefill_answer: bytes, route: str) -> int:
+    """Tokens of the prompt that the prefiller had in its caches; 0 if it does not say, as the seeds' proxy has it."""
+    found = (_CACHED_ANTHROPIC if route == "messages" else _CACHED).search(prefill_answer)
+    return int(found[1]) if found else 0
+
+
+def with_cached_tokens(answer: bytes, num_cached: int, route: str) -> bytes:
+    """`answer` with the prefiller's number in its usage, where it has one; the same object if nothing is to change.
+
+    The decoder counts the KV it was sent as cached, which is not what the client pays for."""
+    found = (_CACHED_ANTHROPIC if route == "messages" else _CACHED).search(answer)
+    if found is not None:
+        if int(found[1]) == num_cached:
+            return answer
+        return b"%b%d%b" % (answer[: found.start(1)], num_cached, answer[found.end(1) :])
+    if num_cached and (nothing := _NO_DETAILS.search(answer)) is not None:
+        start, end = nothing.span()
+        return b'%b"%b":{"cached_tokens":%d}%b' % (answer[:start], nothing[1], num_cached, answer[end:])
+    return answer
+
+
+def speaks_of_limits(error: bytes) -> bool:
+    return _ABOUT_LIMITS.search(error) is not None
+
+
+def with_scored_prompt(call: ApiCall, prefill_answer: bytes, answer: bytes) -> bytes:
+    """`answer`, which knows nothing of the prompt, with the prompt's logprobs, and its text where it is echoed, out of
+    the prefiller's. Raises ValueError where either is not what was asked for."""
+    scored, told = orjson.loads(prefill_answer), orjson.loads(answer)  # orjson.JSONDecodeError is a ValueError
+    try:
+        source, choice = scored["choices"][0], told["choices"][0]
+        holder, target = (scored, told) if call.route == "chat" else (source, choice)
+        if "prompt_logprobs" in holder:
+            target["prompt_logprobs"] = holder["prompt_logprobs"]
+        if call.fields.get("echo"):
+            _echo(call, source, choice)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(f"an answer lacks what the prompt's logprobs belong to: {error!r}") from None
+    return orjson.dumps(told)
+
+
+def _echo(call: ApiCall, source: Json, choice: Json) -> None:
+    """Put the prompt before the choice: `source` is prompt and one generated token, which is left out."""
+    scores = source.get("logprobs")
+    if scores is None:
+        choice["text"] = _prompt_text(call, source["text"], "") + choice["text"]
+        return
+    tokens, offsets = scores["tokens"], scores["text_offset"]
+    base = offsets[-1] if offsets else 0
+    choice["text"] = _prompt_text(call, source["text"], tokens[-1]) + choice["text"]
+    own = choice["logprobs"]
+    for key, values in scores.items():
+        mine = own[key]
+        if values is None or mine is None:
+            continue
+        own[key] = values[:-1] + ([base + offset for offset in mine] if key == "text_offset" else mine)
+
+
+def _prompt_text(call: ApiCall, text: str, generated: str) -> str:
+    prompt = call.fields.get("prompt")
+    if type(prompt) is list and len(prompt) == 1:
+        prompt = prompt[0]
+    if type(prompt) is str and text.startswith(prompt):
+        return prompt
+    return text[: len(text) - len(generated)] if text.endswith(generated) else text
