@@ -156,7 +156,7 @@ def told_of_prompt(flow: Flow, answer: Answer) -> Answer:
             body = with_scored_prompt(flow.call, flow.scored_prompt, body)
         except ValueError as error:
             raise ProxyError(502, f"The answers cannot be joined: {error}.", error_type="upstream_error") from None
-    body = with_cached_tokens(body, flow.cached_tokens, flow.route)
+    body = with_cached_tokens(body, flow.cached_tokens)
     if body is given:
         return answer
     answer.head.chunked = False

@@ -93,7 +93,7 @@ class NoInstance(ProxyError):
 
     def __init__(self, role: str, reason: str) -> None:
         super().__init__(
-            503, f"No {role} instance is available: {reason}.", error_type="service_unavailable", retry_after_s=1
+            503, f"No {role} instance is available: {reason}.", error_type="ServiceUnavailableError", retry_after_s=1
         )
 
 

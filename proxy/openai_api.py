@@ -35,8 +35,9 @@ _ALL_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 _NOT_FOR_ONE_TOKEN = (
     "stream_options", "best_of", "stop", "stop_token_ids", "stop_sequences", "allowed_token_ids", "response_format",
     "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_json_object",
-    "structural_tag", "text", "background",
+    "structural_tag", "background",
 )  # fmt: skip
+_HAS_FORMAT = {"responses": "text", "messages": "output_config"}  # what else these hold may shape the prompt
 _TRUE = frozenset(("1", "on", "t", "true", "y", "yes"))
 _FALSE = frozenset(("0", "off", "f", "false", "n", "no"))
 WRONG_TYPE = "Bad Request"  # vLLM's word for a body that its schema refuses; a wrong value is a BadRequestError
@@ -216,8 +217,12 @@ def one_token(call: ApiCall, kv_transfer_params: dict[str, Any]) -> dict[str, An
         fields["n"] = 1
     for name in _NOT_FOR_ONE_TOKEN:
         fields.pop(name, None)
-    if call.route == "responses":
-        fields["store"] = False
+    holder = _HAS_FORMAT.get(call.route)
+    if holder is not None:
+        if type(fields.get(holder)) is dict:
+            fields[holder] = {key: value for key, value in fields[holder].items() if key != "format"}
+        if call.route == "responses":
+            fields["store"] = False
     return fields
 
 

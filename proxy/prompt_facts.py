@@ -15,25 +15,26 @@ from proxy.openai_api import ApiCall
 
 Json = dict[str, Any]
 _CACHED = re.compile(rb'"cached_tokens"\s*:\s*(\d+)')
-_CACHED_ANTHROPIC = re.compile(rb'"cache_read_input_tokens"\s*:\s*(\d+)')
 _NO_DETAILS = re.compile(rb'"(prompt_tokens_details|input_tokens_details)"\s*:\s*null')
 # An engine's words on limits that the prefill leg has rewritten: about one token, where the client asked for more.
 _ABOUT_LIMITS = re.compile(rb"(?:max|min)_[a-z_]*tokens|output tokens|context length")
 
 
-def cached_tokens_of(prefill_answer: bytes, route: str) -> int:
+def cached_tokens_of(prefill_answer: bytes) -> int:
     """Tokens of the prompt that the prefiller had in its caches; 0 if it does not say, as the seeds' proxy has it."""
-    found = (_CACHED_ANTHROPIC if route == "messages" else _CACHED).search(prefill_answer)
+    found = _CACHED.search(prefill_answer)
     return int(found[1]) if found else 0
 
 
-def with_cached_tokens(answer: bytes, num_cached: int, route: str) -> bytes:
+def with_cached_tokens(answer: bytes, num_cached: int) -> bytes:
     """`answer` with the prefiller's number in its usage, where it has one; the same object if nothing is to change.
 
-    The decoder counts the KV it was sent as cached, which is not what the client pays for."""
-    found = (_CACHED_ANTHROPIC if route == "messages" else _CACHED).search(answer)
-    if found is not None:
-        if int(found[1]) == num_cached:
+    The decoder counts the KV it was sent as cached, which is not what the client pays for. (Anthropic's usage has other
+    names, whose sum would have to stay; vLLM leaves them out.)"""
+    at = answer.rfind(b'"cached_tokens"')
+    if at >= 0:
+        found = _CACHED.match(answer, at)
+        if found is None or int(found[1]) == num_cached:
             return answer
         return b"%b%d%b" % (answer[: found.start(1)], num_cached, answer[found.end(1) :])
     if num_cached and (nothing := _NO_DETAILS.search(answer)) is not None:

@@ -245,7 +245,7 @@ def _parse(params: dict[str, Any]) -> RemotePrefill:
     try:
         return parse_remote_prefill(params)
     except InvalidKvTransferParams as error:
-        raise EngineRequestError(str(error), "invalid_request_error", 400) from error
+        raise EngineRequestError(str(error), "BadRequestError", 400) from error
 
 
 def _source(remote: RemotePrefill) -> PullSource:

@@ -56,7 +56,7 @@ async def _prefill(flow: Flow, legs: Legs) -> None:
         flow.prefilled_at = now = monotonic()
         instance.load.observe_queue(load.num_tokens, began, now)
         told = answer.body
-        flow.cached_tokens = cached_tokens_of(told, flow.route)
+        flow.cached_tokens = cached_tokens_of(told)
         if flow.call.scores_prompt:
             flow.scored_prompt = told
         legs.reporter.prefilled(now - began)

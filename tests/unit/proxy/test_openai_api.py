@@ -189,9 +189,9 @@ def test_one_token_by_every_name(route: str, fields: dict[str, Any], limits: dic
 
 
 def test_what_shapes_the_prompt_stays_and_what_only_shapes_the_answer_goes() -> None:
+    content = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,A"}}, {"type": "video_url"}]
     kept: dict[str, Any] = {
-        "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,A"}},
-                                                  {"type": "video_url", "video_url": {"url": "http://v"}}]}],
+        "messages": [{"role": "user", "content": content}],
         "tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required", "documents": [{"a": 1}],
         "chat_template_kwargs": {"enable_thinking": False}, "reasoning_effort": "low", "add_generation_prompt": True,
         "mm_processor_kwargs": {"fps": 2}, "temperature": 0.1, "logit_bias": {"5": 1}, "unknown": [1], "priority": 3,
@@ -208,3 +208,10 @@ def test_what_shapes_the_prompt_stays_and_what_only_shapes_the_answer_goes() -> 
 def test_a_decoder_is_not_asked_for_logprobs_of_a_prompt_it_did_not_compute() -> None:
     made = without_prompt_scores(call(prompt_logprobs=1, echo=True, logprobs=2, seed=1))
     assert orjson.loads(made.body) == made.fields == {"model": "m", "prompt": "hello", "logprobs": 2, "seed": 1}
+
+
+def test_what_a_format_stands_beside_stays() -> None:
+    made = one_of("messages", messages=[], output_config={"effort": "low", "format": {"type": "json_schema"}})
+    assert made["output_config"] == {"effort": "low"}
+    made = one_of("responses", input="x", text={"format": {"type": "json_schema"}, "verbosity": "low"}, store=True)
+    assert made["text"] == {"verbosity": "low"} and made["store"] is False

@@ -51,3 +51,44 @@ def test_our_error_event_is_one_too() -> None:
     assert event.endswith(b"\n\n")
     found = sse.error_of(event.strip())
     assert found is not None and found[0] == 502
+
+
+NAMED = b"event: content_block_delta\ndata: {}\n\n"
+OPENINGS = (
+    b'event: message_start\ndata: {"type":"message_start"}\n\n',
+    b"event: content_block_start\ndata: {}\n\n",
+    b"event: ping\ndata: {}\n\n",
+    b"event: response.created\r\ndata: {}\r\n\r\n",
+    b"event: response.in_progress\ndata: {}\n\n",
+)
+
+
+def test_named_events_that_only_open_do_not_tell() -> None:
+    for opening in OPENINGS:
+        assert sse.first_telling_event(opening) is None
+        assert sse.first_telling_event(opening + NAMED) == NAMED[:-2]
+
+
+@pytest.mark.parametrize(
+    ("event", "status"),
+    [
+        (b'event: error\ndata: {"type":"error","error":{"type":"overloaded_error","message":"m"}}', 503),
+        (b'event: error\ndata: {"type":"error","error":{"type":"invalid_request_error","message":"m"}}', 400),
+        (b'event: error\ndata: {"type":"error","error":{"type":"api_error","message":"m"}}', 502),
+        (b'event: error\ndata: {"type":"error","error":{"code":404,"message":"m"}}', 404),
+        (b'event: response.failed\ndata: {"response":{"error":{"code":"server_error","message":"m"}}}', 502),
+        (b"event: error\ndata: nonsense", 502),
+    ],
+)
+def test_named_errors(event: bytes, status: int) -> None:
+    found = sse.error_of(event)
+    assert found is not None and found[0] == status
+    assert sse.error_of(NAMED[:-2]) is None
+
+
+def test_an_error_event_is_the_apis_own() -> None:
+    assert sse.error_event(502, "lost", "upstream_error", "chat").startswith(b'data: {"error"')
+    for route in ("messages", "responses"):
+        event = sse.error_event(502, "lost", "upstream_error", route)
+        assert event.startswith(b'event: error\ndata: {"type":"error"') and event.endswith(b"}\n\n")
+        assert sse.error_of(event[:-2]) is not None
