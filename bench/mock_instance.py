@@ -320,7 +320,12 @@ class MockInstance:
             if fault is None or fault.kind != "no_kv":
                 producer = f"{self.host}:{self.port}"
                 more["kv_transfer_params"] = ledger.hand_out(
-                    producer, self.epoch, request_id, script.fingerprint, script.num_prompt_tokens
+                    producer,
+                    self.epoch,
+                    request_id,
+                    script.fingerprint,
+                    script.num_prompt_tokens,
+                    self._shape(fields, "cached_tokens", 0),
                 )
             name, num_cached = answer_id(chat, request_id), self._shape(fields, "cached_tokens", 0)
             if api := other_apis.PATHS.get(request.path):

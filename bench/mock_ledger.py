@@ -65,7 +65,9 @@ class KvLedger:
         several = isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int)
         self.check(not several, "prefill: several prompts, of which one's KV would be handed out")
 
-    def hand_out(self, producer: str, epoch: str, request_id: str, fingerprint: str, num_tokens: int) -> dict[str, Any]:
+    def hand_out(
+        self, producer: str, epoch: str, request_id: str, fingerprint: str, num_tokens: int, num_cached_tokens: int = 0
+    ) -> dict[str, Any]:
         """The `kv_transfer_params` of a prefiller's answer."""
         number = next(self._ids)
         host, _, port = producer.rpartition(":")
@@ -80,10 +82,10 @@ class KvLedger:
             "remote_port": int(port),
             "tp_size": 1,
             "remote_num_tokens": num_tokens,
-            "remote_prefill_cached_tokens": 0,
             "opaque ☃": {"nested": [1, 2.5, None, True, 'é\n"\\'], "big": 2**53 + 1},
         }
         if self.flavour == "baton":
+            params["remote_prefill_cached_tokens"] = num_cached_tokens
             params["baton"] = {
                 "version": 1, "transfer_id": f"t{number}", "token": f"k{number:x}", "epoch": epoch,
                 "num_blocks": num_blocks

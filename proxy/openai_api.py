@@ -32,12 +32,18 @@ _ALL_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 # documents, chat_template_kwargs and the like do, and stay). A grammar or a list of allowed tokens that leaves only the
 # end token has nothing to sample from when min_tokens forbids the end, and a grammar is compiled before the prefill
 # starts; a stop string must not be what ends the request: KV is handed out only for one that ends by length.
-_NOT_FOR_ONE_TOKEN = (
+_NOT_FOR_ONE_TOKEN = frozenset((
     "stream_options", "best_of", "stop", "stop_token_ids", "stop_sequences", "allowed_token_ids", "response_format",
     "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_json_object",
     "structural_tag", "background",
-)  # fmt: skip
+))  # fmt: skip
 _HAS_FORMAT = {"responses": "text", "messages": "output_config"}  # what else these hold may shape the prompt
+_UNUSUAL = frozenset(
+    (
+        "n", "best_of", "seed", "use_beam_search", "prompt_embeds", "prompt_logprobs", "echo", "vllm_xargs",
+        "kv_transfer_params", "previous_response_id", "background",
+    )
+)  # fmt: skip
 _TRUE = frozenset(("1", "on", "t", "true", "y", "yes"))
 _FALSE = frozenset(("0", "off", "f", "false", "n", "no"))
 WRONG_TYPE = "Bad Request"  # vLLM's word for a body that its schema refuses; a wrong value is a BadRequestError
@@ -57,7 +63,7 @@ class ApiCall:
     """Exact for a list of token ids, else the body's bytes over BYTES_PER_TOKEN."""
     max_new_tokens: int | None
     num_prompts: int
-    own_kv_transfer_params: bool
+    own_kv_transfer_params: bool = False
     num_choices: int = 1
     """Of each prompt."""
     indivisible: str = ""
@@ -74,17 +80,7 @@ def parse_call(route: str, body: bytes) -> ApiCall:
         raise BadRequest(f"The request body is not valid JSON: {error}.", error_type=WRONG_TYPE) from None
     if type(fields) is not dict:
         raise BadRequest("The request body must be a JSON object.", error_type=WRONG_TYPE)
-    own = False
-    if "kv_transfer_params" in fields:
-        if fields["kv_transfer_params"] is None or fields["kv_transfer_params"] == {}:
-            del fields["kv_transfer_params"]  # parsers differ on which of two equal keys counts: let none be seen
-            body = orjson.dumps(fields)
-        else:
-            own = True
     get = fields.get
-    xargs = get("vllm_xargs")  # vLLM puts both into the same dictionary
-    if type(xargs) is dict and "kv_transfer_params" in xargs:
-        own = True
     model = get("model")
     if model is not None and type(model) is not str:
         raise _wrong_type("model", "must be a string")
@@ -94,9 +90,10 @@ def parse_call(route: str, body: bytes) -> ApiCall:
     least = 0 if route == "completions" and get("echo") is True else 1  # nothing but the prompt, for its logprobs
     limit = None
     for name in LIMITS[route]:
-        given = _count(get(name), name, least)
-        limit = given if limit is None else limit
-    num_choices = _count(get("n"), "n") or 1 if route in ("completions", "chat") else 1
+        given = get(name)
+        if given is not None:
+            given = _count(given, name, least)
+            limit = given if limit is None else limit
     num_tokens = None
     num_prompts = 1
     if route == "completions":
@@ -114,37 +111,61 @@ def parse_call(route: str, body: bytes) -> ApiCall:
         num_tokens if num_tokens is not None else len(body) // BYTES_PER_TOKEN + 1,
         limit,
         num_prompts,
-        own,
-        num_choices,
     )
-    if route == "responses":
-        if get("previous_response_id") is not None or get("background"):
-            call.indivisible = "stored_response"
-    elif route != "messages":
-        _judge(call)
+    if not _UNUSUAL.isdisjoint(fields):
+        _look_closer(call)
     return call
 
 
-def _judge(call: ApiCall) -> None:
-    """Whether a completion or chat can be divided, and whose the logprobs of its prompt are."""
+def _look_closer(call: ApiCall) -> None:
+    """A call with fields that few have: whether it can be divided, whose the logprobs of its prompt are, what else it
+    must not say. Raises BadRequest."""
     get = call.fields.get
-    prompt_logprobs, echo = get("prompt_logprobs"), get("echo")
+    if "kv_transfer_params" in call.fields:
+        _take_out_if_empty(call)
+    xargs = get("vllm_xargs")  # vLLM puts both into the same dictionary
+    if type(xargs) is dict and "kv_transfer_params" in xargs:
+        call.own_kv_transfer_params = True
+    if call.route == "responses":
+        if get("previous_response_id") is not None or get("background"):
+            call.indivisible = "stored_response"
+    elif call.route != "messages":
+        call.num_choices = _count(get("n"), "n") or 1
+        call.indivisible = _why_indivisible(call)
+        _judge_scores(call)
+
+
+def _take_out_if_empty(call: ApiCall) -> None:
+    if call.fields["kv_transfer_params"] is None or call.fields["kv_transfer_params"] == {}:
+        del call.fields["kv_transfer_params"]
+        call.body = orjson.dumps(call.fields)  # parsers differ on which of two equal keys counts: let none be seen
+    else:
+        call.own_kv_transfer_params = True
+
+
+def _why_indivisible(call: ApiCall) -> str:
+    get = call.fields.get
     best_of, seed = get("best_of"), get("seed")
     if get("use_beam_search"):
-        call.indivisible = "beam_search"
-    elif best_of is not None and best_of != 1:
-        call.indivisible = "best_of"
-    elif call.num_choices > 1 and seed is not None and (type(seed) is not int or seed + call.num_choices > INT64_MAX):
-        call.indivisible = "seed"  # the engine's to judge, and to count up
-    elif call.num_prompts > 1 and get("prompt") is not None and get("prompt_embeds") is not None:
-        call.indivisible = "prompts_of_two_kinds"
-    elif prompt_logprobs is not None or echo:
-        # In vLLM an echo of logprobs asks for the prompt's (completions: of `logprobs`; chat: of `top_logprobs`, which
-        # has a default).
-        chat_echo = echo and call.route == "chat"
-        call.scores_prompt = prompt_logprobs is not None or chat_echo or get("logprobs") is not None
-        if call.scores_prompt and (call.stream or chat_echo):
-            call.indivisible = "prompt_logprobs"  # a stream is not taken apart for them
+        return "beam_search"
+    if best_of is not None and best_of != 1:
+        return "best_of"
+    if call.num_choices > 1 and seed is not None and (type(seed) is not int or seed + call.num_choices > INT64_MAX):
+        return "seed"  # the engine's to judge, and to count up
+    if call.num_prompts > 1 and get("prompt") is not None and get("prompt_embeds") is not None:
+        return "prompts_of_two_kinds"
+    return ""
+
+
+def _judge_scores(call: ApiCall) -> None:
+    """In vLLM an echo asks for logprobs of the prompt: in a completion as many as `logprobs`, in a chat as many as
+    `top_logprobs`, which has a default."""
+    get = call.fields.get
+    asked, echo = get("prompt_logprobs") is not None, bool(get("echo"))
+    chat_echo = echo and call.route == "chat"
+    call.scores_prompt = asked or chat_echo or (echo and get("logprobs") is not None)
+    if call.scores_prompt and (call.stream or chat_echo):
+        call.indivisible = call.indivisible or "prompt_logprobs"  # a stream is not taken apart for them
 
 
 def _wrong_type(name: str, reason: str) -> BadRequest:
@@ -186,10 +207,10 @@ def _prompts(prompt: Any, embeds: Any) -> tuple[int, int | None]:
         return 1, None
     if prompt is None and embeds is not None:
         return len(embeds) if isinstance(embeds, list) and embeds else 1, None
+    if prompt is None or prompt == []:
+        raise BadRequest("'prompt' is required and must not be empty.", "prompt")
     if type(prompt) is not list:
-        raise _wrong_type("prompt", "is required and must be a string or a list")
-    if not prompt:
-        raise BadRequest("'prompt' must not be empty.", "prompt")
+        raise _wrong_type("prompt", "must be a string or a list")
     first = prompt[0]
     if type(first) is int:
         return 1, len(prompt)
@@ -215,8 +236,9 @@ def one_token(call: ApiCall, kv_transfer_params: dict[str, Any]) -> dict[str, An
     fields["kv_transfer_params"] = kv_transfer_params
     if "n" in fields:
         fields["n"] = 1
-    for name in _NOT_FOR_ONE_TOKEN:
-        fields.pop(name, None)
+    if not _NOT_FOR_ONE_TOKEN.isdisjoint(fields):
+        for name in _NOT_FOR_ONE_TOKEN:
+            fields.pop(name, None)
     holder = _HAS_FORMAT.get(call.route)
     if holder is not None:
         if type(fields.get(holder)) is dict:

@@ -20,9 +20,15 @@ _NO_DETAILS = re.compile(rb'"(prompt_tokens_details|input_tokens_details)"\s*:\s
 _ABOUT_LIMITS = re.compile(rb"(?:max|min)_[a-z_]*tokens|output tokens|context length")
 
 
-def cached_tokens_of(prefill_answer: bytes) -> int:
-    """Tokens of the prompt that the prefiller had in its caches; 0 if it does not say, as the seeds' proxy has it."""
-    found = _CACHED.search(prefill_answer)
+def cached_tokens_of(prefill_answer: bytes, kv: Json | None) -> int:
+    """Tokens of the prompt that the prefiller had in its caches; 0 if it does not say, as the seeds' proxy has it.
+
+    vLLM 0.32 and our engine say it beside the KV, the others in the usage alone."""
+    told = kv.get("remote_prefill_cached_tokens") if kv else None
+    if type(told) is int:
+        return told
+    at = prefill_answer.rfind(b'"cached_tokens"')
+    found = _CACHED.match(prefill_answer, at) if at >= 0 else None
     return int(found[1]) if found else 0
 
 
@@ -33,6 +39,8 @@ def with_cached_tokens(answer: bytes, num_cached: int) -> bytes:
     names, whose sum would have to stay; vLLM leaves them out.)"""
     at = answer.rfind(b'"cached_tokens"')
     if at >= 0:
+        if answer.startswith(b":%d}" % num_cached, at + 15):
+            return answer
         found = _CACHED.match(answer, at)
         if found is None or int(found[1]) == num_cached:
             return answer

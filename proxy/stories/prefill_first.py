@@ -55,10 +55,9 @@ async def _prefill(flow: Flow, legs: Legs) -> None:
         flow.prefilled = True
         flow.prefilled_at = now = monotonic()
         instance.load.observe_queue(load.num_tokens, began, now)
-        told = answer.body
-        flow.cached_tokens = cached_tokens_of(told)
+        flow.cached_tokens = cached_tokens_of(answer.body, kv)
         if flow.call.scores_prompt:
-            flow.scored_prompt = told
+            flow.scored_prompt = answer.body
         legs.reporter.prefilled(now - began)
         if kv is None:
             legs.reporter.recompute("prefiller_gave_no_kv")

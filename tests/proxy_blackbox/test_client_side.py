@@ -47,8 +47,13 @@ def test_only_the_prompt_is_asked_of_a_decoder_as_it_is(proxy: Proxy, engines: E
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+@pytest.mark.parametrize("flavour", ["baton", "nixl"])
 @pytest.mark.parametrize(("prefiller", "decoder"), [(7, 0), (0, 9), (12, 123), (3, 3)])
-def test_cached_tokens_are_the_prefillers(proxy: Proxy, path: str, prefiller: int, decoder: int) -> None:
+def test_cached_tokens_are_the_prefillers(
+    proxy: Proxy, engines: Engines, flavour: str, path: str, prefiller: int, decoder: int
+) -> None:
+    """Whether they are said beside the KV or in the prefiller's usage alone."""
+    engines.configure(flavour=flavour)
     fields = body_of(path, mock={"cached_tokens": prefiller, "decoder_cached_tokens": decoder})
     answer = proxy.post(path, fields)
     assert answer.json["usage"]["prompt_tokens_details"] == {"cached_tokens": prefiller}

@@ -22,7 +22,8 @@ SAID = rb'{"choices":[{"text":"he said \"cached_tokens\": 99 \\"}],"usage":%b}'
     ],
 )
 def test_what_the_prefiller_says(usage: bytes, num_cached: int) -> None:
-    assert cached_tokens_of(SAID % usage) == num_cached
+    assert cached_tokens_of(SAID % usage, None) == cached_tokens_of(SAID % usage, {"x": 1}) == num_cached
+    assert cached_tokens_of(SAID % usage, {"remote_prefill_cached_tokens": 5}) == 5
 
 
 @pytest.mark.parametrize(
