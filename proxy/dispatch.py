@@ -128,17 +128,17 @@ class Dispatcher:
             flow.forwarded += self._bearer_line
         if call.own_kv_transfer_params:
             self._alone(flow, "own_kv_transfer_params")
-        elif call.indivisible:
-            self._alone(flow, call.indivisible)
-        elif not self._contract.splits(call):
-            self._alone(flow, "nothing_to_decode")
         elif call.num_prompt_tokens // call.num_prompts < self._config.min_remote_prefill_tokens:
             self._alone(flow, "short_prompt")
-        elif not self._contract.takes_whole(call):
-            if call.num_prompts * call.num_choices <= self._config.max_children:
-                flow.divided = True
-            else:
-                self._alone(flow, "too_many_children")
+        elif self._contract.takes_whole(call):
+            if not self._contract.splits(call):
+                self._alone(flow, "nothing_to_decode")
+        elif call.indivisible or call.max_new_tokens == 0:
+            self._alone(flow, call.indivisible or "nothing_to_decode")
+        elif call.num_prompts * call.num_choices > self._config.max_children:
+            self._alone(flow, "too_many_children")
+        else:
+            flow.divided = True
 
     def _alone(self, flow: Flow, reason: str) -> None:
         """The decoder computes the prompt itself."""
@@ -148,7 +148,7 @@ class Dispatcher:
 
 def told_of_prompt(flow: Flow, answer: Answer) -> Answer:
     """The decoder's whole answer with what the prefiller alone knows of the prompt; the same where there is nothing."""
-    if flow.cached_tokens is None:
+    if flow.cached_tokens is None and flow.scored_prompt is None:
         return answer
     given = body = answer.body
     if flow.scored_prompt is not None:
@@ -156,7 +156,8 @@ def told_of_prompt(flow: Flow, answer: Answer) -> Answer:
             body = with_scored_prompt(flow.call, flow.scored_prompt, body)
         except ValueError as error:
             raise ProxyError(502, f"The answers cannot be joined: {error}.", error_type="upstream_error") from None
-    body = with_cached_tokens(body, flow.cached_tokens)
+    if flow.cached_tokens is not None:
+        body = with_cached_tokens(body, flow.cached_tokens)
     if body is given:
         return answer
     answer.head.chunked = False

@@ -67,7 +67,7 @@ class ApiCall:
     num_choices: int = 1
     """Of each prompt."""
     indivisible: str = ""
-    """Why it can be neither handed over nor divided, so that a decoder has to compute it alone; empty: it can."""
+    """Why one KV is not enough for it and it can't be divided either; empty where there is no such reason."""
     scores_prompt: bool = False
     """Whether the answer has logprobs of the prompt's tokens, which only who computes the prompt can give."""
 

@@ -18,13 +18,13 @@ class Contract(Protocol):
     name: str
     order: Order
 
-    def splits(self, call: ApiCall) -> bool:
-        """Whether the call can be prefilled elsewhere; if not, a decoder computes it alone."""
+    def takes_whole(self, call: ApiCall) -> bool:
+        """Whether the call can be handed over as it is; if not, it is divided (`proxy/children.py`) into calls with one
+        prompt and one choice each, or computed by a decoder alone if it is indivisible."""
         ...
 
-    def takes_whole(self, call: ApiCall) -> bool:
-        """Whether a call that splits is handed over as it is, though it has several prompts or choices; if not, it is
-        divided (`proxy/children.py`) into calls that have one of each."""
+    def splits(self, call: ApiCall) -> bool:
+        """Whether a call that is taken whole can be prefilled elsewhere; if not, a decoder computes it alone."""
         ...
 
     def prefill_body(self, call: ApiCall) -> bytes: ...

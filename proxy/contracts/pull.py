@@ -34,7 +34,7 @@ class PullContract:
     def takes_whole(self, call: ApiCall) -> bool:
         """Of several prompts or choices a prefiller hands out one's KV and strands the others' until they expire
         (kv-contracts section 2), and a stock decoder would read one KV several times."""
-        return call.num_prompts == 1 and call.num_choices == 1
+        return call.num_prompts == 1 and call.num_choices == 1 and not call.indivisible
 
     def prefill_body(self, call: ApiCall) -> bytes:
         return orjson.dumps(one_token(call, _ASK_FOR_REMOTE_DECODE))

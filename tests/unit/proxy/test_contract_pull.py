@@ -75,5 +75,10 @@ def test_several_prompts_or_choices_are_divided() -> None:
         assert PULL.splits(one) and PULL.takes_whole(one) is whole
 
 
+def test_what_would_read_one_kv_several_times_is_not_taken() -> None:
+    assert not PULL.takes_whole(call("completions", prompt="a", best_of=3))
+    assert not PULL.takes_whole(call("chat", messages=[], use_beam_search=True))
+
+
 def test_nothing_is_handed_over_where_nothing_is_generated() -> None:
     assert not PULL.splits(call("completions", prompt="a", echo=True, max_tokens=0))
