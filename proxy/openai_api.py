@@ -27,7 +27,6 @@ LIMITS: dict[str, tuple[str, ...]] = {
     "messages": ("max_tokens",),
 }
 INT64_MAX = 2**63 - 1
-_ALL_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 # What a leg that generates one forced token has no use for. None of it changes the prompt (tools, tool_choice,
 # documents, chat_template_kwargs and the like do, and stay). A grammar or a list of allowed tokens that leaves only the
 # end token has nothing to sample from when min_tokens forbids the end, and a grammar is compiled before the prefill
@@ -37,7 +36,12 @@ _NOT_FOR_ONE_TOKEN = frozenset((
     "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_json_object",
     "structural_tag", "background",
 ))  # fmt: skip
+_FORCED: dict[str, dict[str, Any]] = {
+    route: {"stream": False, "min_tokens": 1, **dict.fromkeys(limits, 1)} for route, limits in LIMITS.items()
+}
+_FORCED["responses"]["store"] = False
 _HAS_FORMAT = {"responses": "text", "messages": "output_config"}  # what else these hold may shape the prompt
+_REWRITTEN = _NOT_FOR_ONE_TOKEN | {"n", "max_completion_tokens", "max_output_tokens", *_HAS_FORMAT.values()}
 _UNUSUAL = frozenset(
     (
         "n", "best_of", "seed", "use_beam_search", "prompt_embeds", "prompt_logprobs", "echo", "vllm_xargs",
@@ -226,25 +230,16 @@ def one_token(call: ApiCall, kv_transfer_params: dict[str, Any]) -> dict[str, An
 
     `min_tokens` keeps the end token from being that token: an engine hands KV out only if the request ends by length
     (ascend-proxy.md 2.4)."""
-    fields = {**call.fields, "stream": False}
-    for name in LIMITS[call.route]:
-        fields[name] = 1
-    for name in _ALL_LIMITS:
-        if name in fields:
-            fields[name] = 1
-    fields["min_tokens"] = 1
-    fields["kv_transfer_params"] = kv_transfer_params
-    if "n" in fields:
-        fields["n"] = 1
-    if not _NOT_FOR_ONE_TOKEN.isdisjoint(fields):
+    fields = {**call.fields, **_FORCED[call.route], "kv_transfer_params": kv_transfer_params}
+    if not _REWRITTEN.isdisjoint(call.fields):
+        for name in ("n", "max_completion_tokens", "max_output_tokens"):
+            if name in fields:
+                fields[name] = 1
         for name in _NOT_FOR_ONE_TOKEN:
             fields.pop(name, None)
-    holder = _HAS_FORMAT.get(call.route)
-    if holder is not None:
-        if type(fields.get(holder)) is dict:
-            fields[holder] = {key: value for key, value in fields[holder].items() if key != "format"}
-        if call.route == "responses":
-            fields["store"] = False
+        holder = fields.get(_HAS_FORMAT.get(call.route, ""))
+        if type(holder) is dict:
+            fields[_HAS_FORMAT[call.route]] = {key: value for key, value in holder.items() if key != "format"}
     return fields
 
 

@@ -87,12 +87,12 @@ def prefix_of(call: ApiCall) -> Prefix:
 def _beginning(call: ApiCall) -> bytes:
     """At most MAX_BYTES of the prompt. What comes behind them (images in messages, say) is not even serialised."""
     fields = call.fields
-    if call.route != "chat":
-        prompt = fields.get("prompt")
+    if call.route not in ("chat", "messages"):
+        prompt = fields.get("input" if call.route == "responses" else "prompt")
         if isinstance(prompt, str):
             return prompt[:MAX_BYTES].encode()[:MAX_BYTES]
         return orjson.dumps(prompt[:MAX_BYTES] if isinstance(prompt, list) else prompt)[:MAX_BYTES]
-    text = b""
+    text = orjson.dumps(fields["system"]) if "system" in fields else b""  # Anthropic's stands beside the messages
     for message in fields["messages"]:
         text += orjson.dumps(message)
         if len(text) >= MAX_BYTES:

@@ -112,3 +112,17 @@ def test_what_has_no_long_beginning_has_no_keys(fields: dict[str, Any]) -> None:
 )
 def test_a_very_long_prompt_is_hashed_only_so_far(route: str, fields: dict[str, Any]) -> None:
     assert len(prefix(route, **fields).keys) == MAX_BYTES // CHUNK_BYTES
+
+
+def test_other_apis_have_their_prompt_under_other_names() -> None:
+    text = "x" * 3 * CHUNK_BYTES
+    of = [
+        prefix_of(parse_call(route, orjson.dumps(fields)))
+        for route, fields in (
+            ("responses", {"input": text}),
+            ("responses", {"input": [{"role": "user", "content": text}]}),
+            ("messages", {"messages": [{"role": "user", "content": text}]}),
+            ("messages", {"messages": [], "system": text}),
+        )
+    ]
+    assert all(len(one.keys) >= 3 for one in of) and len({one.keys for one in of}) == len(of)
