@@ -13,6 +13,7 @@ import uuid
 from time import monotonic
 
 from proxy.admission import Admission
+from proxy.answer import Answer
 from proxy.answering import relay, send_error, send_whole
 from proxy.children import Family
 from proxy.config import ProxyConfig
@@ -28,7 +29,6 @@ from proxy.report import Reporter
 from proxy.retry import Budget
 from proxy.scheduling.cost import cost_of
 from proxy.stories import STORIES
-from proxy.upstream import Answer
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import pytest
 
 from proxy.children import Child, Family
 from proxy.downstream import Relayed
-from proxy.errors import ProxyError
+from proxy.errors import Failure, ProxyError
 from proxy.flow import Flow
 from proxy.http1 import RequestHead
 from proxy.openai_api import parse_call
@@ -37,6 +37,8 @@ class Client:
     def relay_from(self, upstream: Relayed | None) -> None:
         self.source = upstream
 
+    def end_relay(self, failure: Failure) -> None: ...
+
     def answered(self, *, close: bool) -> None: ...
 
     def break_off(self) -> None: ...
@@ -56,6 +58,9 @@ class Source:
 
     def stop_relay(self) -> None:
         self.said.append("stop")
+
+    def end_relay(self, failure: Failure) -> None:
+        self.said.append(failure.value)
 
 
 class Scene:
@@ -242,3 +247,13 @@ async def test_an_old_client_gets_the_events_unframed() -> None:
     await scene.ended()
     assert scene.client.text.endswith(b"\n\ndata: [DONE]\n\n") and b"chunked" not in scene.client.text
     assert scene.parent.close and scene.children[0].flow.head.version == "1.1"
+
+
+async def test_a_request_out_of_time_ends_with_an_error_event() -> None:
+    scene = await started(stream=True)
+    scene.say(0, STREAM)
+    scene.event(0, "x")
+    scene.family.end_relay(Failure.OUT_OF_TIME)
+    await scene.ended()
+    assert b"--total-timeout-s" in scene.client.text and scene.client.text.endswith(b"0\r\n\r\n")
+    assert scene.parent.outcome == Failure.OUT_OF_TIME.value
