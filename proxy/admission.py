@@ -69,7 +69,7 @@ class Admission:
 
     def _rejection(self, status: int, message: str) -> ProxyError:
         after_s = round(min(max(self._wait_s, 1.0), MAX_RETRY_AFTER_S))
-        kind = "rate_limit_exceeded" if status == 429 else "service_unavailable"
+        kind = "rate_limit_exceeded" if status == 429 else "ServiceUnavailableError"
         return ProxyError(status, message, error_type=kind, retry_after_s=after_s)
 
     def watch(self, instance: Instance) -> None:

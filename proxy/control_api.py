@@ -83,7 +83,7 @@ class ControlApi:
         if missing:
             raise ProxyError(
                 503, f"No healthy {' and no healthy '.join(missing)} instance.",
-                error_type="service_unavailable", retry_after_s=1,
+                error_type="ServiceUnavailableError", retry_after_s=1,
             )  # fmt: skip
         return web.Response()
 
@@ -119,7 +119,7 @@ class ControlApi:
         if isinstance(found, list):
             raise ProxyError(
                 503, "No instance could list its models: " + ("; ".join(found) or "there is none") + ".",
-                error_type="service_unavailable", retry_after_s=1,
+                error_type="ServiceUnavailableError", retry_after_s=1,
             )  # fmt: skip
         return web.Response(body=found, content_type="application/json")
 

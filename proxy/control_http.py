@@ -61,7 +61,7 @@ class ControlProtocol(web.RequestHandler):
             text = "Internal error in the proxy."
         else:
             text = (str(message or exc or "Malformed request.").splitlines() or [""])[0]
-        kind = "internal_server_error" if status >= 500 else "invalid_request_error"
+        kind = "InternalServerError" if status >= 500 else "BadRequestError"
         body = error_body(status, text, kind)
         response = web.Response(body=body, status=status, content_type="application/json")
         response.force_close()
@@ -88,7 +88,7 @@ async def openai_errors(
     except web.HTTPException as error:
         if error.status < 400:
             raise
-        kind = "not_found_error" if error.status == 404 else "invalid_request_error"
+        kind = "NotFoundError" if error.status == 404 else error.reason
         message = {
             404: f"There is no {request.path} here.",
             405: f"{request.method} is not allowed on {request.path}.",

@@ -185,7 +185,7 @@ class Legs:
             raise ProxyError(
                 row.status,
                 f"The {leg.value} instance failed: {failure.message}.",
-                error_type="service_unavailable" if row.status == 503 else "upstream_error",
+                error_type="ServiceUnavailableError" if row.status == 503 else "upstream_error",
                 retry_after_s=1 if row.status == 503 else None,
             )
         if action is not Action.SAME_INSTANCE and kind is not Failure.STALE:

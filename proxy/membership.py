@@ -202,7 +202,7 @@ class Membership:
         waiting, known = self.waiting.get(there), self._fleet.find(role.other, address)
         if known is None and waiting is None:
             if self._fleet.find(role, address) is None and here not in self.waiting:
-                raise ProxyError(404, f"There is no instance {address}.", error_type="not_found_error")
+                raise ProxyError(404, f"There is no instance {address}.", error_type="NotFoundError")
             return
         one = known or waiting.instance  # type: ignore[union-attr]
         if one.source not in (Source.ADMIN, Source.CONFIG):

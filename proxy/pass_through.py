@@ -137,7 +137,7 @@ class PassThrough:
             return said
         if trouble:
             raise ProxyError(502, f"No instance could serve {request.path}: {trouble}.", error_type="upstream_error")
-        raise ProxyError(404, f"There is no {request.path} here.", error_type="not_found_error")
+        raise ProxyError(404, f"There is no {request.path} here.", error_type="NotFoundError")
 
     async def _read(self, request: web.Request) -> _Body:
         """Hold the beginning of the body, or all of it. Raises ProxyError."""
@@ -173,7 +173,7 @@ class PassThrough:
         ]
         if not any(one.enabled for one in self._fleet.all):
             raise ProxyError(
-                503, "No instance is enabled.", error_type="service_unavailable", retry_after_s=1
+                503, "No instance is enabled.", error_type="ServiceUnavailableError", retry_after_s=1
             )  # fmt: skip
         fit.sort(key=lambda one: (not one.health.healthy, one.load.num_requests, one.load.last_pick))
         best = [next((one for one in fit if one.role is role), None) for role in Role]

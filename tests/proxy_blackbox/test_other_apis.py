@@ -9,7 +9,7 @@ import pytest
 
 from bench.mock_answers import script_of
 from bench.mock_other_apis import events, whole
-from tests.proxy_blackbox.harness import Engines, Proxy
+from tests.proxy_blackbox.harness import Engines, Proxy, eventually
 
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
 BOTH = pytest.mark.parametrize("path", [RESPONSES, MESSAGES])
@@ -95,6 +95,10 @@ def test_without_an_instance_the_error_has_the_apis_shape(proxy: Proxy, engines:
     assert answer.json["error"]["type"] == ("overloaded_error" if path == MESSAGES else answer.error["type"])
     for port in engines.prefill:
         engines.start(port)
+    eventually(
+        lambda: [one for one in proxy.get("/instances").json["instances"] if not one["healthy"]],
+        "instances are out that are up again",
+    )
 
 
 def test_a_clients_own_kv_transfer_params_are_refused_here_too(proxy: Proxy) -> None:
