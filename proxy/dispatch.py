@@ -15,6 +15,7 @@ from time import monotonic
 from proxy.admission import Admission
 from proxy.answering import relay, send_error, send_whole
 from proxy.config import ProxyConfig
+from proxy.contracts import Contract
 from proxy.errors import BadRequest, Failure, ProxyError
 from proxy.flow import Flow
 from proxy.frontend import ClientConnection
@@ -52,6 +53,12 @@ class Dispatcher:
         self.open: set[Flow] = set()
         self._out_of_time_flows: set[Flow] = set()
 
+    def speak(self, contract: Contract) -> None:
+        """Requests from now on go by `contract`; those under way keep theirs."""
+        self._legs = self._legs.speaking(contract)
+        self._contract = contract
+        self._tell = STORIES[contract.order]
+
     def serve(self, client: ClientConnection, head: RequestHead, body: bytes) -> asyncio.Task[None]:
         request_id = head.request_id or f"{self._id_prefix}-{next(self._ids):x}"
         budget = Budget(self._config.max_retries, self._config.retry_delay)
@@ -73,10 +80,11 @@ class Dispatcher:
     async def _serve(self, flow: Flow, body: bytes) -> None:
         """Whatever happens, the client is answered or gone, and nothing stays open."""
         self.open.add(flow)
+        legs, tell = self._legs, self._tell
         try:
             self._read(flow, body)
             await self._admission.admit(flow)  # before the prefill: a prompt nobody can decode is not worth computing
-            answer = await self._tell(flow, self._legs)
+            answer = await tell(flow, legs)
             if answer.complete:
                 flow.outcome = "ok"
                 send_whole(flow, answer)
@@ -97,7 +105,7 @@ class Dispatcher:
             send_error(flow, ProxyError(500, "Internal error in the proxy.", error_type="internal_server_error"))
         finally:
             flow.release_loads()
-            self._legs.give_kv_back(flow)
+            legs.give_kv_back(flow)
             self.open.discard(flow)
             self._out_of_time_flows.discard(flow)
             self._reporter.ended(flow, monotonic())

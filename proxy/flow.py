@@ -32,11 +32,13 @@ class Flow:
         "decode_hold",
         "decode_load",
         "decoder",
+        "dispatched",
         "entry",
         "first_event_at",
         "forwarded",
         "head",
         "headers_sent",
+        "leg_id",
         "num_chunks",
         "outcome",
         "prefill_attempts",
@@ -45,6 +47,7 @@ class Flow:
         "prefilled",
         "prefilled_at",
         "prefiller",
+        "promised",
         "request_id",
         "route",
         "sent_at",
@@ -73,6 +76,12 @@ class Flow:
         self.prefill_hold: Hold | None = None
         self.decode_hold: Hold | None = None
         self.entry: KvEntry | None = None
+        self.leg_id = ""
+        """The X-Request-Id of both legs where the contract mints it."""
+        self.dispatched = False
+        """Whether the latest decode leg reached its instance."""
+        self.promised: dict[str, Any] | None = None
+        """By what the KV can be had that a prefill still under way will leave, where its answer doesn't say."""
         self.split = True
         self.prefilled = False
         self.prefill_attempts = 0
@@ -94,6 +103,8 @@ class Flow:
     @property
     def upstream_id(self) -> str:
         """The X-Request-Id of both legs. A prefill that is repeated gets a new one: the engine may know the old."""
+        if self.leg_id:
+            return self.leg_id
         return self.request_id if self.prefill_attempts <= 1 else f"{self.request_id}-{self.prefill_attempts}"
 
     # what a policy may ask (`scheduling.Ask`)

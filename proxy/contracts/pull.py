@@ -28,6 +28,7 @@ _ONE_TOKEN = {"stream": False, "max_tokens": 1, "min_tokens": 1}
 class PullContract:
     name = "pull"
     order = Order.PREFILL_FIRST
+    decodes_alone = True
 
     def splits(self, call: ApiCall) -> bool:
         """A list of prompts would get one child's KV and strand the others' (kv-contracts section 2). Without a token
