@@ -48,7 +48,7 @@ def prompts_of(fields: dict[str, Any]) -> list[Any]:
 
 def scripts_of(fields: dict[str, Any], num_tokens: int | None = None) -> list[Script]:
     """One script a prompt."""
-    if len(prompts_of(fields)) == 1:
+    if prompts_of(fields) == [prompt_of(fields)]:
         return [script_of(fields, num_tokens)]
     return [script_of({**fields, "prompt": one}, num_tokens) for one in prompts_of(fields)]
 

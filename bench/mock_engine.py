@@ -1,4 +1,4 @@
-"""A protocol mock of a vLLM-like engine for the pull contract: very cheap, strict about its callers, scriptable.
+"""A protocol mock of a vLLM-like engine, of any contract: very cheap, strict about its callers, scriptable.
 
     python -m bench.mock_engine --prefill-ports 9101 9102 --decode-ports 9201 9202
     python -m bench.mock_engine --port 9201 --role decode
@@ -7,6 +7,9 @@ One process serves any number of instances; port 0 takes a free one; `ready cont
 says which. Answers are deterministic (`bench.mock_answers`), what a caller does wrong is kept as a violation, KV handed
 out and not yet consumed or released as outstanding (`bench.mock_ledger`). A request may carry `"mock": {"prefill_s",
 "first_token_s", "interval_s", "num_tokens"}` to shape its own answer.
+
+`--contract` is how KV is handed over (`bench.mock_pairs`, `bench.mock_layerwise`). Bootstrap and KV ports are the
+engine's own port.
 
 Every port, and the control port that no fault touches, serves GET /health, /v1/models, /metrics, the routes of
 `bench.mock_routes`, /mock/state, /mock/requests and POST /mock/fault {"port" | "role", "kind", ...}
@@ -30,9 +33,16 @@ from bench import mock_routes
 from bench.mock_faults import Fault
 from bench.mock_http import Connection, Request, error_response, json_response
 from bench.mock_instance import MockInstance, Pace
+from bench.mock_layerwise import Decodes, LayerwiseInstance
 from bench.mock_ledger import KvLedger
+from bench.mock_pairs import Meetings, MooncakeInstance, P2pNcclInstance, PairInstance, SglangInstance
 
 FORGET_EVERY_S = 5.0
+PAIRS: dict[str, type[PairInstance]] = {
+    "mooncake": MooncakeInstance,
+    "sglang": SglangInstance,
+    "p2p-nccl": P2pNcclInstance,
+}
 
 
 class MockFleet:
@@ -41,6 +51,8 @@ class MockFleet:
     def __init__(self, options: argparse.Namespace) -> None:
         self.ledger = KvLedger(options.flavour, strict=not options.lenient)
         self.options = options
+        self.meetings = Meetings(self.ledger)
+        self.decodes = Decodes(self.ledger)
         self.pace = Pace(options.prefill_s, options.first_token_s, options.interval_s)
         self.instances = [
             *(self._instance(port, "prefill") for port in options.prefill_ports),
@@ -52,10 +64,15 @@ class MockFleet:
 
     def _instance(self, port: int, role: str) -> MockInstance:
         options = self.options
-        return MockInstance(
+        given = (
             options.host, port, role, self.ledger, options.model, self.pace, not options.no_record, self._control,
             options.num_tokens,
         )  # fmt: skip
+        if options.contract == "layerwise":
+            return LayerwiseInstance(*given, decodes=self.decodes)
+        if options.contract in PAIRS:
+            return PAIRS[options.contract](*given, meetings=self.meetings, num_ranks=options.num_ranks)
+        return MockInstance(*given)
 
     async def run(self) -> None:
         for instance in [*self.instances, self.control]:
@@ -169,6 +186,8 @@ class MockFleet:
             for connection in list(instance.running):
                 connection.reset()
             await instance.start()
+        self.meetings.by_name.clear()
+        self.decodes.waiting.clear()
         self.ledger.handed_out.clear()
         self.ledger.counts.clear()
         self.ledger.violations.clear()
@@ -190,6 +209,8 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--decode-ports", type=int, nargs="*", default=[])
     options.add_argument("--control-port", type=int, default=0)
     options.add_argument("--model", default="mock")
+    options.add_argument("--contract", choices=("pull", "layerwise", *PAIRS), default="pull")
+    options.add_argument("--num-ranks", type=int, default=1, help="data-parallel ranks of a prefiller (mooncake)")
     options.add_argument("--flavour", choices=("baton", "nixl"), default="baton", help="who refuses a second claim")
     options.add_argument("--prefill-s", type=float, default=0.0, help="seconds a prefill takes")
     options.add_argument("--first-token-s", type=float, default=0.0)

@@ -15,9 +15,11 @@ from aiohttp import web
 
 from proxy.access_log import AccessLog
 from proxy.admission import Admission
+from proxy.auto_contract import ContractFinder
+from proxy.bootstrap import Bootstrap
 from proxy.capacity import CapacityReader
 from proxy.config import Address, ProxyConfig
-from proxy.contracts import CONTRACTS
+from proxy.contracts import AUTO, CONTRACTS
 from proxy.control_api import ControlApi
 from proxy.control_http import control_protocols
 from proxy.discovery.dns import NameWatcher, Resolve, look_up
@@ -34,6 +36,8 @@ from proxy.kv_ledger import KvLedger
 from proxy.legs import Legs
 from proxy.load_ledger import settle_speeds
 from proxy.membership import Membership
+from proxy.metaserver import PATH as METASERVER_PATH
+from proxy.metaserver import Metaserver
 from proxy.metrics import ProxyMetrics
 from proxy.pass_through import PassThrough
 from proxy.reclaim import Reclaimer
@@ -57,15 +61,20 @@ class ProxyApp:
         self._loop = loop
         bearer = os.environ.get("OPENAI_API_KEY")
         bearer_line = f"Authorization: Bearer {bearer}\r\n".encode("latin-1") if bearer else b""
-        contract = CONTRACTS[config.contract]()
+        contract = CONTRACTS["pull" if config.contract == AUTO else config.contract]()
+        self.bootstrap = Bootstrap(config, loop)
         self.fleet = Fleet(config, loop)
         self.kv_ledger = KvLedger()
         self.metrics = ProxyMetrics(self.fleet, self.kv_ledger, self.num_in_flight, self.num_waiting)
-        self.reclaimer = Reclaimer(config, contract, self.fleet, self.kv_ledger, loop)
+        self.metaserver = Metaserver(config.metaserver_wait_s, loop, self.metrics.metaserver_calls)
+        self.reclaimer = Reclaimer(config, self.fleet, self.kv_ledger, loop)
         self._access_log = AccessLog(log.isEnabledFor(logging.INFO))
         reporter = Reporter(self.metrics, self._access_log)
         policies = {role: make_policy(config.policy_of(role), role) for role in Role}
-        legs = Legs(config, contract, policies, self.fleet, self.kv_ledger, self.reclaimer, reporter)
+        legs = Legs(
+            config, contract, policies, self.fleet, self.kv_ledger, self.reclaimer, reporter, self.bootstrap,
+            self.metaserver,
+        )  # fmt: skip
         self.admission = Admission(config, legs, self.fleet, loop)
         self.dispatcher = Dispatcher(config, legs, self.admission, reporter, loop, bearer_line)
         self._capacity_reader = CapacityReader(config, self.fleet, loop, bearer_line)
@@ -74,16 +83,26 @@ class ProxyApp:
         self._names = NameWatcher(self.fleet, self.membership, config.dns_refresh_interval, loop, resolve)
         self._pods = PodWatcher(config, self.membership, loop) if config.discover == "k8s" else None
         self._pass_through = PassThrough(config, self.fleet, self.metrics, bearer_line)
+        self.contract_finder = ContractFinder(
+            config, self.fleet, self.bootstrap, self.dispatcher.speak, loop, bearer_line
+        )
         control = ControlApi(
             self.fleet,
             self.metrics,
             self.num_in_flight,
             bearer_line,
             InstancesApi(
-                self.fleet, self.membership, self.kv_ledger, self.reclaimer, self.admission, self.num_in_flight
+                self.fleet,
+                self.membership,
+                self.kv_ledger,
+                self.reclaimer,
+                self.admission,
+                self.num_in_flight,
+                self.contract_finder,
             ),
             FanOut(self.fleet, bearer_line),
             self._pass_through,
+            self.metaserver,
         )
         self._runner = web.AppRunner(
             control.application(),
@@ -123,6 +142,8 @@ class ProxyApp:
                 )
             )
             self.addresses.append(Address(*one.getsockname()[:2]))
+        self.metaserver.url = metaserver_url(self.config, self.addresses[0].port)
+        self.contract_finder.start()
         self.prober.follow()
         self.admission.tick()
         self._capacity_reader.start()
@@ -167,6 +188,7 @@ class ProxyApp:
             await self._pods.stop()
         self._names.stop()
         self.membership.stop()
+        self.contract_finder.stop()
         self.prober.stop()
         self._capacity_reader.stop()
         if self._ticker is not None:
@@ -177,6 +199,11 @@ class ProxyApp:
             instance.pool.close()
         await asyncio.sleep(0)
         self._access_log.flush()
+
+
+def metaserver_url(config: ProxyConfig, port: int) -> str:
+    base = config.advertise_url.rstrip("/") or f"http://{Address(config.host.strip('[]'), port)}"
+    return base if base.endswith(METASERVER_PATH) else base + METASERVER_PATH
 
 
 def listening_sockets(host: str, port: int, backlog: int) -> list[socket.socket]:

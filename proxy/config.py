@@ -10,16 +10,18 @@ import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from proxy.contracts import CONTRACTS
+from proxy.contracts import AUTO, CONTRACTS
 from proxy.errors import ConfigError
 from proxy.scheduling import POLICIES
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=86400)]
 Bytes = Annotated[int, Field(ge=1)]
+WILDCARDS = frozenset(("", "0.0.0.0", "::"))
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 
 
@@ -54,7 +56,9 @@ class ProxyConfig(BaseModel):
     workers: int = Field(1, ge=1, description="processes (only 1 so far)")
     log_level: LogLevel = Field("INFO", description="DEBUG, INFO, WARNING, ERROR or CRITICAL")
 
-    contract: str = Field("pull", description="KV hand-off contract: " + ", ".join(CONTRACTS))
+    contract: str = Field(
+        AUTO, description="KV hand-off contract, auto asks the instances: " + ", ".join([AUTO, *CONTRACTS])
+    )
     policy: str = Field("least_load", description="how an instance is chosen: " + ", ".join(POLICIES))
     prefill_policy: str = Field("", description="how a prefiller is chosen, where not by --policy")
     decode_policy: str = Field("", description="how a decoder is chosen, where not by --policy")
@@ -122,6 +126,23 @@ class ProxyConfig(BaseModel):
     instance_drain_timeout_s: Seconds = Field(
         600, description="for what is open on an instance that was removed, and for the KV it handed out to be read"
     )
+    # what a contract other than pull needs to know
+    advertise_url: str = Field(
+        "", description="where decoders reach this proxy, http://host:port; needed for layerwise on a wildcard --host"
+    )
+    metaserver_wait_s: Seconds = Field(
+        1, description="how long a layerwise decoder's call waits for its prefill before it is answered ok"
+    )
+    prefiller_bootstrap_ports: tuple[Port, ...] = Field(
+        (8998,), description="bootstrap ports of the prefillers (mooncake, sglang): one for all, or one for each"
+    )
+    prefiller_kv_ports: tuple[Port, ...] = Field(
+        (14579,), description="KV ports of the prefillers (p2p-nccl): one for all, or one for each"
+    )
+    decoder_kv_ports: tuple[Port, ...] = Field(
+        (14579,), description="KV ports of the decoders (p2p-nccl): one for all, or one for each"
+    )
+
     drain_timeout_s: Seconds = Field(30, description="for requests in flight when told to stop")
     reclaim_timeout_s: Seconds = Field(5, description="for giving orphaned KV back")
     health_interval_s: Seconds = Field(2, description="between probes of an instance that is well")
@@ -229,7 +250,7 @@ def load_config(path: Path | None, flags: Mapping[str, Any]) -> ProxyConfig:
 
 def _check(config: ProxyConfig) -> None:
     choices: tuple[tuple[str, str, Collection[str]], ...] = (
-        ("contract", config.contract, CONTRACTS),
+        ("contract", config.contract, (AUTO, *CONTRACTS)),
         ("policy", config.policy, POLICIES),
         ("prefill-policy", config.policy_of("prefill"), POLICIES),
         ("decode-policy", config.policy_of("decode"), POLICIES),
@@ -240,3 +261,31 @@ def _check(config: ProxyConfig) -> None:
     if config.workers > 1:
         raise ConfigError("--workers: only 1 is supported so far; start one proxy a core behind a balancer instead")
     _ = config.prefillers, config.decoders  # raise where hosts and ports do not fit together
+    check_contract(config)
+
+
+def check_contract(config: ProxyConfig) -> None:
+    """Whether the configuration has what its contract needs. Raises ConfigError."""
+    per_instance = (
+        ("prefiller_bootstrap_ports", config.prefillers),
+        ("prefiller_kv_ports", config.prefillers),
+        ("decoder_kv_ports", config.decoders),
+    )
+    for key, instances in per_instance:
+        ports = getattr(config, key)
+        if len(ports) not in (1, len(instances)):
+            flag = "--" + key.replace("_", "-")
+            raise ConfigError(f"{flag} has {len(ports)} ports for {len(instances)} instances: give one for all or each")
+    url = urlsplit(config.advertise_url)
+    if config.advertise_url and (url.scheme not in ("http", "https") or not url.netloc):
+        raise ConfigError(f"--advertise-url {config.advertise_url}: not a URL such as http://10.0.0.1:8000")
+    if config.contract == "layerwise" and not config.advertise_url and config.host.strip("[]") in WILDCARDS:
+        raise ConfigError(
+            f"--contract layerwise with --host {config.host or repr('')}: decoders need an address to call back; "
+            f"add --advertise-url http://ADDRESS:{config.port}"
+        )
+    contract = CONTRACTS.get(config.contract)
+    if contract is not None and not contract.decodes_alone and config.min_remote_prefill_tokens:
+        raise ConfigError(
+            f"--min-remote-prefill-tokens: decoders of --contract {config.contract} cannot prefill by themselves"
+        )

@@ -14,6 +14,7 @@ from proxy.errors import ProxyError, UpstreamFailure
 from proxy.fan_out import FanOut
 from proxy.instance import Fleet, Role
 from proxy.instances_api import InstancesApi
+from proxy.metaserver import Metaserver
 from proxy.metrics import CONTENT_TYPE, ProxyMetrics
 from proxy.pass_through import PassThrough
 
@@ -31,6 +32,7 @@ class ControlApi:
         instances: InstancesApi,
         fan_out: FanOut,
         pass_through: PassThrough,
+        metaserver: Metaserver,
     ) -> None:
         self._fleet = fleet
         self._metrics = metrics
@@ -39,6 +41,7 @@ class ControlApi:
         self._instances = instances
         self._fan_out = fan_out
         self._pass_through = pass_through
+        self._metaserver = metaserver
 
     def application(self) -> web.Application:
         app = web.Application(middlewares=[openai_errors], client_max_size=MAX_ADMIN_BODY_BYTES)
@@ -54,6 +57,7 @@ class ControlApi:
                 web.get("/version", self.version),
                 *self._instances.routes(),
                 *self._fan_out.routes(),
+                *self._metaserver.routes(),
             ]
         )
         self._catch_all(app)

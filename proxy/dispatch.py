@@ -17,6 +17,7 @@ from proxy.answer import Answer
 from proxy.answering import relay, send_error, send_whole
 from proxy.children import Family
 from proxy.config import ProxyConfig
+from proxy.contracts import Contract
 from proxy.downstream import Downstream
 from proxy.errors import BadRequest, Failure, ProxyError
 from proxy.flow import Flow
@@ -56,6 +57,12 @@ class Dispatcher:
         self.open: set[Flow] = set()
         self._out_of_time_flows: set[Flow] = set()
 
+    def speak(self, contract: Contract) -> None:
+        """Requests from now on go by `contract`; those under way keep theirs."""
+        self._legs = self._legs.speaking(contract)
+        self._contract = contract
+        self._tell = STORIES[contract.order]
+
     def serve(self, client: ClientConnection, head: RequestHead, body: bytes) -> asyncio.Task[None]:
         request_id = head.request_id or f"{self._id_prefix}-{next(self._ids):x}"
         flow = self._flow(client, head, request_id)
@@ -83,6 +90,7 @@ class Dispatcher:
     async def _serve(self, flow: Flow, body: bytes) -> None:
         """Whatever happens, the client is answered or gone, and nothing stays open."""
         self.open.add(flow)
+        legs, tell = self._legs, self._tell
         try:
             self._read(flow, body)
             if flow.divided:
@@ -90,7 +98,7 @@ class Dispatcher:
                 flow.client.answered(close=flow.close)
                 return
             await self._admission.admit(flow)  # before the prefill: a prompt nobody can decode is not worth computing
-            answer = await self._tell(flow, self._legs)
+            answer = await tell(flow, legs)
             if answer.complete:
                 flow.outcome = "ok"
                 send_whole(flow, told_of_prompt(flow, answer))
@@ -111,7 +119,7 @@ class Dispatcher:
             send_error(flow, ProxyError(500, "Internal error in the proxy.", error_type="InternalServerError"))
         finally:
             flow.release_loads()
-            self._legs.give_kv_back(flow)
+            legs.give_kv_back(flow)
             self.open.discard(flow)
             self._out_of_time_flows.discard(flow)
             self._reporter.ended(flow, monotonic())

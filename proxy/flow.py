@@ -33,6 +33,7 @@ class Flow:
         "decode_hold",
         "decode_load",
         "decoder",
+        "dispatched",
         "divided",
         "entry",
         "first_event_at",
@@ -40,6 +41,7 @@ class Flow:
         "head",
         "headers_sent",
         "is_child",
+        "leg_id",
         "num_chunks",
         "outcome",
         "prefill_attempts",
@@ -48,6 +50,7 @@ class Flow:
         "prefilled",
         "prefilled_at",
         "prefiller",
+        "promised",
         "request_id",
         "route",
         "scored_prompt",
@@ -81,6 +84,12 @@ class Flow:
         """Of the prompt, those the prefiller found in its caches; None if no prefiller computed it."""
         self.scored_prompt: bytes | None = None
         """The prefiller's answer, where it has the logprobs of the prompt that the client asked for."""
+        self.leg_id = ""
+        """The X-Request-Id of both legs where the contract mints it."""
+        self.dispatched = False
+        """Whether the latest decode leg reached its instance."""
+        self.promised: dict[str, Any] | None = None
+        """By what the KV can be had that a prefill still under way will leave, where its answer doesn't say."""
         self.split = True
         self.divided = False
         """Whether its children are prefilled and decoded in its place."""
@@ -105,6 +114,8 @@ class Flow:
     @property
     def upstream_id(self) -> str:
         """The X-Request-Id of both legs. A prefill that is repeated gets a new one: the engine may know the old."""
+        if self.leg_id:
+            return self.leg_id
         return self.request_id if self.prefill_attempts <= 1 else f"{self.request_id}-{self.prefill_attempts}"
 
     # what a policy may ask (`scheduling.Ask`)

@@ -15,6 +15,7 @@ from typing import Any
 from aiohttp import web
 
 from proxy.admission import Admission
+from proxy.auto_contract import ContractFinder
 from proxy.config import Address
 from proxy.control_http import json_answer, json_object
 from proxy.drain import wait_until
@@ -60,6 +61,7 @@ class InstancesApi:
         reclaimer: Reclaimer,
         admission: Admission,
         num_in_flight: Callable[[], int],
+        contract_finder: ContractFinder,
     ) -> None:
         self._fleet = fleet
         self._membership = membership
@@ -67,6 +69,7 @@ class InstancesApi:
         self._reclaimer = reclaimer
         self._admission = admission
         self._num_in_flight = num_in_flight
+        self._contract_finder = contract_finder
 
     def routes(self) -> list[web.RouteDef]:
         return [
@@ -96,6 +99,7 @@ class InstancesApi:
                     }
                     for one in membership.waiting.values()
                 ],
+                "contract": self._contract_finder.state(),
                 "num_in_flight": self._num_in_flight(),
                 "num_queued": self._admission.num_waiting,
                 "num_reservations": sum(one.load.num_requests for one in self._fleet.all),

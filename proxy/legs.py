@@ -8,17 +8,20 @@ follows from a failure is `retry.TABLE`'s. In which order legs run is a story's 
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import Mapping, Sequence
 from time import monotonic
 
 from proxy import sse
 from proxy.answer import Answer
+from proxy.bootstrap import Bootstrap
 from proxy.config import ProxyConfig
 from proxy.contracts import Contract
 from proxy.errors import Failure, NoInstance, ProxyError, UpstreamFailure
 from proxy.flow import Flow
 from proxy.instance import Fleet, Instance, Role
 from proxy.kv_ledger import KvLedger
+from proxy.metaserver import Metaserver
 from proxy.reclaim import Reclaimer
 from proxy.report import Reporter
 from proxy.retry import TABLE, Action, Evidence, Leg
@@ -47,25 +50,52 @@ class Legs:
         ledger: KvLedger,
         reclaimer: Reclaimer,
         reporter: Reporter,
+        bootstrap: Bootstrap,
+        metaserver: Metaserver,
     ) -> None:
         self.config = config
         self.contract = contract
         self.ledger = ledger
         self.reporter = reporter
+        self.bootstrap = bootstrap
+        self.metaserver = metaserver
         self._policies = policies
         self._fleet = fleet
         self._reclaimer = reclaimer
+        self._running: set[asyncio.Task[None]] = set()
 
-    async def exchange(self, flow: Flow, instance: Instance, body: bytes, leg: Leg, fresh: bool) -> Answer:
-        """One request to one instance. Returns its 2xx answer; anything else raises UpstreamFailure."""
+    def speaking(self, contract: Contract) -> Legs:
+        """The same legs under another contract; requests under way keep theirs."""
+        other = copy.copy(self)
+        other.contract = contract
+        return other
+
+    def let_run(self, prefill: asyncio.Task[None]) -> None:
+        """A prefill whose decoder has answered already: its own answer, or its failure, matters to its load only."""
+        self._running.add(prefill)
+        prefill.add_done_callback(self._has_run)
+
+    def _has_run(self, prefill: asyncio.Task[None]) -> None:
+        self._running.discard(prefill)
+        if not prefill.cancelled():
+            prefill.exception()
+
+    async def exchange(
+        self, flow: Flow, instance: Instance, body: bytes, leg: Leg, fresh: bool, lines: bytes = b""
+    ) -> Answer:
+        """One request to one instance; `lines` are header lines for it. Returns its 2xx answer; anything else raises
+        UpstreamFailure."""
         pool = instance.pool
         connection = (None if fresh else pool.take_idle()) or await pool.connect()
-        if leg is Leg.DECODE and flow.entry is not None:
-            flow.entry.dispatched = True
-        head = b"POST %b HTTP/1.1\r\n%b%bX-Request-Id: %b\r\nContent-Length: %d\r\n\r\n" % (
+        if leg is Leg.DECODE:
+            flow.dispatched = True
+            if flow.entry is not None:
+                flow.entry.dispatched = True
+        head = b"POST %b HTTP/1.1\r\n%b%b%bX-Request-Id: %b\r\nContent-Length: %d\r\n\r\n" % (
             flow.head.target,
             pool.host_line,
             flow.forwarded,
+            lines,
             flow.upstream_id.encode("ascii"),
             len(body),
         )
@@ -111,7 +141,7 @@ class Legs:
         if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
             answer = waiter.result()
             if leg is Leg.PREFILL:
-                self._late_answer(flow, instance, answer)
+                self._late_answer(flow, instance, answer, flow.promised)
             elif not answer.complete:
                 connection.close()
             return
@@ -121,16 +151,17 @@ class Legs:
             connection.close()
 
     def _hang_up(self, flow: Flow, instance: Instance, connection: UpstreamConnection) -> None:
-        connection.hang_up(lambda answer: self._late_answer(flow, instance, answer), monotonic() + HANG_UP_S)
+        promised = flow.promised
+        connection.hang_up(lambda answer: self._late_answer(flow, instance, answer, promised), monotonic() + HANG_UP_S)
 
-    def _late_answer(self, flow: Flow, instance: Instance, answer: Answer) -> None:
+    def _late_answer(self, flow: Flow, instance: Instance, answer: Answer, promised: dict[str, object] | None) -> None:
         try:
-            kv = self.kv_of(answer, instance) if answer.status < 300 else None
+            kv = promised or self.kv_of(answer, instance) if answer.status < 300 else None
         except UpstreamFailure:
             return
         if kv is not None:
             entry = self.ledger.hand_out(flow.upstream_id, instance.key, kv, monotonic())
-            self._reclaimer.give_back(entry, flow.call, flow.head.target, flow.forwarded)
+            self._reclaimer.give_back(entry, self.contract, flow.call, flow.head.target, flow.forwarded)
 
     # --- choosing, and what follows from a failure
 
@@ -217,7 +248,7 @@ class Legs:
     def give_kv_back(self, flow: Flow) -> None:
         entry, flow.entry = flow.entry, None
         if entry is not None:
-            self._reclaimer.give_back(entry, flow.call, flow.head.target, flow.forwarded)
+            self._reclaimer.give_back(entry, self.contract, flow.call, flow.head.target, flow.forwarded)
 
 
 def _is_about_kv(failure: UpstreamFailure) -> bool:

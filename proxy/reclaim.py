@@ -25,30 +25,30 @@ class Reclaimer:
     def __init__(
         self,
         config: ProxyConfig,
-        contract: Contract,
         fleet: Fleet,
         ledger: KvLedger,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         self._config = config
-        self._contract = contract
         self._fleet = fleet
         self._ledger = ledger
         self._loop = loop
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def give_back(self, entry: KvEntry, call: ApiCall, target: bytes, forwarded: bytes) -> None:
+    def give_back(self, entry: KvEntry, contract: Contract, call: ApiCall, target: bytes, forwarded: bytes) -> None:
         """Take `entry` over. `target` and `forwarded` are the request target and header lines of the original
         request."""
-        if not self._contract.may_reclaim(entry.kv, entry.dispatched):
+        if not contract.may_reclaim(entry.kv, entry.dispatched):
             self._ledger.move(entry, KvState.ORPHANED)
             return
         self._ledger.move(entry, KvState.RECLAIMING)
-        task = self._loop.create_task(self._reclaim(entry, call, target, forwarded))
+        task = self._loop.create_task(self._reclaim(entry, contract, call, target, forwarded))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _reclaim(self, entry: KvEntry, call: ApiCall, target: bytes, forwarded: bytes) -> None:
+    async def _reclaim(
+        self, entry: KvEntry, contract: Contract, call: ApiCall, target: bytes, forwarded: bytes
+    ) -> None:
         head = b"POST %b HTTP/1.1\r\n%bX-Request-Id: %b\r\n" % (
             target,
             forwarded,
@@ -56,9 +56,9 @@ class Reclaimer:
         )
         state, reason = KvState.ORPHANED, "no decoder"
         try:
-            body = self._contract.reclaim_body(call, entry.kv)
+            body = contract.reclaim_body(call, entry.kv)
             async with asyncio.timeout(self._config.reclaim_timeout_s):
-                status, reason = await self._ask_decoders(head, body, entry.kv)
+                status, reason = await self._ask_decoders(head, body, contract, entry.kv)
             if 200 <= status < 300:
                 state = KvState.RECLAIMED
         except TimeoutError:
@@ -70,7 +70,7 @@ class Reclaimer:
                     "event=kv_orphaned request_id=%s prefiller=%s reason=%r", entry.request_id, entry.prefiller, reason
                 )
 
-    async def _ask_decoders(self, head: bytes, body: bytes, kv: dict[str, Any]) -> tuple[int, str]:
+    async def _ask_decoders(self, head: bytes, body: bytes, contract: Contract, kv: dict[str, Any]) -> tuple[int, str]:
         """The status of the first decoder that answers; asks on until the caller ends it.
 
         A decoder that was reached and did not answer may have acted: another is asked where the contract allows."""
@@ -87,7 +87,7 @@ class Reclaimer:
                 answer = await decoder.pool.call(head, body, timeout_s=self._config.reclaim_timeout_s)
             except UpstreamFailure as failure:
                 reached = failure.failure not in (Failure.REFUSED, Failure.CONNECT_TIMEOUT)
-                if reached and not self._contract.may_reclaim(kv, True):
+                if reached and not contract.may_reclaim(kv, True):
                     return 0, failure.message
                 continue
             return answer.status, f"status {answer.status}"

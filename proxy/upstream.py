@@ -236,7 +236,8 @@ class UpstreamConnection(asyncio.Protocol):
         self._on_end = on_end
         self._sink = sink
         self.deadline = monotonic() + timeout_s
-        self._acknowledge_late()
+        if self.transport is not None and not self.transport.is_closing():
+            self._acknowledge_late()
         try:
             sink(opening + first)
         except RuntimeError:

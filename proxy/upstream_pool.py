@@ -29,6 +29,8 @@ class UpstreamPool:
         self.closed = False
         self.heard_at = 0.0
         """When any connection was last known to have received bytes, to the tick of `sweep`."""
+        self.num_breaks = 0
+        """Connections that were refused, or that the instance closed while idle: it may be another process since."""
 
     def take_idle(self) -> UpstreamConnection | None:
         while self.idle:
@@ -46,8 +48,10 @@ class UpstreamPool:
             async with asyncio.timeout(self.config.connect_timeout_s):
                 _, connection = await self.loop.create_connection(lambda: UpstreamConnection(self), host, port)
         except TimeoutError:
+            self.num_breaks += 1
             raise UpstreamFailure(Failure.CONNECT_TIMEOUT, f"{self.address}: no connection in time") from None
         except OSError as error:
+            self.num_breaks += 1
             kind = Failure.CONNECT_TIMEOUT if error.errno in _UNREACHABLE else Failure.REFUSED
             raise UpstreamFailure(kind, f"{self.address}: {error.strerror or error}") from None
         self.active.add(connection)
@@ -78,6 +82,7 @@ class UpstreamPool:
         self.active.discard(connection)
         if connection in self.idle:
             self.idle.remove(connection)
+            self.num_breaks += 1
 
     def sweep(self, now: float) -> None:
         """Expire what is overdue, and close what has been idle for long."""

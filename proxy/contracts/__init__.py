@@ -7,16 +7,22 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from proxy.contracts.layerwise import LayerwiseContract
+from proxy.contracts.mooncake import MooncakeContract
 from proxy.contracts.order import Order
+from proxy.contracts.p2p_nccl import P2pNcclContract
 from proxy.contracts.pull import PullContract
+from proxy.contracts.sglang import SglangContract
 from proxy.openai_api import ApiCall
 
-__all__ = ["CONTRACTS", "Contract", "Order"]
+__all__ = ["AUTO", "CONTRACTS", "Contract", "Order"]
 
 
 class Contract(Protocol):
     name: str
     order: Order
+    decodes_alone: bool
+    """Whether a decoder serves a request that has no prefiller."""
 
     def takes_whole(self, call: ApiCall) -> bool:
         """Whether the call can be handed over as it is; if not, it is divided (`proxy/children.py`) into calls with one
@@ -42,4 +48,11 @@ class Contract(Protocol):
     def reclaim_body(self, call: ApiCall, kv: dict[str, Any]) -> bytes: ...
 
 
-CONTRACTS: dict[str, type[Contract]] = {"pull": PullContract}
+CONTRACTS: dict[str, type[Contract]] = {
+    "pull": PullContract,
+    "layerwise": LayerwiseContract,
+    "mooncake": MooncakeContract,
+    "sglang": SglangContract,
+    "p2p-nccl": P2pNcclContract,
+}
+AUTO = "auto"  # which one is asked of the instances (`proxy/auto_contract.py`)

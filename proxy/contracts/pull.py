@@ -26,6 +26,7 @@ _ASK_FOR_REMOTE_DECODE: dict[str, Any] = {
 class PullContract:
     name = "pull"
     order = Order.PREFILL_FIRST
+    decodes_alone = True
 
     def splits(self, call: ApiCall) -> bool:
         """Without a token to generate there is nothing to decode."""

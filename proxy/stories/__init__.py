@@ -12,8 +12,14 @@ from proxy.answer import Answer
 from proxy.contracts import Order
 from proxy.flow import Flow
 from proxy.legs import Legs
+from proxy.stories.decode_first import decode_first
 from proxy.stories.prefill_first import prefill_first
+from proxy.stories.together import together
 
 Story = Callable[[Flow, Legs], Awaitable[Answer]]
 
-STORIES: dict[Order, Story] = {Order.PREFILL_FIRST: prefill_first}
+STORIES: dict[Order, Story] = {
+    Order.PREFILL_FIRST: prefill_first,
+    Order.TOGETHER: together,
+    Order.DECODE_FIRST: decode_first,
+}

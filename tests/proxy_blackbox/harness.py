@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from bench.mock_answers import script_of
+from bench.mock_answers import scripts_of
 
 HOST = "127.0.0.1"
 ROOT = Path(__file__).parents[2]
@@ -125,8 +125,8 @@ def body_of(
 
 
 def text_for(fields: dict[str, Any]) -> str:
-    """What the mock engine says to this request."""
-    return script_of(fields, fields.get("mock", {}).get("num_tokens")).text()
+    """What the mock engine says to this request, to the first of several prompts."""
+    return scripts_of(fields, fields.get("mock", {}).get("num_tokens"))[0].text()
 
 
 def raw_post(path: str, body: bytes, *header_lines: str) -> bytes:

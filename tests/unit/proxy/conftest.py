@@ -77,6 +77,7 @@ async def start() -> AsyncIterator[Start]:
             "decoder_ports": tuple(engine.port for engine in decoders),
             "connect_timeout_s": 1,
             "health_interval_s": 60,
+            "contract": "pull",
             "drain_timeout_s": 1,
             **config,
         }

@@ -1,0 +1,65 @@
+"""Contract `layerwise`: vllm-ascend's MooncakeLayerwiseConnector (kv-contracts section 2.4, ascend-proxy.md 2.2).
+
+The decoder goes first. When it has blocks for a prompt it posts to the metaserver where they are, under the id that
+vLLM derives from X-Request-Id, once for each child; then one prefill is sent whose KV is pushed there layer by layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+
+from proxy.contracts.order import Order
+from proxy.openai_api import ApiCall, one_token, spliced
+
+
+class LayerwiseContract:
+    name = "layerwise"
+    order = Order.DECODE_FIRST
+    decodes_alone = True
+
+    def splits(self, call: ApiCall) -> bool:
+        """Of `/v1/responses` the ids can't be foretold, nor those of several choices."""
+        return call.max_new_tokens != 0 and call.route in _PREFIXES
+
+    def takes_whole(self, call: ApiCall) -> bool:
+        """A list of prompts is joined at the metaserver."""
+        return call.num_choices == 1 and not call.indivisible
+
+    def child_ids(self, call: ApiCall, request_id: str) -> tuple[str, ...]:
+        """The ids under which the decoder will call, in the order of the prompts."""
+        name = _PREFIXES[call.route] + request_id
+        if call.route != "completions":
+            return (name,)
+        return tuple(f"{name}-{i}" for i in range(call.num_prompts))
+
+    def ask_body(self, call: ApiCall, metaserver: str) -> bytes:
+        """The decoder's: the original, and where to call."""
+        params = {"do_remote_decode": False, "do_remote_prefill": True, "metaserver": metaserver}
+        return spliced(call.body, call.fields, "kv_transfer_params", params)
+
+    def push_body(self, call: ApiCall, posted: dict[str, dict[str, Any]]) -> bytes:
+        """The prefiller's. `posted` has what each child posted, verbatim, in the order of the prompts."""
+        first = next(iter(posted.values()))
+        kv = first if len(posted) == 1 else {**first, "batch_kv_transfer_params": posted}
+        return orjson.dumps(one_token(call, kv))
+
+    def prefill_body(self, call: ApiCall) -> bytes:
+        raise NotImplementedError("a layerwise prefill needs what the decoder posted")
+
+    def decode_body(self, call: ApiCall, kv: dict[str, Any] | None) -> bytes:
+        return call.body
+
+    def kv_of(self, prefill_answer: bytes) -> dict[str, Any] | None:
+        """The prefiller pushes and keeps nothing: its answer says nothing."""
+        return None
+
+    def may_reclaim(self, kv: dict[str, Any], dispatched: bool) -> bool:
+        return False
+
+    def reclaim_body(self, call: ApiCall, kv: dict[str, Any]) -> bytes:
+        raise NotImplementedError("a layerwise decoder's blocks are freed by closing its connection")
+
+
+_PREFIXES = {"chat": "chatcmpl-", "completions": "cmpl-", "messages": "chatcmpl-"}

@@ -1,0 +1,35 @@
+"""Contract `p2p-nccl`: vLLM's P2pNcclConnector, 0.11 to 0.23 (kv-contracts section 2.7).
+
+The request id, the same on both legs, names the KV sockets of both; there are no kv_transfer_params. Prefill ends
+first: a decoder's worker waits for the KV inside its step, with every request of its batch. Children (several prompts
+or choices) get ids the engines derive alike on both legs, so such a request is sent as it is.
+"""
+
+from __future__ import annotations
+
+import orjson
+
+from proxy.contracts.pair import Endpoint, EngineRank, Meeting, PairContract
+from proxy.openai_api import ApiCall
+
+
+class P2pNcclContract(PairContract):
+    name = "p2p-nccl"
+    overlaps = False
+    decodes_alone = False
+
+    def splits(self, call: ApiCall) -> bool:
+        """Always: the decoder's connector takes every request for a remote one and fails at an id without addresses."""
+        return True
+
+    def meet(
+        self, call: ApiCall, prefiller: Endpoint, decoder: Endpoint, rank: EngineRank | None, number: int
+    ) -> Meeting:
+        fields = {**call.fields, "stream": False, "max_tokens": 1}
+        if "min_tokens" in fields:
+            fields["min_tokens"] = min(1, fields["min_tokens"]) if type(fields["min_tokens"]) is int else 1
+        if call.route == "chat" or "max_completion_tokens" in fields:
+            fields["max_completion_tokens"] = 1
+        fields.pop("stream_options", None)
+        request_id = f"___prefill_addr_{prefiller}___decode_addr_{decoder}_{number:032x}"
+        return Meeting(orjson.dumps(fields), call.body, request_id=request_id)

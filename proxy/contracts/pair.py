@@ -1,0 +1,83 @@
+"""What contracts share whose legs meet under a name that the proxy mints: both are told it, and only both together can
+be tried again. Pure: the addresses, the prefiller's rank and the random number come in."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from proxy.contracts.order import Order
+from proxy.openai_api import ApiCall
+
+
+class Endpoint(NamedTuple):
+    """Where an instance's KV side listens: its host and the port of its bootstrap server or KV socket."""
+
+    host: str
+    port: int
+
+    @property
+    def url_host(self) -> str:
+        return f"[{self.host}]" if ":" in self.host else self.host
+
+    def __str__(self) -> str:
+        return f"{self.url_host}:{self.port}"
+
+
+class EngineRank(NamedTuple):
+    """One data-parallel rank of a prefiller, as its bootstrap server names it."""
+
+    rank: int
+    engine_id: str
+
+
+class Meeting(NamedTuple):
+    """What the two legs of one attempt are told."""
+
+    prefill_body: bytes
+    decode_body: bytes
+    prefill_lines: bytes = b""
+    """Header lines for the prefiller only."""
+    request_id: str = ""
+    """The X-Request-Id of both legs, where the contract needs one of its own."""
+    kv: dict[str, Any] | None = None
+    """By what another decoder could take the KV, once the prefill has ended; None where there is no way."""
+
+
+class PairContract:
+    """`overlaps`: both legs are sent at once; else the decoder waits in the proxy for the prefill to end.
+    `ranked`: `meet` needs an engine rank of the prefiller, asked of its bootstrap server.
+    `decodes_alone`: whether a decoder serves a request that has no prefiller."""
+
+    name: str
+    order = Order.TOGETHER
+    overlaps = True
+    ranked = False
+    decodes_alone = True
+
+    def splits(self, call: ApiCall) -> bool:
+        raise NotImplementedError
+
+    def takes_whole(self, call: ApiCall) -> bool:
+        return True
+
+    def meet(
+        self, call: ApiCall, prefiller: Endpoint, decoder: Endpoint, rank: EngineRank | None, number: int
+    ) -> Meeting:
+        """`number` has 128 random bits: whoever knows the meeting's name could take the KV."""
+        raise NotImplementedError
+
+    def prefill_body(self, call: ApiCall) -> bytes:
+        raise NotImplementedError("a pair has no prefill without its decode")
+
+    def decode_body(self, call: ApiCall, kv: dict[str, Any] | None) -> bytes:
+        return call.body
+
+    def kv_of(self, prefill_answer: bytes) -> dict[str, Any] | None:
+        """The prefiller's answer says nothing: both knew where to meet."""
+        return None
+
+    def may_reclaim(self, kv: dict[str, Any], dispatched: bool) -> bool:
+        return False
+
+    def reclaim_body(self, call: ApiCall, kv: dict[str, Any]) -> bytes:
+        raise NotImplementedError("this contract has no way to give KV back")

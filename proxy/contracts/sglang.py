@@ -1,0 +1,37 @@
+"""Contract `sglang`: the same body to both at once, with a room to meet in (kv-contracts section 2.8).
+
+The prefiller passes its first token on with the KV, so no limit is rewritten. It answers when the decoder has the KV:
+its answer is read and dropped. A list of prompts is numbered by SGLang itself from the one room.
+"""
+
+from __future__ import annotations
+
+import orjson
+
+from proxy.contracts.pair import Endpoint, EngineRank, Meeting, PairContract
+from proxy.openai_api import ApiCall
+
+ROOM_BITS = 63  # rooms are in [0, 2**63 - 1]
+
+
+class SglangContract(PairContract):
+    name = "sglang"
+    decodes_alone = False
+
+    def splits(self, call: ApiCall) -> bool:
+        """Always: a decoder of SGLang has no prefill of its own."""
+        return True
+
+    def meet(
+        self, call: ApiCall, prefiller: Endpoint, decoder: Endpoint, rank: EngineRank | None, number: int
+    ) -> Meeting:
+        room = {
+            "bootstrap_host": prefiller.url_host,
+            "bootstrap_port": prefiller.port,
+            "bootstrap_room": number & ((1 << ROOM_BITS) - 1),
+        }
+        if call.fields.keys() & room.keys():  # a client's own would lead to another's KV
+            body = orjson.dumps({**call.fields, **room})
+        else:
+            body = call.body[: call.body.rfind(b"}")] + b"," * bool(call.fields) + orjson.dumps(room)[1:]
+        return Meeting(body, body)

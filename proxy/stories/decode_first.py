@@ -1,0 +1,106 @@
+"""The decoder first: it calls the metaserver when it has blocks for the KV, and that call starts the prefill.
+
+Whoever fails, the other leg is ended at once: a decoder whose prefill never comes would wait for ever, and a prefiller
+must not push into blocks that are another request's by then. Every attempt has an id of its own, so that no call of an
+attempt that was given up is taken for a call of the next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from time import monotonic
+from typing import Any
+
+from proxy.answer import Answer
+from proxy.contracts.layerwise import LayerwiseContract
+from proxy.errors import UpstreamFailure
+from proxy.flow import Flow
+from proxy.instance import Instance, Role
+from proxy.legs import Legs
+from proxy.metaserver import Handoff
+from proxy.retry import Action, Leg
+from proxy.stories.called_off import call_off
+from proxy.stories.prefill_first import prefill_first
+
+
+async def decode_first(flow: Flow, legs: Legs) -> Answer:
+    if not flow.split:
+        return await prefill_first(flow, legs)  # which has no prefill then: a decoder alone
+    while True:
+        answer = await _attempt(flow, legs)
+        if answer is not None:
+            return answer
+
+
+async def _attempt(flow: Flow, legs: Legs) -> Answer | None:
+    """One decoder. None means: failed, try again as `flow` stands now. Raises ProxyError or PassOn."""
+    contract, metaserver = legs.contract, legs.metaserver
+    assert isinstance(contract, LayerwiseContract)
+    if flow.decoder is None:
+        legs.reserve_decoder(flow)
+    decoder = flow.decoder
+    assert decoder is not None
+    flow.leg_id = f"{flow.request_id}-{secrets.token_hex(8)}"  # unguessable: an id is what the metaserver trusts
+    flow.budget.spend(Leg.DECODE)
+    flow.sent_at = flow.sent_at or monotonic()
+    body = contract.ask_body(flow.call, metaserver.url)
+    ids = contract.child_ids(flow.call, flow.leg_id)
+    with metaserver.expect(ids, lambda posted: _prefill(flow, legs, contract, posted)) as handoff:
+        decode = asyncio.create_task(legs.exchange(flow, decoder, body, Leg.DECODE, False))
+        try:
+            ends: set[asyncio.Future[Any]] = {decode, handoff.failed}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            await call_off(decode, handoff.prefill)
+            raise
+        if not decode.done():
+            await call_off(decode)
+            raise handoff.failed.result()
+        return await _settle(flow, legs, decoder, decode, handoff)
+
+
+async def _settle(
+    flow: Flow, legs: Legs, decoder: Instance, decode: asyncio.Task[Answer], handoff: Handoff
+) -> Answer | None:
+    failure = decode.exception()
+    if failure is None:
+        flow.first_event_at = monotonic()
+        if handoff.prefill is not None and not handoff.prefill.done():
+            legs.let_run(handoff.prefill)  # the decoder has all of it; the answer is still on its way
+        return decode.result()
+    await call_off(handoff.prefill)
+    if not isinstance(failure, UpstreamFailure):
+        raise failure
+    await legs.after(Leg.DECODE, failure, decoder, flow)
+    legs.let_go_of_decoder(flow)
+    return None
+
+
+async def _prefill(flow: Flow, legs: Legs, contract: LayerwiseContract, posted: dict[str, dict[str, Any]]) -> None:
+    """Until one prefiller has done it. Raises ProxyError or PassOn when the table has no more."""
+    body = contract.push_body(flow.call, posted)
+    fresh = False
+    while True:
+        instance = flow.prefiller = (
+            flow.prefiller if fresh and flow.prefiller else legs.pick(Role.PREFILL, flow, flow.cost.prefill_tokens)
+        )
+        flow.prefill_load = load = instance.load.reserve(flow.cost.prefill_tokens)
+        flow.budget.spend(Leg.PREFILL)
+        began = monotonic()
+        try:
+            await legs.exchange(flow, instance, body, Leg.PREFILL, fresh)
+        except UpstreamFailure as failure:
+            load.release()
+            if flow.first_event_at:
+                return  # the decoder has it all: what the prefiller says now is of no consequence
+            fresh = await legs.after(Leg.PREFILL, failure, instance, flow) is Action.SAME_INSTANCE
+            continue
+        finally:
+            load.release()
+        now = monotonic()
+        if not flow.first_event_at:
+            flow.prefilled_at = now
+        instance.load.observe_queue(load.num_tokens, began, now)
+        legs.reporter.prefilled(now - began)
+        return

@@ -1,0 +1,63 @@
+"""Contract `p2p-nccl` over processes: addresses in the request id, the prefill's end before the decode."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+from tests.proxy_blackbox.contracts import proxy_for
+from tests.proxy_blackbox.harness import CHAT, PROXY, Engines, Proxy, body_of, text_for
+
+
+@pytest.fixture(scope="module")
+def fleet() -> Iterator[Engines]:
+    started = Engines(2, 2, "--contract", "p2p-nccl")
+    yield started
+    started.process.stop()
+
+
+@pytest.fixture(scope="module")
+def _shared_proxy(fleet: Engines) -> Iterator[Proxy]:
+    started = proxy_for(fleet, "p2p-nccl")
+    yield started
+    started.stop()
+
+
+@pytest.fixture
+def engines(fleet: Engines) -> Engines:
+    fleet.reset()
+    return fleet
+
+
+def test_the_id_names_both_and_the_decode_waits_for_the_prefill(proxy: Proxy, engines: Engines) -> None:
+    fields = body_of(CHAT, stream=True, mock={"prefill_s": 0.1})
+    answer = proxy.post(CHAT, fields, X_Request_Id="mine")
+    assert answer.text == text_for(fields)
+    assert answer.headers["x-request-id"] == "mine"
+    prefill, decode = engines.requests("prefill")[0], engines.requests("decode")[0]
+    assert prefill["headers"]["x-request-id"] == decode["headers"]["x-request-id"]
+    assert (prefill["body"]["max_tokens"], decode["body"]["max_tokens"]) == (1, 5)
+
+
+def test_a_pair_is_tried_again_under_another_id(proxy: Proxy, engines: Engines) -> None:
+    engines.fault("decode", "status", status=500, shared=True)
+    fields = body_of(CHAT, stream=True)
+    assert proxy.post(CHAT, fields).text == text_for(fields)
+    ids = [one["headers"]["x-request-id"] for one in engines.requests("decode")]
+    assert len(set(ids)) == 2 and engines.count("prefill", "prefills") == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (("--prefiller-kv-ports", "1", "2"), "--prefiller-kv-ports has 2 ports for 1 instances"),
+        (("--min-remote-prefill-tokens", "5"), "--min-remote-prefill-tokens"),
+        (("--contract", "p2p"), "did you mean p2p-nccl?"),
+        (("--advertise-url", "proxy:8000"), "--advertise-url proxy:8000"),
+    ],
+)
+def test_a_flag_that_cannot_be_used_is_named(flags: tuple[str, ...], named: str) -> None:
+    ended = subprocess.run([PROXY, "--contract", "p2p-nccl", *flags], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2 and named in ended.stderr and ended.stderr.count("\n") == 1
