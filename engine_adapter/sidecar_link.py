@@ -36,8 +36,11 @@ class SidecarLink:
     """One connection at a time to the sidecar at `socket_path`. One thread uses it; `wake` is called on others, and may
     call `poll` where nothing is pulled."""
 
-    def __init__(self, socket_path: str, enter: Enter, wake: Callable[[], object]) -> None:
+    def __init__(
+        self, socket_path: str, enter: Enter, wake: Callable[[], object], fence_grace_s: float = FENCE_GRACE_S
+    ) -> None:
         self._socket_path = socket_path
+        self._fence_grace_s = fence_grace_s
         self._enter = enter
         self._wake = wake
         self._linked: tuple[SidecarClient, str] | None = None
@@ -76,7 +79,7 @@ class SidecarLink:
         """Fetch the lease's blocks from `first_block` on into `local_block_ids`; one PullEnded follows, always."""
         message = "the sidecar is away"
         if (client := self.client) is not None:
-            self._overdue_at[pull_id] = time.monotonic() + deadline_s + FENCE_GRACE_S
+            self._overdue_at[pull_id] = time.monotonic() + deadline_s + self._fence_grace_s
             try:
                 client.pull(pull_id, source, local_block_ids, first_block=first_block, deadline_s=deadline_s)
                 return

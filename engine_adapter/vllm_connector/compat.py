@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.metadata
+import inspect
 import json
 import logging
 from pathlib import Path
@@ -80,7 +81,8 @@ def kernel_order(vllm_config: Any, dtype: Any, head_size: int, block_size: int) 
 
 def _cpu_isa(dtype: Any, head_size: int, block_size: int) -> str:
     cpu_attn: Any = importlib.import_module("vllm.v1.attention.backends.cpu_attn")
-    return str(cpu_attn._get_attn_isa(dtype, block_size, head_size))
+    takes = len(inspect.signature(cpu_attn._get_attn_isa).parameters)
+    return str(cpu_attn._get_attn_isa(*(dtype, block_size, head_size)[:takes]))
 
 
 def finished_well(request: Any) -> bool:

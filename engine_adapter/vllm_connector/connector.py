@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from engine_adapter.vllm_connector.settings import (
     settings_from,
     socket_of,
 )
-from engine_adapter.vllm_connector.worker_side import WorkerSide
+from engine_adapter.vllm_connector.worker_side import FENCE_GRACE_S, WorkerSide
 from sidecar.client import SidecarClient
 from sidecar.errors import SidecarError
 from sidecar.protocol import KvLayout
@@ -48,6 +49,7 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._worker: WorkerSide | None = None
         self._own: OwnSidecar | None = None
         self._failed_blocks: set[int] = set()
+        self._may_wait = False
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler = self._join_sidecars(transfer.kv_role)
 
@@ -61,7 +63,10 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         pool = share([tensor for _, tensor in tensors])
         layout = self._layout(kv_caches, planes_of(tensors, num_blocks, pool.position), num_blocks)
         socket_path = self._start_sidecar(rank)
-        link = SidecarLink(socket_path, lambda client: client.register_pool(pool.fd, layout), lambda: None)
+        news = threading.Event()
+        link = SidecarLink(
+            socket_path, lambda client: client.register_pool(pool.fd, layout), news.set, fence_grace_s=FENCE_GRACE_S
+        )
         try:
             link.start()
         except (SidecarError, OSError) as error:
@@ -70,13 +75,15 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 "kv_connector_extra_config.sidecar at auto"
             ) from error
         world_size = self._config.parallel_config.tensor_parallel_size
-        self._worker = WorkerSide(link, rank, world_size, self._settings.pull_timeout_s)
+        self._worker = WorkerSide(link, rank, world_size, self._settings.pull_timeout_s, news)
         logger.info(
             "kv_pool_shared rank=%d bytes=%d blocks=%d socket=%s", rank, pool.num_bytes, num_blocks, socket_path
         )
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Start this step's loads; they end in later steps."""
+        # Without a forward pass in this step there is time to wait for news.
+        self._may_wait = getattr(forward_context, "attn_metadata", forward_context) is None
         worker, meta = self._worker, self._connector_metadata
         if worker is not None and isinstance(meta, BatonMetadata):
             worker.begin(meta)
@@ -94,7 +101,7 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """Sent and received ids, for vLLM before 0.32, which asks for bad blocks next."""
         if self._worker is None:
             return None, None
-        ended = self._worker.poll()
+        ended = self._worker.poll(self._may_wait)
         if ended.failed and not compat.REPORTS_LOAD_ERRORS:
             raise RuntimeError(f"vLLM {compat.VERSION_TEXT} knows no failed KV load, and {sorted(ended.failed)} failed")
         self._failed_blocks |= ended.failed_blocks
@@ -104,7 +111,7 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """The same from vLLM 0.32 on, with failed loads by id."""
         if self._worker is None:
             return compat.TransferResults()
-        ended = self._worker.poll()
+        ended = self._worker.poll(self._may_wait)
         return compat.TransferResults(
             finished_sending=ended.sent, finished_recving=ended.received, failed_recving=ended.failed
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from dataclasses import dataclass, field
 
@@ -14,6 +15,10 @@ logger = logging.getLogger(__name__)
 
 STRANGE_EPOCH_S = 10.0
 """An offer of another registration than the one that is up is void; this much later nobody doubts which one is up."""
+IDLE_WAIT_S = 0.005
+"""vLLM steps without a pause while loads or leases are out; a step with nothing to compute waits for news this long."""
+FENCE_GRACE_S = 10.0
+"""As SidecarLink's, and longer: the engine's own spinning can keep a sidecar that is well from its core."""
 UNKILLABLE_S = 30.0
 """A sidecar that hangs for this long after it should have been killed can't be (another container's): see `poll`."""
 
@@ -33,10 +38,13 @@ class Ended:
 
 
 class WorkerSide:
-    """Called on the worker's thread only. `rank` is the tensor-parallel one."""
+    """Called on the worker's thread only. `rank` is the tensor-parallel one; `news` is set by the link's wake."""
 
-    def __init__(self, link: SidecarLink, rank: int, world_size: int, pull_timeout_s: float) -> None:
+    def __init__(
+        self, link: SidecarLink, rank: int, world_size: int, pull_timeout_s: float, news: threading.Event
+    ) -> None:
         self._link = link
+        self._news = news
         self._rank = rank
         self._world_size = world_size
         self._pull_timeout_s = pull_timeout_s
@@ -64,8 +72,11 @@ class WorkerSide:
                 self._as_sent.discard(request_id)
                 self._ended.sent.add(request_id)
 
-    def poll(self) -> Ended:
+    def poll(self, may_wait: bool = False) -> Ended:
         """What has ended since the last call. Raises SidecarHangs."""
+        if may_wait and self._ended == Ended() and (self._loads or self._offers):
+            self._news.wait(IDLE_WAIT_S)
+        self._news.clear()
         for event in self._link.poll():
             if isinstance(event, PullEnded):
                 self._pull_ended(event)
