@@ -37,7 +37,7 @@ class Split:
 def split(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Split]:
     logs = tmp_path_factory.mktemp("logs")
     prefiller = vllm_server("prefiller", model, logs, "kv_producer", role="prefill", lease_s=20)
-    decoder = vllm_server("decoder", model, logs, "kv_consumer", role="decode", pull_timeout_s=10)
+    decoder = vllm_server("decoder", model, logs, "kv_consumer", role="decode", pull_timeout_s=30)
     unsplit = vllm_server("unsplit", model, logs)
     proxy = proxy_server([prefiller], [decoder], logs)
     with running(prefiller, decoder, unsplit), running(proxy):

@@ -97,7 +97,7 @@ def vllm_server(name: str, model: Path, directory: Path, kv_role: str = "", **ex
     argv = [
         f"{VLLM_VENV}/bin/vllm", "serve", str(model), "--served-model-name", "m", "--host", "127.0.0.1",
         "--port", str(port), "--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "16",
-        "--block-size", str(BLOCK_SIZE),
+        "--block-size", str(BLOCK_SIZE), "--num-gpu-blocks-override", "2048",
     ]  # fmt: skip
     if kv_role:
         config = {
