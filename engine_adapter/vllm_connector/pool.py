@@ -72,7 +72,8 @@ def _gather(tensors: Sequence[torch.Tensor], storages: dict[int, torch.UntypedSt
             "one (VLLM_CPU_KVCACHE_SPACE)"
         ) from error
     pool = torch.from_file(f"/proc/self/fd/{fd}", shared=True, size=end, dtype=torch.uint8).untyped_storage()
-    views = [(tensor, tensor.untyped_storage().data_ptr()) for tensor in tensors]
+    # Layers may share a tensor, which must move once.
+    views = {id(tensor): (tensor, tensor.untyped_storage().data_ptr()) for tensor in tensors}.values()
     for address, storage in storages.items():
         whole = torch.empty(0, dtype=torch.uint8).set_(pool, begins[address], (storage.nbytes(),), (1,))
         whole.copy_(torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),), (1,)))

@@ -49,6 +49,12 @@ def shared_between_layers() -> dict[str, KvTensors]:
     return {"layers.0": tensor, "layers.1": tensor}
 
 
+def shared_among_others() -> dict[str, KvTensors]:
+    """Layers that take another one's KV, in the middle of its storage."""
+    tensor = torch.randn(2 * BLOCKS, HEADS, BLOCK, 2 * DIM)[BLOCKS:]
+    return {"layers.0": torch.randn(BLOCKS, HEADS, BLOCK, 2 * DIM), "layers.1": tensor, "layers.2": tensor}
+
+
 def block_first() -> dict[str, KvTensors]:
     """One buffer in which a block holds all layers."""
     views = torch.randn(BLOCKS, len(LAYERS), HEADS, BLOCK, 2 * DIM)
@@ -71,7 +77,8 @@ def read(pool: SharedPool, plane: Plane, block: int) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "make", [one_storage, halves, ascend, ascend_mla, split_blocks, shared_between_layers, block_first]
+    "make",
+    [one_storage, halves, ascend, ascend_mla, split_blocks, shared_between_layers, shared_among_others, block_first],
 )
 def test_blocks_keep_their_bytes_and_lie_where_the_planes_say(make: object) -> None:
     assert callable(make)
