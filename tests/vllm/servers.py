@@ -91,13 +91,14 @@ class Server:
         return metric(self.url, name, **labels)
 
 
-def vllm_server(name: str, model: Path, directory: Path, kv_role: str = "", **extra: Any) -> Server:
+def vllm_server(name: str, model: Path, directory: Path, kv_role: str = "", num_ranks: int = 1, **extra: Any) -> Server:
     """`kv_role` empty is an unsplit vLLM; `extra` goes into kv_connector_extra_config."""
     port = free_port()
     argv = [
         f"{VLLM_VENV}/bin/vllm", "serve", str(model), "--served-model-name", "m", "--host", "127.0.0.1",
         "--port", str(port), "--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "16",
         "--block-size", str(BLOCK_SIZE), "--num-gpu-blocks-override", "2048",
+        "--tensor-parallel-size", str(num_ranks),
     ]  # fmt: skip
     if kv_role:
         config = {
