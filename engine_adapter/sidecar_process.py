@@ -6,6 +6,7 @@ end only the engine holds, so that not even `kill -9` of the engine leaves it be
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import subprocess
@@ -50,10 +51,12 @@ class SidecarCommand:
 class OwnSidecar:
     """A supervised child `pd-sidecar` on a private socket; `socket_path` is where the engine's client connects."""
 
-    def __init__(self, command: SidecarCommand) -> None:
+    def __init__(self, command: SidecarCommand, socket_path: str = "", *, on_any_cpu: bool = False) -> None:
+        """`socket_path` is made up where empty. `on_any_cpu` for a caller that is pinned to cores of its own."""
         self._command = command
+        self._on_any_cpu = on_any_cpu
         self._directory = tempfile.TemporaryDirectory(prefix="baton-sidecar-")
-        self.socket_path = str(Path(self._directory.name) / "sidecar.sock")
+        self.socket_path = socket_path or str(Path(self._directory.name) / "sidecar.sock")
         self._process: subprocess.Popen[str] | None = None
         self._stopping = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="own-sidecar", daemon=True)
@@ -100,6 +103,9 @@ class OwnSidecar:
             start_new_session=True,
             env=os.environ | {"PYTHONUNBUFFERED": "1"},
         )
+        if self._on_any_cpu:
+            with contextlib.suppress(OSError):  # it may be dead already, which the next lines find out
+                os.sched_setaffinity(process.pid, range(os.cpu_count() or 1))
         timer = threading.Timer(READY_TIMEOUT_S, process.kill)
         timer.start()
         assert process.stdout is not None

@@ -28,6 +28,7 @@ from sidecar.protocol import (
     Drop,
     EngineHello,
     Event,
+    JoinPool,
     Message,
     Offer,
     OfferBlocks,
@@ -67,7 +68,7 @@ class SidecarClient:
     """One connection to a sidecar; made by `connect`, dead for good once SidecarLost has been polled."""
 
     def __init__(
-        self, sock: socket.socket, hello: SidecarHello, decoder: FrameDecoder, on_event: Callable[[], None] | None
+        self, sock: socket.socket, hello: SidecarHello, decoder: FrameDecoder, on_event: Callable[[], object] | None
     ) -> None:
         self.hello = hello
         self._sock = sock
@@ -87,7 +88,7 @@ class SidecarClient:
 
     @classmethod
     def connect(
-        cls, socket_path: str, *, on_event: Callable[[], None] | None = None, timeout_s: float = 10.0
+        cls, socket_path: str, *, on_event: Callable[[], object] | None = None, timeout_s: float = 10.0
     ) -> SidecarClient:
         """Connect and exchange hellos. `on_event` is called on the reader thread when `poll` has something.
 
@@ -128,6 +129,13 @@ class SidecarClient:
         """
         answer = self._call(lambda call_id: RegisterPool(call_id, layout), PoolRegistered, REGISTER_TIMEOUT_S, (fd,))
         return answer.epoch
+
+    def join_pool(self) -> str:
+        """Offer, revoke and drop for the pool that another process of this engine registered. Returns its epoch.
+
+        Offers' ends are reported to that process. Raises OfferRefused while no pool is registered, SidecarUnavailable.
+        """
+        return self._call(lambda call_id: JoinPool(call_id), PoolRegistered).epoch
 
     def offer(self, request_id: str, block_ids: Sequence[int], num_tokens: int, ttl_s: float) -> Offer:
         """Lease blocks; OfferEnded follows once, unless SidecarLost comes first. Raises OfferRefused."""

@@ -133,7 +133,7 @@ class Daemon:
         self._tenant_session = None
         self._vacant.set_result(None)
 
-    def _tenant(self) -> Tenancy | None:
+    def tenant(self) -> Tenancy | None:
         """Who may be read from now."""
         return self._tenancy if self._tenancy and not self._tenancy.registration.retired else None
 
@@ -149,7 +149,7 @@ class Daemon:
             return
         self._peer_sessions.add(
             PeerSession(
-                sock, self._config, self.identity, self.transports, self.metrics, self._tenant,
+                sock, self._config, self.identity, self.transports, self.metrics, self.tenant,
                 self._peer_sessions.discard,
             )
         )  # fmt: skip
@@ -187,7 +187,7 @@ class Daemon:
     async def _health_page(self, request: web.Request) -> web.Response:
         """200 also without an engine, which is a state and not a fault; 503 when a transport is broken."""
         faults = {name: fault for name, transport in self.transports.items() if (fault := transport.fault())}
-        tenant = self._tenant()
+        tenant = self.tenant()
         state = {
             "status": "broken" if faults else "ok",
             "engine_id": self.identity.engine_id,

@@ -1,4 +1,7 @@
-"""One connection from an engine: hello, then registration, offers and pulls. Its end is the engine's death."""
+"""One connection from an engine: hello, then registration, offers and pulls. Its end is the engine's death.
+
+An engine of several processes registers its pool from one and joins it from another (JoinPool).
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from sidecar.protocol import (
     CallFailed,
     Drop,
     EngineHello,
+    JoinPool,
     Message,
     OfferBlocks,
     PoolRegistered,
@@ -47,6 +51,10 @@ class Host(Protocol):
         """Make the session's pool the one that is served. Raises LayoutRefused while another engine's is."""
         ...
 
+    def tenant(self) -> Tenancy | None:
+        """Whose pool is served now."""
+        ...
+
     async def dismiss(self, session: EngineSession, why: str) -> None:
         """The session ends or registers anew: retire its tenancy, if it has one."""
         ...
@@ -59,6 +67,7 @@ class EngineSession:
         self._host = host
         self._greeted = False
         self._tenancy: Tenancy | None = None
+        self._joined = False
         self._registering: asyncio.Task[None] | None = None
         self._connection = FrameConnection(
             sock, max_frame_bytes=ENGINE_FRAME_BYTES, on_frame=self._take, on_closed=self._closed, lingers=True
@@ -86,6 +95,8 @@ class EngineSession:
             raise FrameError("a second hello")
         if isinstance(message, RegisterPool):
             self._register(message)
+        elif isinstance(message, JoinPool):
+            self._join(message)
         elif isinstance(message, OfferBlocks):
             self._offer(message)
         elif isinstance(message, Pull):
@@ -119,15 +130,28 @@ class EngineSession:
         except OfferRefused as error:
             self.send(CallFailed(message.call_id, "OfferRefused", str(error)))
 
+    def _join(self, message: JoinPool) -> None:
+        tenancy = self._host.tenant()
+        if tenancy is None or self._registering is not None:
+            why = "no pool is registered" if tenancy is None else "this connection registers a pool of its own"
+            self.send(CallFailed(message.call_id, "OfferRefused", why))
+            return
+        self._tenancy, self._joined = tenancy, True
+        tenancy.joined.add(self)
+        self.send(PoolRegistered(message.call_id, tenancy.registration.epoch))
+
     def _pull(self, message: Pull) -> None:
-        if self._tenancy is not None:
+        if self._tenancy is not None and not self._joined:
             self._tenancy.pulls.begin(message)
             return
         source = message.source
         peer = f"{source.engine_id}@{source.host}:{source.port}"
-        self.send(PullEnded(message.pull_id, False, "invalid", "no pool is registered", 0, 0, 0.0, "", peer))
+        why = "only the process that registered the pool may pull" if self._joined else "no pool is registered"
+        self.send(PullEnded(message.pull_id, False, "invalid", why, 0, 0, 0.0, "", peer))
 
     def _register(self, message: RegisterPool) -> None:
+        if self._joined:
+            raise FrameError("a pool is registered on a connection that has joined another")
         fd = self._connection.take_fd()
         previous, self._registering = self._registering, None
         self._registering = asyncio.ensure_future(self._take_pool(message, fd, previous))
@@ -159,6 +183,8 @@ class EngineSession:
     async def _leave(self, why: str) -> None:
         if self._registering is not None:
             await self._registering
+        if self._joined and self._tenancy is not None:
+            self._tenancy.joined.discard(self)
         self._tenancy = None
         await self._host.dismiss(self, f"the engine is gone: {why}")
 

@@ -16,7 +16,10 @@ from sidecar.layout import KvLayout, Plane
 
 __all__ = ["CHANGES", "PROTOCOL_VERSION", "KvLayout", "Plane"]
 
-CHANGES = {1: "the first: engine socket, peer control, transports shm and mooncake, pull direction"}
+CHANGES = {
+    1: "the first: engine socket, peer control, transports shm and mooncake, pull direction",
+    2: "join_pool: an engine's second process offers blocks of the pool that the first one registered",
+}
 """What each version changed; an end speaks exactly one."""
 PROTOCOL_VERSION = max(CHANGES)
 
@@ -70,6 +73,15 @@ class RegisterPool(Message, tag="register_pool", frozen=True):
 class PoolRegistered(Message, tag="pool_registered", frozen=True):
     call_id: Natural
     epoch: str
+
+
+class JoinPool(Message, tag="join_pool", frozen=True):
+    """Offer, revoke and drop for the pool that another process of this engine registered, which hears how offers end.
+
+    Answered by PoolRegistered; the connection ends when the pool is retired.
+    """
+
+    call_id: Natural
 
 
 class OfferBlocks(Message, tag="offer_blocks", frozen=True):
@@ -259,7 +271,7 @@ class _AnyHello(msgspec.Struct):
     version: int
 
 
-FromEngine = EngineHello | RegisterPool | OfferBlocks | Revoke | Pull | Abandon | Drop
+FromEngine = EngineHello | RegisterPool | JoinPool | OfferBlocks | Revoke | Pull | Abandon | Drop
 ToEngine = SidecarHello | Refused | PoolRegistered | Offer | CallFailed | OfferEnded | PullEnded
 FromConsumer = PeerHello | OpenRegion | Claim | Heartbeat | Release
 ToConsumer = PeerWelcome | Refused | RegionOpened | Claimed | Done | CallRefused

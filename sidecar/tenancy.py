@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from typing import Protocol
 
 from sidecar.offers import Offers
 from sidecar.peer_session import PeerSession
@@ -13,6 +14,13 @@ from sidecar.transfer_table import TransferTable
 from sidecar.transport.contract import Transport
 
 logger = logging.getLogger(__name__)
+
+
+class Joined(Protocol):
+    """A connection of another process of the same engine."""
+
+    def close(self, why: str) -> None:
+        """End it."""
 
 
 class Tenancy:
@@ -31,6 +39,7 @@ class Tenancy:
         self.peers = peers
         self.pulls = pulls
         self.peer_sessions: set[PeerSession] = set()
+        self.joined: set[Joined] = set()
         self._transports = tuple(transports)
 
     async def retire(self, why: str) -> None:
@@ -38,6 +47,8 @@ class Tenancy:
         self.registration.retired = True
         for session in list(self.peer_sessions):
             session.close(why)
+        for joined in list(self.joined):
+            joined.close(why)
         self.offers.close()
         await self.pulls.close(why)
         await self.peers.close()

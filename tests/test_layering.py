@@ -23,10 +23,15 @@ ALLOWED_OURS = {
     "engine_adapter": ("engine_adapter", "sidecar.client", "sidecar.protocol", "sidecar.errors"),
 }
 WALLS = {
-    "torch": ("engine_adapter/torch_engine/", "engine_adapter/vllm_connector/", "engine_adapter/device.py"),
+    "torch": (
+        "engine_adapter/torch_engine/",
+        "engine_adapter/vllm_connector/layout.py",
+        "engine_adapter/vllm_connector/pool.py",
+        "engine_adapter/device.py",
+    ),
     "torch_npu": ("engine_adapter/device.py",),
     "mooncake": ("sidecar/transport/mooncake.py",),
-    "vllm": ("engine_adapter/vllm_connector/",),
+    "vllm": ("engine_adapter/vllm_connector/compat.py", "engine_adapter/vllm_connector/plugin.py"),
     "prometheus_client": ("metrics.py",),
 }
 LAZY = {"torch", "torch_npu", "mooncake"}
@@ -43,6 +48,8 @@ PURE = {
     "engine_adapter/torch_engine/sequence.py",
     "proxy/contracts/layerwise.py",
     "proxy/contracts/mooncake.py",
+    "engine_adapter/vllm_connector/layout.py",
+    "engine_adapter/vllm_connector/settings.py",
     "proxy/contracts/order.py",
     "proxy/contracts/p2p_nccl.py",
     "proxy/contracts/pair.py",

@@ -14,10 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from engine_adapter.device import Device
+from engine_adapter.model_fingerprint import model_fingerprint
 from engine_adapter.torch_engine.attention import ATTENTION_NAME, register_attention
 from engine_adapter.torch_engine.batch_invariant import ForwardKind, make_batch_invariant
 from engine_adapter.torch_engine.config import Dtype, EngineStartError
-from engine_adapter.torch_engine.model_fingerprint import model_fingerprint
 from engine_adapter.torch_engine.model_shape import ModelShape
 
 SUPPORTED_FAMILIES = ("llama", "qwen2", "qwen3")

@@ -64,7 +64,7 @@ def test_fields_of_a_later_version_are_passed_over() -> None:
 def test_versions() -> None:
     assert max(CHANGES) == PROTOCOL_VERSION
     assert version_fault(encode(EngineHello(PROTOCOL_VERSION, "x")), "engine_hello") == ""
-    assert version_fault(encode(EngineHello(77, "x")), "engine_hello").endswith("here 1, there 77")
+    assert version_fault(encode(EngineHello(77, "x")), "engine_hello").endswith(f"here {PROTOCOL_VERSION}, there 77")
     unreadable_otherwise = msgspec.msgpack.encode({"type": "peer_hello", "version": 78, "all": "changed"})
     assert version_fault(unreadable_otherwise, "peer_hello").endswith("there 78")
     with pytest.raises(FrameError, match="began with 'engine_hello'"):

@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
+from engine_adapter.sidecar_link import FENCE_GRACE_S
 from engine_adapter.sidecar_process import OwnSidecar, SidecarCommand, SidecarStartError
 from engine_adapter.torch_engine.kv_transfer import KvEvents, KvTransferUnavailable
 from engine_adapter.torch_engine.sequence import EngineRequestError
-from engine_adapter.torch_engine.sidecar_kv_transfer import FENCE_GRACE_S, SidecarKvTransfer
+from engine_adapter.torch_engine.sidecar_kv_transfer import SidecarKvTransfer
 from sidecar.protocol import KvLayout, Plane
 
 BLOCK_BYTES, NUM_BLOCKS = 4096, 32

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from engine_adapter.model_fingerprint import model_fingerprint
 from engine_adapter.torch_engine.config import EngineStartError
-from engine_adapter.torch_engine.model_fingerprint import model_fingerprint
 from engine_adapter.torch_engine.model_loader import load_model, read_eos_token_ids
 from tests.unit.engine_adapter.torch_engine.core.harness import CPU
 

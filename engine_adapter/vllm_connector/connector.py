@@ -1,0 +1,247 @@
+"""The class that vLLM loads. One object in the scheduler, one in each worker; each is one of the two sides."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from engine_adapter.sidecar_link import SidecarLink
+from engine_adapter.sidecar_process import OwnSidecar, SidecarCommand, SidecarStartError
+from engine_adapter.vllm_connector import compat
+from engine_adapter.vllm_connector.compat import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
+from engine_adapter.vllm_connector.layout import KvTensors, order_of, planes_of, tensors_of
+from engine_adapter.vllm_connector.metadata import BatonMetadata
+from engine_adapter.vllm_connector.pool import share
+from engine_adapter.vllm_connector.scheduler_side import Finished, SchedulerSide
+from engine_adapter.vllm_connector.settings import (
+    ConnectorSettings,
+    ConnectorStartError,
+    listen_of,
+    settings_from,
+    socket_of,
+)
+from engine_adapter.vllm_connector.worker_side import FENCE_GRACE_S, WorkerSide
+from sidecar.client import SidecarClient
+from sidecar.errors import SidecarError
+from sidecar.protocol import KvLayout
+
+logger = logging.getLogger(__name__)
+
+
+class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
+    """KV hand-off by the pull contract over Baton's sidecars; see settings.py for what it can be told."""
+
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any = None) -> None:
+        """Raises ConnectorStartError on anything that can't work."""
+        compat.init_base(self, vllm_config, role, kv_cache_config)
+        transfer = vllm_config.kv_transfer_config
+        self._config = vllm_config
+        self._caches = kv_cache_config
+        self._settings = settings_from(transfer.kv_role, transfer.kv_connector_extra_config or {})
+        self._block_size = compat.block_size(vllm_config, kv_cache_config)
+        _refuse_what_cannot_work(vllm_config, kv_cache_config)
+        compat.show_log_lines(self._settings.log_level)
+        self._scheduler: SchedulerSide | None = None
+        self._worker: WorkerSide | None = None
+        self._own: OwnSidecar | None = None
+        self._failed_blocks: set[int] = set()
+        self._may_wait = False
+        if role == KVConnectorRole.SCHEDULER:
+            self._scheduler = self._join_sidecars(transfer.kv_role)
+
+    # The worker's side.
+
+    def register_kv_caches(self, kv_caches: dict[str, KvTensors]) -> None:
+        """Move the KV cache into shared memory and give it to this worker's sidecar. Raises ConnectorStartError."""
+        rank = compat.tensor_parallel_rank()
+        tensors = tensors_of(kv_caches)
+        num_blocks = compat.num_blocks(self._config, self._caches)
+        pool = share([tensor for _, tensor in tensors])
+        layout = self._layout(kv_caches, planes_of(tensors, num_blocks, pool.position), num_blocks)
+        socket_path = self._start_sidecar(rank)
+        news = threading.Event()
+        link = SidecarLink(
+            socket_path, lambda client: client.register_pool(pool.fd, layout), news.set, fence_grace_s=FENCE_GRACE_S
+        )
+        try:
+            link.start()
+        except (SidecarError, OSError) as error:
+            raise ConnectorStartError(
+                f"no KV transfer through the sidecar at {socket_path} ({error}): start pd-sidecar there, or leave "
+                "kv_connector_extra_config.sidecar at auto"
+            ) from error
+        world_size = self._config.parallel_config.tensor_parallel_size
+        self._worker = WorkerSide(link, rank, world_size, self._settings.pull_timeout_s, news)
+        logger.info(
+            "kv_pool_shared rank=%d bytes=%d blocks=%d socket=%s", rank, pool.num_bytes, num_blocks, socket_path
+        )
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Start this step's loads; they end in later steps."""
+        # Without a forward pass in this step there is time to wait for news.
+        self._may_wait = getattr(forward_context, "attn_metadata", forward_context) is None
+        worker, meta = self._worker, self._connector_metadata
+        if worker is not None and isinstance(meta, BatonMetadata):
+            worker.begin(meta)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing: a request is scheduled once its load has ended."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
+        """Nothing: decoders read the pool itself."""
+
+    def wait_for_save(self) -> None:
+        """Nothing, likewise."""
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """Sent and received ids, for vLLM before 0.32, which asks for bad blocks next."""
+        if self._worker is None:
+            return None, None
+        ended = self._worker.poll(self._may_wait)
+        if ended.failed and not compat.REPORTS_LOAD_ERRORS:
+            raise RuntimeError(f"vLLM {compat.VERSION_TEXT} knows no failed KV load, and {sorted(ended.failed)} failed")
+        self._failed_blocks |= ended.failed_blocks
+        return ended.sent, ended.received
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        """The same from vLLM 0.32 on, with failed loads by id."""
+        if self._worker is None:
+            return compat.TransferResults()
+        ended = self._worker.poll(self._may_wait)
+        return compat.TransferResults(
+            finished_sending=ended.sent, finished_recving=ended.received, failed_recving=ended.failed
+        )
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Blocks of failed loads, each once."""
+        blocks, self._failed_blocks = self._failed_blocks, set()
+        return blocks
+
+    def shutdown(self) -> None:
+        """Let go of the sidecars, and end one that is ours."""
+        if self._scheduler is not None:
+            self._scheduler.close()
+        if self._worker is not None:
+            self._worker.close()
+        if self._own is not None:
+            self._own.stop()
+
+    # The scheduler's side.
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
+        """See SchedulerSide.num_new_matched_tokens."""
+        return self._scheduling.num_new_matched_tokens(request, num_computed_tokens)
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        """See SchedulerSide.allocated."""
+        block_ids = blocks.get_block_ids()[0] if num_external_tokens > 0 else []
+        self._scheduling.allocated(request, block_ids, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: Any) -> BatonMetadata:
+        """See SchedulerSide.next_meta."""
+        return self._scheduling.next_meta()
+
+    def on_new_request(self, request: Any) -> None:
+        """See SchedulerSide.new_request."""
+        self._scheduling.new_request(request)
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        """See SchedulerSide.received."""
+        self._scheduling.received(connector_output.finished_recving or ())
+
+    def request_finished(self, request: Any, block_ids: Sequence[int]) -> Finished:
+        """See SchedulerSide.finished."""
+        return self._scheduling.finished(request, block_ids)
+
+    def request_finished_all_groups(self, request: Any, block_ids: tuple[list[int], ...]) -> Finished:
+        """The same, called where the hybrid KV cache manager is on; there is one group."""
+        return self._scheduling.finished(request, block_ids[0])
+
+    @property
+    def _scheduling(self) -> SchedulerSide:
+        assert self._scheduler is not None, "a scheduler's method was called on a worker's connector"
+        return self._scheduler
+
+    def _join_sidecars(self, kv_role: str) -> SchedulerSide:
+        links = []
+        for rank in range(self._config.parallel_config.tensor_parallel_size):
+            link = _SchedulerLink(str(self._socket(rank)))
+            link.start_later()
+            links.append(link)
+        return SchedulerSide(links, kv_role, self._block_size, self._settings.lease_s)
+
+    def _socket(self, rank: int) -> Path:
+        engine_id = f"{self._config.kv_transfer_config.engine_id}/dp{self._config.parallel_config.data_parallel_rank}"
+        return socket_of(self._settings, engine_id, rank, os.getuid())
+
+    def _start_sidecar(self, rank: int) -> str:
+        """The socket of a running sidecar, or of one that is started. Raises ConnectorStartError."""
+        path = self._socket(rank)
+        if self._settings.sidecar != "auto":
+            return str(path)
+        _make_private(path.parent)
+        self._own = OwnSidecar(_command(self._config, self._settings, rank), str(path), on_any_cpu=True)
+        try:
+            self._own.start()
+        except SidecarStartError as error:
+            raise ConnectorStartError(f"{error}; see kv_connector_extra_config.listen and .transport") from error
+        return str(path)
+
+    def _layout(self, kv_caches: dict[str, KvTensors], planes: Any, num_blocks: int) -> KvLayout:
+        model = self._config.model_config
+        _, first = tensors_of(kv_caches)[0]
+        head_size = model.get_head_size()
+        kernel = compat.kernel_order(self._config, model.dtype, head_size, self._block_size)
+        return KvLayout(
+            num_blocks=num_blocks,
+            block_size=self._block_size,
+            planes=planes,
+            num_layers=len(kv_caches),
+            num_kv_heads=model.get_num_kv_heads(self._config.parallel_config),
+            head_dim=head_size,
+            dtype=str(first.dtype).removeprefix("torch."),
+            model=compat.model_name(self._config),
+            order=f"{kernel},{order_of(kv_caches, num_blocks)}",
+        )
+
+
+class _SchedulerLink(SidecarLink):
+    """Joins the pool that the worker registered. Nobody polls it on an idle engine, so it polls itself."""
+
+    def __init__(self, socket_path: str) -> None:
+        super().__init__(socket_path, SidecarClient.join_pool, self.poll)
+
+
+def _command(vllm_config: Any, settings: ConnectorSettings, rank: int) -> SidecarCommand:
+    return SidecarCommand(
+        engine_id=str(vllm_config.kv_transfer_config.engine_id),
+        listen=listen_of(settings, rank),
+        transport=settings.transport,
+        metrics_port=settings.metrics_port + rank if settings.metrics_port else 0,
+        rank=rank,
+        log_level=settings.log_level,
+    )
+
+
+def _make_private(directory: Path) -> None:
+    """A directory for sockets that nobody else can have prepared. Raises ConnectorStartError."""
+    directory.mkdir(mode=0o700, exist_ok=True)
+    status = directory.lstat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise ConnectorStartError(f"{directory} can be written by others; remove it, or set TMPDIR")
+
+
+def _refuse_what_cannot_work(vllm_config: Any, kv_cache_config: Any) -> None:
+    parallel = vllm_config.parallel_config
+    if parallel.pipeline_parallel_size > 1:
+        raise ConnectorStartError("BatonConnector knows no pipeline stages yet: use --tensor-parallel-size instead")
+    groups = getattr(kv_cache_config, "kv_cache_groups", None) or ()
+    if len(groups) > 1:
+        raise ConnectorStartError(
+            f"this model has {len(groups)} KV cache groups, BatonConnector takes one: "
+            "start vLLM with --disable-hybrid-kv-cache-manager"
+        )

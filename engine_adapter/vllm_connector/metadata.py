@@ -1,0 +1,38 @@
+"""What the scheduler's side tells the workers each step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from engine_adapter.kv_transfer_params import KvSource
+from engine_adapter.vllm_connector.compat import KVConnectorMetadata
+
+
+@dataclass(frozen=True, slots=True)
+class PullOrder:
+    """Load a request's KV: lease block first_block + i into local_block_ids[i]. `sources` has one lease a rank."""
+
+    request_id: str
+    sources: tuple[KvSource, ...]
+    num_blocks: int
+    local_block_ids: tuple[int, ...]
+    first_block: int
+
+
+@dataclass(frozen=True, slots=True)
+class OfferNote:
+    """The request's blocks are leased out, rank r's as `leases[r]` = (transfer_id, epoch)."""
+
+    request_id: str
+    leases: tuple[tuple[str, str], ...]
+
+
+@dataclass(slots=True)
+class BatonMetadata(KVConnectorMetadata):  # type: ignore[misc]
+    """One step's orders. `abandoned` names loads that nobody wants any more; they are reported all the same, as sent
+    where `abandoned_as_sent` names them too (see compat.ABORTED_LOAD_KEEPS_ITS_BLOCKS)."""
+
+    pulls: list[PullOrder] = field(default_factory=list)
+    offers: list[OfferNote] = field(default_factory=list)
+    abandoned: list[str] = field(default_factory=list)
+    abandoned_as_sent: list[str] = field(default_factory=list)

@@ -1,0 +1,94 @@
+"""What `kv_connector_extra_config` may say, and what can't work together. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROLES = {"kv_producer": "prefill", "kv_consumer": "decode", "kv_both": "both"}
+"""vLLM's kv_role, and the instance's role in our terms."""
+
+
+class ConnectorStartError(ValueError):
+    """vLLM can't start like this; the message says why, and what to do instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectorSettings:
+    """Each field is a key of `kv_connector_extra_config`. Times are seconds."""
+
+    sidecar: str = "auto"
+    """auto: each worker starts its own; else the unix socket of a running one, with {rank} where there are several."""
+    listen: str = "127.0.0.1:0"
+    """HOST:PORT where other sidecars connect; rank r takes PORT + r. Port 0 takes any."""
+    transport: str = "auto"
+    metrics_port: int = 0
+    """Of rank 0; rank r takes the r-th after it. 0 takes any."""
+    lease_s: float = 30.0
+    """How long a prefiller keeps KV that no decoder fetches."""
+    pull_timeout_s: float = 30.0
+    """After this a load has failed."""
+    role: str = ""
+    """prefill, decode or both; only checked against kv_role."""
+    log_level: str = "INFO"
+
+
+def settings_from(kv_role: str, extra: Mapping[str, Any]) -> ConnectorSettings:
+    """Check and read the extra config. Raises ConnectorStartError."""
+    if kv_role not in ROLES:
+        raise ConnectorStartError(f"kv_role is {kv_role!r}; give one of {', '.join(ROLES)}")
+    fields = {field.name: field for field in dataclasses.fields(ConnectorSettings)}
+    for key, value in extra.items():
+        if key not in fields:
+            near = difflib.get_close_matches(key, list(fields), 1, 0.5)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(fields)}"
+            raise ConnectorStartError(f"kv_connector_extra_config.{key} is not a key of BatonConnector; {hint}")
+        _check_type(key, value, fields[key].default)
+    settings = ConnectorSettings(**extra)
+    _check_values(kv_role, settings)
+    return settings
+
+
+def _check_type(key: str, value: object, default: object) -> None:
+    wanted: tuple[type, ...] = (int, float) if isinstance(default, float) else (type(default),)
+    if isinstance(value, bool) or not isinstance(value, wanted):
+        raise ConnectorStartError(f"kv_connector_extra_config.{key} is {value!r}, it must be like {default!r}")
+
+
+def _check_values(kv_role: str, settings: ConnectorSettings) -> None:
+    role = ROLES[kv_role]
+    if settings.role and settings.role not in ROLES.values():
+        raise ConnectorStartError(f"kv_connector_extra_config.role is {settings.role!r}; give prefill, decode or both")
+    if settings.role and role != "both" and settings.role != role:
+        right = next(name for name, ours in ROLES.items() if ours == settings.role)
+        raise ConnectorStartError(
+            f'kv_role "{kv_role}" contradicts kv_connector_extra_config.role "{settings.role}"; give kv_role "{right}"'
+        )
+    for key in ("lease_s", "pull_timeout_s"):
+        if not 0 < getattr(settings, key) <= 3600:
+            raise ConnectorStartError(f"kv_connector_extra_config.{key} must be above 0 and at most 3600")
+    host, _, port = settings.listen.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise ConnectorStartError(f"kv_connector_extra_config.listen is {settings.listen!r}; give it as HOST:PORT")
+    if not 0 <= settings.metrics_port < 65536:
+        raise ConnectorStartError("kv_connector_extra_config.metrics_port must be between 0 and 65535")
+
+
+def listen_of(settings: ConnectorSettings, rank: int) -> str:
+    """Where rank's sidecar listens."""
+    host, _, port = settings.listen.rpartition(":")
+    return f"{host}:{int(port) + rank if int(port) else 0}"
+
+
+def socket_of(settings: ConnectorSettings, engine_id: str, rank: int, uid: int) -> Path:
+    """The unix socket of rank's sidecar: every process of an engine comes to the same answer."""
+    if settings.sidecar != "auto":
+        return Path(settings.sidecar.replace("{rank}", str(rank)))
+    name = hashlib.sha256(f"{engine_id}/{rank}".encode()).hexdigest()[:24]
+    return Path(tempfile.gettempdir()) / f"baton-{uid}" / f"{name}.sock"

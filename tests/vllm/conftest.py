@@ -1,0 +1,44 @@
+"""These tests run by `make test-vllm` only: they need an environment with vLLM in it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.vllm.servers import VLLM_VENV, Server, proxy_server, running, vllm_server
+
+collect_ignore_glob = [] if VLLM_VENV else ["test_*.py"]
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    command = Path(sys.executable).parent / "pd-engine"
+    subprocess.run([str(command), "make-model", str(directory)], check=True, timeout=120)
+    return directory
+
+
+@dataclass
+class Split:
+    """One prefiller, one decoder, the proxy before them, and an unsplit vLLM to compare with."""
+
+    prefiller: Server
+    decoder: Server
+    proxy: Server
+    unsplit: Server
+
+
+@pytest.fixture(scope="session")
+def split(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Split]:
+    logs = tmp_path_factory.mktemp("logs")
+    prefiller = vllm_server("prefiller", model, logs, "kv_producer", role="prefill", lease_s=20)
+    decoder = vllm_server("decoder", model, logs, "kv_consumer", role="decode", pull_timeout_s=30)
+    unsplit = vllm_server("unsplit", model, logs)
+    proxy = proxy_server([prefiller], [decoder], logs)
+    with running(prefiller, decoder, unsplit), running(proxy):
+        yield Split(prefiller, decoder, proxy, unsplit)
