@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-from bench.mock_answers import DONE_EVENT, EventTemplate, answer_id, script_of, whole_answer
+from bench.mock_answers import DONE_EVENT, EventTemplate, answer_id, given_up, script_of, whole_answer
 from bench.mock_faults import BEFORE, Fault
 from bench.mock_http import (
     LAST_CHUNK,
@@ -92,6 +92,8 @@ class Stream:
             connection.on_resumed = lambda: self.loop.add(self)
             return False
         fault = self.fault
+        if fault is not None and fault.kind == "cut_at":
+            return self._cut(fault)
         if fault is not None and index >= fault.after:
             return self._fail(fault)
         events = self.template.token_events(index)
@@ -107,8 +109,24 @@ class Stream:
         self.instance.finished(connection)
         return False
 
+    def _cut(self, fault: Fault) -> bool:
+        """All of the stream at once, up to a byte of its body."""
+        template = self.template
+        events = template.first_events()
+        for index in range(template.script.num_tokens):
+            events += template.token_events(index)
+        body = b"".join(chunk(event) for event in [*events, *template.last_events()]) + LAST_CHUNK
+        self.connection.send(STREAM_HEAD + body[: fault.after])
+        self.connection.close()
+        return False
+
     def _fail(self, fault: Fault) -> bool:
         connection = self.connection
+        if fault.kind == "recomputed":
+            head = STREAM_HEAD if self.index == 0 else b""
+            connection.send(head + chunk(self.template.recomputed_event()) + chunk(DONE_EVENT) + LAST_CHUNK)
+            self.instance.finished(connection)
+            return False
         if fault.kind == "hang_mid":
             return False
         if fault.kind in ("error_event", "error_event_mid"):
@@ -263,7 +281,9 @@ class MockInstance:
                 more["kv_transfer_params"] = ledger.hand_out(
                     producer, self.epoch, request_id, script.fingerprint, script.num_prompt_tokens
                 )
-            body = whole_answer(script, chat, answer_id(chat, request_id), self.model, **more)
+            num_cached = self._shape(fields, "cached_tokens", 0)
+            name = answer_id(chat, request_id)
+            body = whole_answer(script, chat, name, self.model, num_cached_tokens=num_cached, **more)
             if fault is not None and fault.kind != "no_kv":
                 ledger.void_one(more["kv_transfer_params"])
                 self._fail_within(connection, json_response(200, body), fault)
@@ -277,6 +297,9 @@ class MockInstance:
     ) -> None:
         self.counts["decodes"] += 1
         script = script_of(fields, self._shape(fields, "num_tokens", self.num_tokens))
+        if chat and script.first:
+            continued = fields.get("continue_final_message") is True and fields.get("add_generation_prompt") is False
+            self.ledger.check(continued, "decode: an assistant's last message that is not to be continued")
         try:
             whose = self.ledger.claim(fields.get("kv_transfer_params") or {}, request.request_id, script.fingerprint)
         except KvRefused as error:
@@ -292,12 +315,17 @@ class MockInstance:
         delay_s = self._shape(fields, "first_token_s", self.pace.first_token_s)
         if not fields.get("stream"):
             body = json_response(200, whole_answer(script, chat, name, self.model, num_choices))
+            if fault is not None and fault.kind == "recomputed":
+                self._answer(connection, json_response(200, given_up(script, fault.after, chat, name, self.model)))
+                return
             answer = self._answer if fault is None else self._fail_within
             arguments = (connection, body) if fault is None else (connection, body, fault)
             _after(delay_s + interval_s * script.num_tokens, lambda: answer(*arguments))
             return
         usage = bool((fields.get("stream_options") or {}).get("include_usage"))
-        template = EventTemplate(script, chat, name, self.model, num_choices, 0, usage)
+        num_cached = self._shape(fields, "decoder_cached_tokens", 0)
+        template = EventTemplate(script, chat, name, self.model, num_choices, num_cached, usage)
+        template.with_ids = bool(fields.get("return_token_ids"))
         loop = self._loops.setdefault(interval_s, StepLoop(interval_s))
         if fault is not None and fault.kind == "error_event":
             fault = Fault(fault.kind, after=0, message=fault.message)

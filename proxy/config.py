@@ -90,6 +90,14 @@ class ProxyConfig(BaseModel):
     max_queued_requests: int = Field(1024, ge=0, description="requests that may wait for a decoder; beyond it 429")
     queue_timeout_s: Seconds = Field(60, description="how long a request may wait for a decoder; after it 503")
 
+    # answers that go on after a decoder is lost, or gave up the KV
+    max_continuations: int = Field(
+        8, ge=0, description="times an answer is continued on another decoder; 0 ends it with an error event"
+    )
+    max_continuation_bytes: int = Field(
+        4 << 20, ge=0, description="of a stream kept in case its decoder is lost; a longer one is not continued"
+    )
+
     drain_timeout_s: Seconds = Field(30, description="for requests in flight when told to stop")
     reclaim_timeout_s: Seconds = Field(5, description="for giving orphaned KV back")
     health_interval_s: Seconds = Field(5, description="between probes of an instance that is well")

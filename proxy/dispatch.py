@@ -13,7 +13,7 @@ import uuid
 from time import monotonic
 
 from proxy.admission import Admission
-from proxy.answering import relay, send_error, send_whole
+from proxy.answering import send_error, send_whole
 from proxy.config import ProxyConfig
 from proxy.errors import BadRequest, ProxyError
 from proxy.flow import Flow
@@ -21,6 +21,7 @@ from proxy.frontend import ClientConnection
 from proxy.http1 import RequestHead
 from proxy.legs import Legs, PassOn
 from proxy.openai_api import ROUTES, parse_call
+from proxy.relaying import Relayer
 from proxy.report import Reporter
 from proxy.retry import Budget
 from proxy.scheduling.cost import cost_of
@@ -45,6 +46,7 @@ class Dispatcher:
         self._contract = legs.contract
         self._tell = STORIES[legs.contract.order]
         self._reporter = reporter
+        self._relayer = Relayer(config, legs, self._tell, reporter)
         self._loop = loop
         self._bearer_line = bearer_line
         self._ids = itertools.count(1)
@@ -64,11 +66,14 @@ class Dispatcher:
             self._read(flow, body)
             await self._admission.admit(flow)  # before the prefill: a prompt nobody can decode is not worth computing
             answer = await self._tell(flow, self._legs)
-            if answer.complete:
+            relayer = self._relayer
+            if answer.complete and not answer.head.event_stream and relayer.must_look(flow, answer):
+                answer = await relayer.whole(flow, answer)
+            if answer.complete and not (answer.head.event_stream and relayer.must_look(flow, answer)):
                 flow.outcome = "ok"
                 send_whole(flow, answer)
             else:
-                await relay(flow, answer, self._config.between_tokens_timeout_s, self._reporter)
+                await relayer.relay(flow, answer)
         except asyncio.CancelledError:
             flow.outcome = "client_gone"
             raise

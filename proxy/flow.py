@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from proxy.continuation import Continuation
 from proxy.frontend import ClientConnection
 from proxy.http1 import RequestHead
 from proxy.instance import Instance, Role
@@ -25,9 +26,11 @@ class Flow:
         "arrived",
         "avoid",
         "budget",
+        "cached_tokens",
         "call",
         "client",
         "close",
+        "continuation",
         "cost",
         "decode_hold",
         "decode_load",
@@ -45,6 +48,7 @@ class Flow:
         "prefilled",
         "prefilled_at",
         "prefiller",
+        "prompt_tokens",
         "request_id",
         "route",
         "sent_at",
@@ -86,6 +90,11 @@ class Flow:
         self.first_event_at = 0.0
         self.num_chunks = 0
         self._prefix: Prefix | None = None
+        self.prompt_tokens: int | None = None
+        """As the first prefill's answer counts them."""
+        self.cached_tokens: int | None = None
+        """Of the prompt, as the first prefill's answer has it; None if it does not say."""
+        self.continuation: Continuation | None = None
 
     @property
     def kv(self) -> dict[str, Any] | None:
@@ -121,6 +130,15 @@ class Flow:
             self.prefill_hold = hold
         else:
             self.decode_hold = hold
+    def note_prefill_usage(self, num_prompt_tokens: int | None, num_cached_tokens: int | None) -> None:
+        """What a prefill's answer counted. Of a continuation's it says how much was generated before. Raises NotExact
+        if nothing is left to generate."""
+        if self.continuation is None:
+            self.prompt_tokens = num_prompt_tokens
+            self.cached_tokens = num_cached_tokens
+        elif num_prompt_tokens is not None and self.prompt_tokens is not None:
+            self.continuation.recount(num_prompt_tokens - self.prompt_tokens)
+            self.call = self.continuation.call
 
     def release_loads(self) -> None:
         if self.prefill_load is not None:

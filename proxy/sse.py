@@ -9,7 +9,7 @@ import orjson
 from proxy.errors import error_body
 
 # An event ends at an empty line; a line ends with LF, CRLF or CR (WHATWG HTML, section 9.2.6).
-_EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r|\n\r\n")
+EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r|\n\r\n")
 DONE = b"data: [DONE]\n\n"
 
 
@@ -20,7 +20,7 @@ def first_telling_event(body: bytes) -> bytes | None:
     (kv-contracts section 1.5), so it says nothing about whether the KV was loaded.
     """
     start = 0
-    for end in _EVENT_END.finditer(body):
+    for end in EVENT_END.finditer(body):
         event = body[start : end.start()]
         start = end.end()
         if event.startswith(b"data:") and not _is_opening_chunk(event):

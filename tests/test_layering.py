@@ -41,6 +41,8 @@ PURE = {
     "engine_adapter/torch_engine/detokenizer.py",
     "engine_adapter/torch_engine/scheduler.py",
     "engine_adapter/torch_engine/sequence.py",
+    "proxy/client_stream.py",
+    "proxy/continuation.py",
     "proxy/contracts/order.py",
     "proxy/contracts/pull.py",
     "proxy/errors.py",

@@ -6,12 +6,17 @@ sections 2.1, 2.3, 2.5). The prefiller's `kv_transfer_params` are opaque and cop
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import orjson
 
 from proxy.contracts.order import Order
 from proxy.openai_api import ApiCall, spliced
+
+# A name in quotes and a colon cannot stand inside a JSON string: what is found is a member.
+_PROMPT_TOKENS = re.compile(rb'"usage":\s?\{[^{}]*?"prompt_tokens":\s?(\d+)')
+_CACHED_TOKENS = re.compile(rb'"prompt_tokens_details":\s?\{[^{}]*?"cached_tokens":\s?(\d+)')
 
 _ASK_FOR_REMOTE_DECODE = {
     "do_remote_decode": True,
@@ -23,6 +28,12 @@ _ASK_FOR_REMOTE_DECODE = {
 }
 # One token, forced (min_tokens=1): an engine hands KV out only if the request ends by length (ascend-proxy.md 2.4).
 _ONE_TOKEN = {"stream": False, "max_tokens": 1, "min_tokens": 1}
+
+
+def usage_of(prefill_answer: bytes) -> tuple[int | None, int | None]:
+    """How many tokens the prompt has and how many of them the prefiller had cached; None where it does not say."""
+    prompt, cached = _PROMPT_TOKENS.search(prefill_answer), _CACHED_TOKENS.search(prefill_answer)
+    return int(prompt[1]) if prompt else None, int(cached[1]) if cached else None
 
 
 class PullContract:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from time import monotonic
 
+from proxy.contracts.pull import usage_of
 from proxy.errors import UpstreamFailure
 from proxy.flow import Flow
 from proxy.instance import Role
@@ -51,6 +52,7 @@ async def _prefill(flow: Flow, legs: Legs) -> None:
             legs.reporter.recompute("prefiller_gave_no_kv")
         else:
             flow.entry = legs.ledger.hand_out(flow.upstream_id, instance.key, kv, now)
+        flow.note_prefill_usage(*usage_of(answer.body))
         return
 
 
