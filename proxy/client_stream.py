@@ -113,7 +113,7 @@ class ClientStream:
 
     def feed(self, data: bytes) -> bool:
         """Events as they become whole. Returns whether the next read goes on within a chunk or an event."""
-        if self.garbled:
+        if self.garbled or self._ended_well:
             return True
         if self._decoder is None and self._is_plain(data):
             self._keep(data)
@@ -175,6 +175,8 @@ class ClientStream:
     # --- events
 
     def _take_events(self, data: bytes, complete: bool) -> bytes:
+        if self.recomputed:
+            return b""
         pending = self._pending + data if self._pending else data
         out: list[bytes] = []
         start = 0
@@ -194,8 +196,6 @@ class ClientStream:
         return b"".join(out)
 
     def _edited(self, event: bytes) -> bytes:
-        if self.recomputed:
-            return b""
         rest = self.continuation
         usage = USAGE in event and (self.cached_tokens is not None or rest is not None)
         if not event.startswith(b"data:") or not (usage or rest is not None or RECOMPUTED in event):

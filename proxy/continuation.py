@@ -297,7 +297,7 @@ def check_call(call: ApiCall) -> None:
         raise NotExact("own_kv_transfer_params")
     if call.num_prompts > 1 or any((get(key) or 1) != 1 for key in ("n", "best_of")):
         raise NotExact("several_choices")
-    if get("logprobs") not in (None, False) or get("prompt_logprobs") is not None:
+    if get("logprobs") not in (None, False) or type(get("logprobs")) is int or get("prompt_logprobs") is not None:
         raise NotExact("logprobs")
     form = get("response_format")
     if form is not None and not (type(form) is dict and form.get("type") == "text"):
