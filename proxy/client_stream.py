@@ -2,8 +2,8 @@
 
 A read that ends as token events end is passed on untouched and kept by reference; nothing of it is parsed, that is for
 a continuation, should there be one (`proxy/continuation.py`). Every other read is cut into events: a usage gets the
-prefiller's `cached_tokens`, what a decoder says that gave up the KV is swallowed, and half an event is held back until
-the other half comes. So the client always stands between two events, where a stream can be gone on with or ended.
+prefiller's `cached_tokens`, what a decoder says that gave up is swallowed, and half an event is held back until the
+other half comes. So the client always stands between two events, where a stream can be gone on with or ended.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import orjson
 from proxy import http1
 from proxy.continuation import RECOMPUTED, Continuation, Delivered, delivered_in, is_recomputed, parsed_object
 from proxy.errors import BadHead
-from proxy.sse import EVENT_END
+from proxy.sse import EVENT_END, error_of
 
 USAGE = b'"usage":{'
+ERROR = b'data: {"error"'
 _FINISH = b'"finish_reason":null'
 _EVENT_AND_CHUNK_END = b"\n\n\r\n"
 _STREAM_END = _EVENT_AND_CHUNK_END + http1.LAST_CHUNK
@@ -67,8 +68,9 @@ class ClientStream:
         """What a usage is to say instead of the decoder's own number."""
         self.continuation: Continuation | None = None
         """The stream goes on with the rest of an answer."""
-        self.recomputed = False
-        """The decoder gave up. What it said of that was swallowed."""
+        self.broken_by = ""
+        """What the decoder said instead of going on ("recomputed", "error_event"). That and what follows is swallowed."""
+        self.error = b""
         self.garbled = False
 
     # --- bytes in
@@ -76,7 +78,7 @@ class ClientStream:
     def begin(self, opening: bytes, first: bytes, chunked_in: bool) -> Callable[[bytes], None]:
         """Pass on `opening` (a head) and the first of a decoder's body. Returns the sink for the rest of it."""
         self._decoder, self._pending, self._chunked_in = None, b"", chunked_in
-        self.recomputed = False
+        self.broken_by, self.error = "", b""
         self._opening = opening
         tail = b""
         if self._one_choice and self._chunked and chunked_in and self.continuation is None:
@@ -141,24 +143,24 @@ class ClientStream:
             self._ended_well = True
         if self._decoder is not None and self._decoder.between_chunks and not self._pending and self._chunked:
             self._decoder = None
-        return self._decoder is not None or self.recomputed
+        return self._decoder is not None or bool(self.broken_by)
 
     @property
     def _may_end(self) -> bool:
-        return self._chunked and not self.recomputed and not self.garbled
+        return self._chunked and not self.broken_by and not self.garbled
 
     def _is_plain(self, data: bytes) -> bool:
         """Whether there is nothing to be done with a read that comes between two chunks."""
         return (
-            self._chunked and self._chunked_in and self.continuation is None and not self.recomputed
-            and data.endswith((_EVENT_AND_CHUNK_END, _STREAM_END)) and RECOMPUTED not in data
+            self._chunked and self._chunked_in and self.continuation is None and not self.broken_by
+            and data.endswith((_EVENT_AND_CHUNK_END, _STREAM_END)) and RECOMPUTED not in data and ERROR not in data
             and (self.cached_tokens is None or USAGE not in data)
         )  # fmt: skip
 
     def feed_whole(self, opening: bytes, payload: bytes) -> None:
         """A stream that came whole before it was passed on, without its framing."""
         self._decoder, self._pending, self._chunked_in = None, b"", False
-        self.recomputed = False
+        self.broken_by, self.error = "", b""
         self._opening = opening
         self.feed(payload)
         if self._opening:
@@ -175,7 +177,7 @@ class ClientStream:
     # --- events
 
     def _take_events(self, data: bytes, complete: bool) -> bytes:
-        if self.recomputed:
+        if self.broken_by:
             return b""
         pending = self._pending + data if self._pending else data
         out: list[bytes] = []
@@ -183,7 +185,7 @@ class ClientStream:
         for end in EVENT_END.finditer(pending):
             event, start = pending[start : end.end()], end.end()
             event = self._edited(event)
-            if self.recomputed:
+            if self.broken_by:
                 self._pending = b""
                 return b"".join(out)
             out.append(event)
@@ -196,6 +198,9 @@ class ClientStream:
         return b"".join(out)
 
     def _edited(self, event: bytes) -> bytes:
+        if event.startswith(ERROR) and (error := error_of(event)) is not None and error[0] >= 500:
+            self.broken_by, self.error = "error_event", event
+            return b""
         rest = self.continuation
         usage = USAGE in event and (self.cached_tokens is not None or rest is not None)
         if not event.startswith(b"data:") or not (usage or rest is not None or RECOMPUTED in event):
@@ -204,7 +209,7 @@ class ClientStream:
         if parsed is None:
             return event
         if is_recomputed(parsed):
-            self.recomputed = True
+            self.broken_by = "recomputed"
             return b""
         if not usage and rest is None:
             return event

@@ -1,9 +1,10 @@
 """Going on with an answer on another decoder, or on the same one after it gave up the KV (`stop_reason: "recomputed"`).
 
 `Delivered` is what the client (or, of a whole answer, the proxy) has. `Continuation` is the call that asks for the
-rest, and the edit that makes the rest the same answer. Token ids are the prompt where the engine returned them, text
-otherwise: a completion's prompt with the text behind it, a chat's with the text as its last message and vLLM's
-`continue_final_message`. What was generated is taken off both limits and off `min_tokens`.
+rest, and the edit that makes the rest the same answer. Token ids are the prompt where the engine returned them, of a
+chat too, which then goes on as a completion (no chat route takes ids). Otherwise text is: a completion's prompt with
+the text behind it, a chat's with the text as its last message and vLLM's `continue_final_message`. What was generated
+is taken off both limits and off `min_tokens`.
 
 Greedy answers go on as they would have. Sampled ones go on as a valid sample, not as the lost one: no engine returns
 the state of its sampler. Where the rest could not be right in this sense, `NotExact` says why.
@@ -26,6 +27,13 @@ RECOMPUTED = b'"recomputed"'
 _STATEFUL = (
     *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "presence_penalty"),
     *("frequency_penalty", "use_beam_search", "prompt_embeds", "suffix", "echo", "truncate_prompt_tokens"),
+)
+
+
+_OF_CHATS_ONLY = (
+    *("messages", "max_completion_tokens", "chat_template", "chat_template_kwargs", "add_generation_prompt"),
+    *("continue_final_message", "documents", "logprobs", "top_logprobs", "tools", "tool_choice", "response_format"),
+    *("parallel_tool_calls", "reasoning_effort", "include_reasoning"),
 )
 
 
@@ -148,7 +156,7 @@ class Continuation:
 
     `num_prompt_tokens` is the engine's count for the original prompt, or None where no prefill said it."""
 
-    __slots__ = ("_num_dropped_ids", "call", "delivered", "num_prompt_tokens", "num_tokens", "original")
+    __slots__ = ("_is_turned", "_num_dropped_ids", "call", "delivered", "num_prompt_tokens", "num_tokens", "original")
 
     def __init__(self, original: ApiCall, delivered: Delivered, num_prompt_tokens: int | None) -> None:
         check_call(original)
@@ -156,6 +164,7 @@ class Continuation:
         self.delivered = delivered
         self.num_prompt_tokens = num_prompt_tokens
         self._num_dropped_ids = 0
+        self._is_turned = False
         if not delivered.num_tokens:
             self.num_tokens = 0
             self.call = original
@@ -168,9 +177,11 @@ class Continuation:
     def _set_prompt(self, fields: Json) -> None:
         delivered, stops = self.delivered, _stops_of(fields)
         prompt = fields.get("prompt")
-        if self.original.route == "completions" and delivered.token_ids is not None:
+        chat = self.original.route == "chat"
+        if delivered.token_ids is not None and not (chat and (stops or fields.get("tools"))):
             before = prompt if _is_ids(prompt) else delivered.prompt_token_ids
             if before is not None:
+                self._is_turned = chat
                 self._continue_ids(fields, before, stops)
                 return
         text = delivered.text
@@ -178,7 +189,7 @@ class Continuation:
             raise NotExact("half_a_character")
         if any(text.endswith(stop[:length]) for stop in stops for length in range(1, len(stop))):
             raise NotExact("stop_string")
-        if self.original.route == "chat":
+        if chat:
             fields["messages"] = _with_said(fields, text)
             fields.update(add_generation_prompt=False, continue_final_message=True)
         elif type(prompt) is str:
@@ -208,10 +219,19 @@ class Continuation:
         if type(least := self.original.fields.get("min_tokens")) is int:
             fields["min_tokens"] = max(0, least - num_tokens)
         limit = fields.get("max_completion_tokens") or fields.get("max_tokens")
+        if self._is_turned:
+            for key in _OF_CHATS_ONLY:
+                fields.pop(key, None)
+            fields["max_tokens"], route = limit, "completions"
         num_prompt_tokens = self.original.num_prompt_tokens + num_tokens
         body = orjson.dumps(fields)
         return replace(
-            self.original, body=body, fields=fields, max_new_tokens=limit, num_prompt_tokens=num_prompt_tokens
+            self.original,
+            route=route,
+            body=body,
+            fields=fields,
+            max_new_tokens=limit,
+            num_prompt_tokens=num_prompt_tokens,
         )
 
     def recount(self, num_tokens: int) -> None:
@@ -227,7 +247,7 @@ class Continuation:
     def edited(self, answer: Json) -> Json | None:
         """An event of the rest as the client is to get it; None if it has it already."""
         first = self.delivered.first
-        for key in ("id", "created", "model"):
+        for key in ("id", "created", "model", "object"):
             if key in first and key in answer:
                 answer[key] = first[key]
         if first and answer.pop("prompt_token_ids", None) is not None:
@@ -244,7 +264,10 @@ class Continuation:
 
     def _edit_choice(self, choice: Json) -> bool:
         """Whether it says anything that is new to the client."""
-        if "prompt_token_ids" in choice:
+        if self._is_turned:
+            choice["delta"] = {"content": choice.pop("text", "")}
+            choice.pop("prompt_token_ids", None)
+        elif "prompt_token_ids" in choice:
             choice["prompt_token_ids"] = None
         delta = choice.get("delta")
         if delta:
@@ -271,6 +294,10 @@ class Continuation:
         """The whole answer out of `delivered` and its rest, edited in place."""
         delivered = self.delivered
         choice = answer["choices"][0]
+        if self._is_turned:
+            choice["message"] = {**delivered.first["choices"][0]["message"], "content": choice.pop("text")}
+            choice.pop("prompt_token_ids", None)
+            answer["prompt_token_ids"] = delivered.prompt_token_ids
         said = choice.get("message") or choice
         key = "content" if "content" in said else "text"
         said[key] = delivered.text + (said.get(key) or "")
@@ -279,7 +306,7 @@ class Continuation:
         holder = choice if self.original.route == "completions" else answer
         if holder.get("prompt_token_ids") is not None:
             holder["prompt_token_ids"] = delivered.prompt_token_ids
-        for name in ("id", "created", "model"):
+        for name in ("id", "created", "model", "object"):
             if name in delivered.first:
                 answer[name] = delivered.first[name]
         if usage := answer.get("usage"):

@@ -55,6 +55,7 @@ class Flow:
         "split",
         "status",
         "stream",
+        "target",
     )
 
     def __init__(
@@ -62,6 +63,8 @@ class Flow:
     ) -> None:
         self.client = client
         self.head = head
+        self.target = head.target
+        """Where the call is sent; the client's, unless a continuation is a completion."""
         self.route = route
         self.request_id = request_id
         self.budget = budget

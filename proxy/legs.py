@@ -64,7 +64,7 @@ class Legs:
         if leg is Leg.DECODE and flow.entry is not None:
             flow.entry.dispatched = True
         head = b"POST %b HTTP/1.1\r\n%b%bX-Request-Id: %b\r\nContent-Length: %d\r\n\r\n" % (
-            flow.head.target,
+            flow.target,
             pool.host_line,
             flow.forwarded,
             flow.upstream_id.encode("ascii"),
@@ -129,7 +129,7 @@ class Legs:
             return
         if kv is not None:
             entry = self.ledger.hand_out(flow.upstream_id, instance.key, kv, monotonic())
-            self._reclaimer.give_back(entry, flow.call, flow.head.target, flow.forwarded)
+            self._reclaimer.give_back(entry, flow.call, flow.target, flow.forwarded)
 
     # --- choosing, and what follows from a failure
 
@@ -203,4 +203,4 @@ class Legs:
     def give_kv_back(self, flow: Flow) -> None:
         entry, flow.entry = flow.entry, None
         if entry is not None:
-            self._reclaimer.give_back(entry, flow.call, flow.head.target, flow.forwarded)
+            self._reclaimer.give_back(entry, flow.call, flow.target, flow.forwarded)

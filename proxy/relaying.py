@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 
 from proxy import http1, sse
-from proxy.client_stream import USAGE, ClientStream
+from proxy.client_stream import ERROR, USAGE, ClientStream
 from proxy.config import ProxyConfig
 from proxy.continuation import (
     RECOMPUTED,
@@ -49,7 +49,9 @@ class Relayer:
     def must_look(self, flow: Flow, answer: Answer) -> bool:
         """Whether an answer that came whole cannot be passed on as it is."""
         raw = answer.raw
-        return RECOMPUTED in raw or (answer.head.event_stream and flow.cached_tokens is not None and USAGE in raw)
+        if not answer.head.event_stream or RECOMPUTED in raw:
+            return RECOMPUTED in raw
+        return ERROR in raw or (flow.cached_tokens is not None and USAGE in raw)
 
     # --- streams
 
@@ -97,8 +99,8 @@ class Relayer:
                 stream.feed_whole(opening, answer.body)
         else:
             failure = await self._relay_connection(flow, answer.connection, answer.head, stream, opening)
-        if stream.recomputed:
-            return GAVE_UP
+        if stream.broken_by:
+            return stream.broken_by
         if stream.garbled:
             return Failure.GARBAGE.value
         return failure.value if failure is not None else None
@@ -206,6 +208,9 @@ class Relayer:
         flow.continuation = continuation
         if continuation is not None:
             flow.call = continuation.call
+        flow.target = flow.head.target
+        if flow.call.route != flow.route:
+            flow.target = flow.target.replace(b"/v1/chat/completions", b"/v1/completions", 1)
         flow.cost = cost_of(flow.call)
         flow.prefilled = False
         flow.prefill_attempts += 1 if flow.split else 2
@@ -222,7 +227,8 @@ class Relayer:
         self._reporter.broken(flow, reason)
         if flow.head.version == "1.1" and stream.is_whole_events:
             told = "The decode instance gave the answer up." if reason == GAVE_UP else _LOST
-            flow.client.write(http1.chunk(sse.error_event(502, told, "upstream_error")) + http1.LAST_CHUNK)
+            event = stream.error or sse.error_event(502, told, "upstream_error")
+            flow.client.write(http1.chunk(event) + http1.LAST_CHUNK)
             flow.client.answered(close=True)
         else:
             flow.client.break_off()

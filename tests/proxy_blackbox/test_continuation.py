@@ -15,7 +15,7 @@ from bench.mock_answers import script_of
 from tests.proxy_blackbox.harness import CHAT, COMPLETIONS, Answer, Engines, Proxy, body_of, settled, text_for
 
 PATHS = pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
-LOSSES = ["reset_mid", "close_mid", "hang_mid", "recomputed"]
+LOSSES = ["reset_mid", "close_mid", "hang_mid", "error_event_mid", "recomputed"]
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +175,12 @@ def test_where_it_is_not_exact_the_client_is_told(impatient: Proxy, engines: Eng
     assert answer.events[-1]["error"]["code"] == 502 and b"[DONE]" not in answer.body
     assert text_for({**fields, "max_tokens": 4}) == answer.text
     assert len(engines.requests("decode")) == 1
+
+
+def test_an_engines_own_error_is_passed_on_where_it_cannot_be_made_up_for(impatient: Proxy, engines: Engines) -> None:
+    engines.fault("decode", "error_event_mid", shared=True, after=4, message="out of order")
+    answer = impatient.post(CHAT, body_of(CHAT, num_tokens=9, stream=True, logprobs=True))
+    assert answer.events[-1]["error"]["message"] == "out of order"
 
 
 def test_no_continuation_beyond_its_limit_of_bytes(start_proxy: Callable[..., Proxy], engines: Engines) -> None:

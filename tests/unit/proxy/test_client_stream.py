@@ -107,7 +107,7 @@ def test_a_decoder_that_gave_up_is_not_heard_wherever_reads_are_cut() -> None:
     for cut in range(len(body) + 1):
         client = Client()
         assert client.get([body[:cut], body[cut:]]) == b"".join(tokens), cut
-        assert client.stream.recomputed and not client.is_complete
+        assert client.stream.broken_by == "recomputed" and not client.is_complete
         delivered = client.stream.delivered()
         assert delivered is not None and delivered.text == "ab" and delivered.finish_reason is None
 
@@ -179,4 +179,13 @@ def test_several_choices_are_looked_at_one_by_one() -> None:
     other = event({"text": "x", "index": 1, "finish_reason": None})
     client = Client(one_choice=False)
     client.get([http1.chunk(token("a")), http1.chunk(RECOMPUTED) + http1.chunk(other)])
-    assert client.stream.recomputed and b"recomputed" not in client.raw
+    assert client.stream.broken_by == "recomputed" and b"recomputed" not in client.raw
+
+
+@pytest.mark.parametrize("code", [500, 400])
+def test_an_error_in_mid_stream_is_a_loss_if_it_is_the_engines(code: int) -> None:
+    error = b"data: " + orjson.dumps({"error": {"message": "m", "code": code}}) + b"\n\n"
+    client = Client()
+    client.get([http1.chunk(token("a")), http1.chunk(error) + http1.chunk(DONE) + http1.LAST_CHUNK])
+    assert (client.stream.broken_by, client.stream.error) == (("error_event", error) if code == 500 else ("", b""))
+    assert client.payload == token("a") + (b"" if code == 500 else error + DONE)

@@ -192,3 +192,32 @@ def test_what_the_prefiller_counted() -> None:
     assert usage_of(orjson.dumps({**answer, "usage": {"prompt_tokens": 3}})) == (3, None)
     assert usage_of(b'{"usage": {"prompt_tokens": 4, "prompt_tokens_details": null}}') == (4, None)
     assert usage_of(b"{}") == (None, None)
+
+
+def test_a_chat_whose_token_ids_are_known_goes_on_as_a_completion() -> None:
+    role = {"delta": {"role": "assistant", "content": ""}}
+    first = stream(role, prompt_token_ids=[7, 8], object="chat.completion.chunk")
+    delivered = delivered_in(first + stream({"delta": {"content": "a"}, "token_ids": [1]}))
+    rest = Continuation(call_of("chat", max_completion_tokens=9, max_tokens=30, temperature=0), delivered, 2)
+    fields = {"stream": True, "temperature": 0, "prompt": [7, 8, 1], "max_tokens": 8}
+    assert (rest.call.route, rest.call.fields) == ("completions", fields)
+    event = {"object": "text_completion", "choices": [{"index": 0, "text": "b", "token_ids": [2]}]}
+    choice = {"index": 0, "delta": {"content": "b"}, "token_ids": [2]}
+    assert rest.edited(event) == {"object": "chat.completion.chunk", "choices": [choice]}
+    unlimited = Continuation(call_of("chat"), delivered, 2).call.fields
+    assert unlimited["max_tokens"] is None, "a completion would end after 16"
+    with_tools = Continuation(call_of("chat", tools=[{}]), delivered, 2)
+    assert with_tools.call.fields["messages"][-1]["content"] == "a", "a tool parser belongs to the chat route"
+
+
+def test_a_whole_chat_is_joined_with_a_completion() -> None:
+    message = {"role": "assistant", "content": "ab", "refusal": None}
+    first = {"id": "a", "object": "chat.completion", "prompt_token_ids": [7], "usage": {"completion_tokens": 2}}
+    first["choices"] = [{"index": 0, "message": message, "token_ids": [1, 2], "stop_reason": "recomputed"}]
+    rest = Continuation(call_of("chat", max_tokens=9), delivered_whole(first), 1)
+    last = {"id": "z", "object": "text_completion", "usage": {"prompt_tokens": 3, "completion_tokens": 1}}
+    last["choices"] = [{"index": 0, "text": "c", "token_ids": [3], "prompt_token_ids": [7, 1, 2]}]
+    joined = rest.joined(last)
+    assert joined["choices"] == [{"index": 0, "message": {**message, "content": "abc"}, "token_ids": [1, 2, 3]}]
+    assert (joined["object"], joined["prompt_token_ids"]) == ("chat.completion", [7])
+    assert joined["usage"] == {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4}
