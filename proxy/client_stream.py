@@ -69,7 +69,7 @@ class ClientStream:
         self.continuation: Continuation | None = None
         """The stream goes on with the rest of an answer."""
         self.broken_by = ""
-        """What the decoder said instead of going on ("recomputed", "error_event"). That and what follows is swallowed."""
+        """What the decoder said instead of going on ("recomputed", "error_event"). All from there is swallowed."""
         self.error = b""
         self.garbled = False
 
