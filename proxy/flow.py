@@ -133,6 +133,7 @@ class Flow:
             self.prefill_hold = hold
         else:
             self.decode_hold = hold
+
     def note_prefill_usage(self, num_prompt_tokens: int | None, num_cached_tokens: int | None) -> None:
         """What a prefill's answer counted. Of a continuation's it says how much was generated before. Raises NotExact
         if nothing is left to generate."""

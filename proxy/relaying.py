@@ -30,7 +30,7 @@ from proxy.http1 import ResponseHead
 from proxy.legs import Legs, PassOn
 from proxy.openai_api import ApiCall
 from proxy.report import Reporter
-from proxy.retry import Budget
+from proxy.retry import TABLE, Action, Budget, Leg
 from proxy.scheduling.cost import cost_of, step_tokens
 from proxy.stories import Story
 from proxy.upstream import Answer, UpstreamConnection
@@ -62,7 +62,7 @@ class Relayer:
         while (reason := await self._relay_one(flow, answer, stream, opening)) is not None:
             decoders += 1
             rest = None
-            if decoders <= self._config.max_continuations:
+            if decoders <= self._config.max_continuations and may_continue(reason):
                 rest = await self._rest(flow, original, stream, reason)
             if stream.is_finished:
                 break
@@ -232,6 +232,12 @@ class Relayer:
             flow.client.answered(close=True)
         else:
             flow.client.break_off()
+
+
+def may_continue(reason: str) -> bool:
+    """What the table says of a failure in mid-stream; other reasons are the decoder's own words."""
+    row = TABLE.get((Leg.DECODE, Failure(reason))) if reason in set(Failure) else None
+    return row is None or row.action is not Action.END_ANSWER
 
 
 _LOST = "The decode instance was lost in the middle of the answer."
