@@ -81,6 +81,12 @@ def _num_tokens_of_continued(prompt: Any) -> int:
     return num_said + len(orjson.dumps(rest)) // CHARS_PER_TOKEN + 1
 
 
+def tokens_of(text: str) -> list[int]:
+    """The ids of a text that is all generated tokens, as a tokenizer says them; of another, one a character."""
+    found = re.findall(r" ([0-9a-f]{8}):(\d{5})", text)
+    return [ID_MARK | int(one, 16) << INDEX_BITS | int(index) for one, index in found] or [ord(one) for one in text]
+
+
 def given_up(script: Script, num_tokens: int, chat: bool, name: str, model: str) -> bytes:
     """A whole answer of a decoder that was preempted after `num_tokens`."""
     answer = orjson.loads(whole_answer(replace(script, num_tokens=num_tokens), chat, name, model))

@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-from bench.mock_answers import DONE_EVENT, EventTemplate, answer_id, given_up, script_of, whole_answer
+from bench.mock_answers import DONE_EVENT, EventTemplate, answer_id, given_up, script_of, tokens_of, whole_answer
 from bench.mock_faults import BEFORE, Fault
 from bench.mock_http import (
     LAST_CHUNK,
@@ -189,6 +189,10 @@ class MockInstance:
         self.ledger.void(f"{self.host}:{self.port}")
 
     def handle(self, connection: Connection, request: Request) -> None:
+        if request.path == "/tokenize":
+            tokens = tokens_of(orjson.loads(request.body)["prompt"])
+            connection.answer(json_response(200, orjson.dumps({"tokens": tokens, "count": len(tokens)})))
+            return
         chat = HOT.get(request.path)
         if chat is None or request.method != "POST":
             self.control(connection, request)

@@ -55,6 +55,8 @@ class Delivered:
     num_read_ids: int = 0
     """How many ids the text is made of; what comes after them was withheld (half a character)."""
     prompt_token_ids: list[int] | None = None
+    ids_of_text: list[int] | None = None
+    """A tokenizer's, where the engine returned none and the prompt is token ids (`needs_ids`)."""
     num_tokens: int = 0
     is_counted: bool = False
     """The engine has counted `num_tokens`; otherwise there are at least so many, for an event can carry several."""
@@ -176,7 +178,7 @@ class Continuation:
 
     def _set_prompt(self, fields: Json) -> None:
         delivered, stops = self.delivered, _stops_of(fields)
-        prompt = fields.get("prompt")
+        prompt: Any = fields.get("prompt")
         chat = self.original.route == "chat"
         if delivered.token_ids is not None and not (chat and (stops or fields.get("tools"))):
             before = prompt if _is_ids(prompt) else delivered.prompt_token_ids
@@ -194,6 +196,8 @@ class Continuation:
             fields.update(add_generation_prompt=False, continue_final_message=True)
         elif type(prompt) is str:
             fields["prompt"] = prompt + text
+        elif delivered.ids_of_text is not None and _is_ids(prompt):
+            fields["prompt"] = [*prompt, *delivered.ids_of_text]
         else:
             raise NotExact("no_token_ids")
 
@@ -312,6 +316,11 @@ class Continuation:
         if usage := answer.get("usage"):
             self._correct(usage)
         return answer
+
+
+def needs_ids(call: ApiCall, delivered: Delivered) -> bool:
+    """Whether text cannot be put behind the prompt, which is token ids."""
+    return call.route == "completions" and _is_ids(call.fields.get("prompt")) and delivered.token_ids is None
 
 
 def check_call(call: ApiCall) -> None:

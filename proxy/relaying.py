@@ -19,12 +19,14 @@ from proxy.config import ProxyConfig
 from proxy.continuation import (
     RECOMPUTED,
     Continuation,
+    Delivered,
     NotExact,
     delivered_whole,
     is_recomputed,
+    needs_ids,
     parsed_object,
 )
-from proxy.errors import Failure, ProxyError
+from proxy.errors import Failure, ProxyError, UpstreamFailure
 from proxy.flow import Flow
 from proxy.http1 import ResponseHead
 from proxy.legs import Legs, PassOn
@@ -37,6 +39,7 @@ from proxy.upstream import Answer, UpstreamConnection
 
 MIN_MEASURED_CHUNKS = 8  # a shorter stream says little about the time of a decode step
 GAVE_UP = "recomputed"
+TOKENIZE_TIMEOUT_S = 5.0
 
 
 class Relayer:
@@ -135,6 +138,7 @@ class Relayer:
             if delivered.done or delivered.finish_reason is not None:
                 self._finish(flow, stream, reason, delivered.done)
                 return None
+            await self._tokenize(flow, original, delivered)
             stream.continuation = Continuation(original, delivered, flow.prompt_tokens)
             answer = await self._told_again(flow, stream.continuation, reason)
         except NotExact as error:
@@ -188,7 +192,9 @@ class Relayer:
     async def _more(self, flow: Flow, original: ApiCall, told: dict[str, Any]) -> tuple[Answer, Continuation | None]:
         """The rest of a whole answer, or all of it once more where its rest would not be exact."""
         try:
-            so_far = Continuation(original, delivered_whole(told), flow.prompt_tokens)
+            delivered = delivered_whole(told)
+            await self._tokenize(flow, original, delivered)
+            so_far = Continuation(original, delivered, flow.prompt_tokens)
             answer = await self._told_again(flow, so_far, GAVE_UP)
         except NotExact as error:
             self._reporter.continuation(flow, GAVE_UP, "from_scratch", error.reason)
@@ -196,6 +202,25 @@ class Relayer:
             return await self._told_again(flow, None, GAVE_UP), None
         self._reporter.continuation(flow, GAVE_UP, "continued", f"after {so_far.num_tokens} tokens")
         return answer, so_far
+
+    async def _tokenize(self, flow: Flow, call: ApiCall, delivered: Delivered) -> None:
+        """Ask the prefiller, which has the model's tokenizer, for the ids of the text where only ids can go on. Raises
+        NotExact."""
+        if not delivered.text or flow.prefiller is None or not needs_ids(call, delivered):
+            return
+        head = b"POST /tokenize HTTP/1.1\r\n%bX-Request-Id: %b-tokenize\r\n" % (
+            flow.forwarded,
+            flow.request_id.encode("ascii"),
+        )
+        asked = {"model": call.fields.get("model"), "prompt": delivered.text, "add_special_tokens": False}
+        try:
+            answer = await flow.prefiller.pool.call(head, orjson.dumps(asked), timeout_s=TOKENIZE_TIMEOUT_S)
+        except UpstreamFailure:
+            raise NotExact("no_token_ids") from None
+        tokens = (parsed_object(answer.body) or {}).get("tokens") if answer.status == 200 else None
+        if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+            raise NotExact("no_token_ids")
+        delivered.ids_of_text = tokens
 
     # --- the story once more
 

@@ -108,6 +108,15 @@ def test_a_prompt_of_token_ids_is_continued_by_token_ids(impatient: Proxy, engin
     assert sorted(map(len, prompts)) == [3, 7]
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_without_ids_those_of_the_text_are_asked_for(impatient: Proxy, engines: Engines, stream: bool) -> None:
+    engines.fault("decode", "recomputed", shared=True, after=4)
+    fields = {"model": "mock", "prompt": [5, 6, 7], "max_tokens": 9, "stream": stream}
+    answer = impatient.post(COMPLETIONS, fields)
+    assert (answer.status, answer.text) == (200, text_for(fields))
+    assert sorted(len(one["body"]["prompt"]) for one in engines.requests("decode")) == [3, 7]
+
+
 def test_a_chat_goes_on_in_its_last_message(impatient: Proxy, engines: Engines) -> None:
     engines.fault("decode", "recomputed", shared=True, after=4)
     messages = [{"role": "system", "content": "be short"}, {"role": "user", "content": [{"type": "text", "text": "a"}]}]
@@ -164,7 +173,7 @@ def test_continuations_are_bounded_and_counted(start_proxy: Callable[..., Proxy]
 
 @pytest.mark.parametrize("more", [
     {"n": 2}, {"logprobs": 1}, {"response_format": {"type": "json_object"}}, {"guided_regex": "a+"}, {"stop": " 0"},
-    {"presence_penalty": 1.0}, {"prompt": [1, 2, 3]}, {"prompt": ["a", "b"]},
+    {"presence_penalty": 1.0}, {"prompt": ["a", "b"]},
 ])  # fmt: skip
 def test_where_it_is_not_exact_the_client_is_told(impatient: Proxy, engines: Engines, more: dict[str, Any]) -> None:
     fields = {**body_of(COMPLETIONS, num_tokens=9, stream=True), **more}
