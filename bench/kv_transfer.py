@@ -1,11 +1,15 @@
 """How fast blocks move from one engine's pool to another's, beside a plain memory copy of the same blocks.
 
-    python -m bench.kv_transfer [--transport shm|mooncake] [--rounds N] [--check]
+    python -m bench.kv_transfer [--transport shm|tcp|mooncake] [--order random|contiguous|both] [--rounds N] [--check]
 
 Two real pd-sidecar processes on loopback and two pools in this process. A transfer is timed from `client.pull()` to
 the PullEnded that `client.poll()` returns; the plain copy is one memmove a block between the same two pools, in the
-same round, one thread. Blocks are a random choice on both sides, so hardly any are neighbours. `--check` ends with
-status 1 if a shm transfer of 8 MiB or more is below 0.8 of the plain copy.
+same round, one thread, in both orders. In random order the blocks are a random choice on both sides, so hardly any
+are neighbours; in contiguous order they are one run, which a transfer joins and the plain copy does not.
+
+With --transport tcp the comparisons are plain sockets (one connection, 1 MiB calls, from one process to another) and
+Mooncake's own TCP, where it is installed, in the same rounds. `--check` ends with status 1 if, at 8 MiB or more, shm
+is below 0.8 of the plain copy, or tcp below 0.7 of plain sockets or 3 times Mooncake's TCP at 16 KiB blocks.
 """
 
 from __future__ import annotations
@@ -13,6 +17,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import importlib.util
+import itertools
 import mmap
 import os
 import platform
@@ -26,6 +32,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from bench.plain_sockets import plain_sockets
 from sidecar.client import SidecarClient
 from sidecar.layout import KvLayout, Plane
 from sidecar.protocol import Offer, OfferEnded, PullEnded, PullSource
@@ -38,6 +45,9 @@ SHAPES = [
 ]  # fmt: skip
 """(bytes a block, bytes a transfer)."""
 BAR = 0.8
+TCP_BAR = 0.7
+MOONCAKE_BAR = 3.0
+MOONCAKE_BAR_BLOCK = 16 << 10
 
 
 class Engine:
@@ -121,7 +131,15 @@ def plain_copy(producer: Engine, consumer: Engine, remote: list[int], local: lis
     return time.perf_counter() - started
 
 
-def measure_shape(directory: Path, transport: str, block_bytes: int, num_bytes: int, rounds: int) -> float:
+def choose(order: str, pool_blocks: int, num_blocks: int) -> list[int]:
+    """Block ids of one side."""
+    if order == "random":
+        return random.sample(range(pool_blocks), num_blocks)
+    first = random.randrange(pool_blocks - num_blocks + 1)
+    return list(range(first, first + num_blocks))
+
+
+def measure_shape(directory: Path, transport: str, order: str, block_bytes: int, num_bytes: int, rounds: int) -> float:
     """Print one line; the ratio of the medians."""
     with sidecar(directory, "producer", transport) as p, sidecar(directory, "consumer", transport) as c:
         producer, consumer = Engine(p, block_bytes), Engine(c, block_bytes)
@@ -129,8 +147,8 @@ def measure_shape(directory: Path, transport: str, block_bytes: int, num_bytes: 
         copies, transfers = [], []
         num_blocks = num_bytes // block_bytes
         for number in range(rounds + 2):
-            remote = random.sample(range(producer.num_blocks), num_blocks)
-            local = random.sample(range(consumer.num_blocks), num_blocks)
+            remote = choose(order, producer.num_blocks, num_blocks)
+            local = choose(order, consumer.num_blocks, num_blocks)
             copy_s = plain_copy(producer, consumer, remote, local, block_bytes)
             _, transfer_s = transfer(producer, consumer, remote, local, f"round-{number}")
             if number >= 2:
@@ -141,12 +159,56 @@ def measure_shape(directory: Path, transport: str, block_bytes: int, num_bytes: 
     copy_s, transfer_s = statistics.median(copies), statistics.median(transfers)
     ratio = copy_s / transfer_s
     print(
-        f"{block_bytes // 1024:>6} KiB x {num_blocks:<5} {num_bytes // MIB:>4} MiB   "
+        f"{block_bytes // 1024:>6} KiB x {num_blocks:<5} {num_bytes // MIB:>4} MiB {order:<10}  "
         f"copy {num_bytes / copy_s / 2**30:6.2f} GiB/s   transfer {num_bytes / transfer_s / 2**30:6.2f} GiB/s "
         f"({transfer_s * 1e3:7.2f} ms)   ratio {ratio:5.2f}",
         flush=True,
     )
     return ratio
+
+
+@contextlib.contextmanager
+def pair(directory: Path, transport: str, block_bytes: int) -> Iterator[tuple[Engine, Engine]]:
+    with (
+        sidecar(directory, f"producer-{transport}", transport) as p,
+        sidecar(directory, f"consumer-{transport}", transport) as c,
+    ):
+        ends = Engine(p, block_bytes), Engine(c, block_bytes)
+        ctypes.memset(ends[0].address, 7, POOL_BYTES)
+        try:
+            yield ends
+        finally:
+            for end in ends:
+                end.close()
+
+
+def measure_tcp(directory: Path, order: str, block_bytes: int, num_bytes: int, rounds: int) -> tuple[float, float]:
+    """Print one line; tcp's ratio to plain sockets, and to Mooncake's TCP (infinite where that is not installed)."""
+    kinds = ["tcp", *(["mooncake"] if importlib.util.find_spec("mooncake") else [])]
+    num_blocks = num_bytes // block_bytes
+    times: dict[str, list[float]] = {kind: [] for kind in ("sockets", *kinds)}
+    with contextlib.ExitStack() as stack:
+        raw = stack.enter_context(plain_sockets())
+        pairs = {kind: stack.enter_context(pair(directory, kind, block_bytes)) for kind in kinds}
+        for number in range(rounds + 2):
+            took = {"sockets": raw(num_bytes)}
+            for kind, (producer, consumer) in pairs.items():
+                remote = choose(order, producer.num_blocks, num_blocks)
+                local = choose(order, consumer.num_blocks, num_blocks)
+                took[kind] = transfer(producer, consumer, remote, local, f"round-{number}")[1]
+            if number >= 2:
+                for kind, seconds in took.items():
+                    times[kind].append(seconds)
+    medians = {kind: statistics.median(seconds) for kind, seconds in times.items()}
+    rates = "   ".join(f"{kind} {num_bytes / seconds / 2**30:5.2f} GiB/s" for kind, seconds in medians.items())
+    to_sockets = medians["sockets"] / medians["tcp"]
+    to_mooncake = medians.get("mooncake", float("inf")) / medians["tcp"]
+    print(
+        f"{block_bytes // 1024:>6} KiB x {num_blocks:<5} {num_bytes // MIB:>4} MiB {order:<10}  {rates}   "
+        f"tcp to sockets {to_sockets:.2f}, to mooncake {to_mooncake:.2f}",
+        flush=True,
+    )
+    return to_sockets, to_mooncake
 
 
 def measure_control(directory: Path, transport: str, rounds: int) -> None:
@@ -168,21 +230,28 @@ def measure_control(directory: Path, transport: str, rounds: int) -> None:
 
 def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--transport", choices=("shm", "mooncake"), default="shm")
+    arguments.add_argument("--transport", choices=("shm", "tcp", "mooncake"), default="shm")
+    arguments.add_argument("--order", choices=("random", "contiguous", "both"), default="both")
     arguments.add_argument("--rounds", type=int, default=30)
     arguments.add_argument("--check", action="store_true")
     chosen = arguments.parse_args()
+    orders = ("random", "contiguous") if chosen.order == "both" else (chosen.order,)
     print(f"{os.cpu_count()} CPUs, {platform.machine()}, Python {platform.python_version()}, {chosen.transport}")
     low = []
     with tempfile.TemporaryDirectory(prefix="baton-bench-") as name:
         directory = Path(name)
         measure_control(directory, chosen.transport, 20 * chosen.rounds)
-        for block_bytes, num_bytes in SHAPES:
-            ratio = measure_shape(directory, chosen.transport, block_bytes, num_bytes, chosen.rounds)
-            if num_bytes >= 8 * MIB and ratio < BAR:
-                low.append((block_bytes, num_bytes, ratio))
-    if chosen.check and chosen.transport == "shm" and low:
-        print(f"below {BAR} of a plain copy: {low}")
+        for order, (block_bytes, num_bytes) in itertools.product(orders, SHAPES):
+            shape = (order, block_bytes, num_bytes)
+            if chosen.transport == "tcp":
+                to_sockets, to_mooncake = measure_tcp(directory, *shape, chosen.rounds)
+                bad = to_sockets < TCP_BAR or (block_bytes == MOONCAKE_BAR_BLOCK and to_mooncake < MOONCAKE_BAR)
+            else:
+                bad = measure_shape(directory, chosen.transport, *shape, chosen.rounds) < BAR
+            if bad and num_bytes >= 8 * MIB and chosen.transport != "mooncake":
+                low.append(shape)
+    if chosen.check and low:
+        print(f"below the bar: {low}")
         return 1
     return 0
 

@@ -8,9 +8,10 @@ says which. Answers are deterministic (`bench.mock_answers`), what a caller does
 out and not yet consumed or released as outstanding (`bench.mock_ledger`). A request may carry `"mock": {"prefill_s",
 "first_token_s", "interval_s", "num_tokens"}` to shape its own answer.
 
-Every port, and the control port that no fault touches, serves GET /health, /v1/models, /metrics, /mock/state,
-/mock/requests and POST /mock/fault {"port" | "role", "kind", ...} (`bench.mock_faults`), /mock/instance {"port",
-"action": "stop" | "start" | "unhealthy" | "healthy"}, /mock/config {"prefill_s", ..., "flavour"}, /mock/reset.
+Every port, and the control port that no fault touches, serves GET /health, /v1/models, /metrics, the routes of
+`bench.mock_routes`, /mock/state, /mock/requests and POST /mock/fault {"port" | "role", "kind", ...}
+(`bench.mock_faults`), /mock/instance {"port", "action": "stop" | "start" | "unhealthy" | "healthy"}, or {"port",
+"action": "answer", "route", "status"}, /mock/config {"prefill_s", ..., "flavour"}, /mock/reset.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 import orjson
 import uvloop
 
+from bench import mock_routes
 from bench.mock_faults import Fault
 from bench.mock_http import Connection, Request, error_response, json_response
 from bench.mock_instance import MockInstance, Pace
@@ -77,6 +79,9 @@ class MockFleet:
 
     def _control(self, connection: Connection, request: Request) -> None:
         instance = next((i for i in self.instances if connection in i.connections), self.control)
+        if mock_routes.is_engine_route(request.path):
+            connection.answer(mock_routes.answer(instance, request, self.options.model))
+            return
         if request.method == "GET":
             connection.answer(self._get(instance, request.path))
             return
@@ -129,10 +134,16 @@ class MockFleet:
         elif path == "/mock/instance":
             (instance,) = self._named(fields)
             action = fields["action"]
-            if action in ("healthy", "unhealthy"):
+            if action == "answer":  # a route of mock_routes, from now on with this status
+                instance.statuses[fields["route"]] = fields["status"]
+            elif action in ("healthy", "unhealthy"):
                 instance.healthy = action == "healthy"
+            elif action in ("freeze", "thaw"):
+                (instance.freeze if action == "freeze" else instance.thaw)()
+            elif action == "mute":
+                instance.mute = True
             else:
-                return {"stop": instance.stop, "start": instance.start}[action]
+                return {"stop": instance.stop, "start": instance.start, "deaf": instance.go_deaf}[action]
         elif path == "/mock/config":
             self.ledger.flavour = fields.pop("flavour", self.ledger.flavour)
             self.options.num_tokens = fields.pop("num_tokens", self.options.num_tokens)
@@ -151,7 +162,10 @@ class MockFleet:
             instance.faults.clear()
             instance.counts.clear()
             instance.recorded.clear()
+            instance.statuses.clear()
             instance.healthy = True
+            instance.mute = False
+            instance.thaw()
             for connection in list(instance.running):
                 connection.reset()
             await instance.start()

@@ -15,6 +15,7 @@ WITHIN = frozenset(
         "reset_mid",
         "close_mid",
         "hang_mid",
+        "garbage_mid",
         "bad_json",
         "no_kv",
         "recomputed",

@@ -27,6 +27,7 @@ from bench.mock_http import (
 from bench.mock_ledger import KvLedger, KvRefused
 
 BACKLOG = 4096
+GARBAGE_CHUNK = b"no length of a chunk\r\n"
 MAX_RECORDED = 256
 HOT = {"/v1/completions": False, "/v1/chat/completions": True}
 _epochs = itertools.count(1)
@@ -88,6 +89,9 @@ class Stream:
         connection, index = self.connection, self.index
         if connection.gone:
             return False
+        if self.instance.frozen:
+            self.instance.when_thawed(lambda: self.loop.add(self))
+            return False
         if connection.paused:
             connection.on_resumed = lambda: self.loop.add(self)
             return False
@@ -136,6 +140,8 @@ class Stream:
             self.instance.finished(connection)
         elif fault.kind == "reset_mid":
             connection.reset()
+        elif fault.kind == "garbage_mid":
+            connection.send(GARBAGE_CHUNK)
         else:
             connection.close()
         return False
@@ -161,12 +167,22 @@ class MockInstance:
     counts: Counter[str] = field(default_factory=Counter)
     recorded: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=MAX_RECORDED))
     healthy: bool = True
+    mute: bool = False
+    """`/health` is not answered."""
+    frozen: bool = False
+    _held: list[Callable[[], None]] = field(default_factory=list)
+    statuses: dict[str, int] = field(default_factory=dict)
+    """By path: what a route beside the hot ones answers instead of 200."""
     _server: asyncio.Server | None = None
+    _deaf: list[socket.socket] = field(default_factory=list)
     _loops: dict[float, StepLoop] = field(default_factory=dict)
 
     async def start(self) -> None:
         if self._server is not None:
             return
+        for one in self._deaf:
+            one.close()
+        self._deaf.clear()
         loop = asyncio.get_running_loop()
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -188,10 +204,42 @@ class MockInstance:
         self.running.clear()
         self.ledger.void(f"{self.host}:{self.port}")
 
+    async def go_deaf(self) -> None:
+        """Stop, and let nobody connect or be refused: as a machine without power looks to those who connect."""
+        await self.stop()
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((self.host, self.port))
+        listener.listen(0)
+        self._deaf.append(listener)
+        for _ in range(4):  # fill the queue of those that nobody accepts; the kernel ignores who comes then
+            one = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+            one.setblocking(False)
+            one.connect_ex((self.host, self.port))
+            self._deaf.append(one)
+
+    def freeze(self) -> None:
+        """As SIGSTOP: connections are made and kept, what is sent is taken, and nothing is answered until `thaw`."""
+        self.frozen = True
+
+    def when_thawed(self, go_on: Callable[[], None]) -> None:
+        self._held.append(go_on)
+
+    def thaw(self) -> None:
+        self.frozen = False
+        held, self._held = self._held, []
+        for go_on in held:
+            go_on()
+
     def handle(self, connection: Connection, request: Request) -> None:
         if request.path == "/tokenize":
             tokens = tokens_of(orjson.loads(request.body)["prompt"])
             connection.answer(json_response(200, orjson.dumps({"tokens": tokens, "count": len(tokens)})))
+            return
+        if self.frozen:
+            self._held.append(lambda: None if connection.gone else self.handle(connection, request))
+            return
+        if self.mute and request.path == "/health":
             return
         chat = HOT.get(request.path)
         if chat is None or request.method != "POST":
@@ -232,6 +280,9 @@ class MockInstance:
             self.running.discard(connection)
 
     def _answer(self, connection: Connection, payload: bytes) -> None:
+        if self.frozen:
+            self._held.append(lambda: self._answer(connection, payload))
+            return
         if not connection.gone:
             connection.send(payload)
             self.finished(connection)
@@ -277,6 +328,9 @@ class MockInstance:
 
         def answer() -> None:
             if connection.gone:
+                return
+            if self.frozen:
+                self._held.append(answer)
                 return
             script = script_of(fields, 1)
             more: dict[str, Any] = {}
@@ -342,6 +396,10 @@ class MockInstance:
             self._answer(connection, error_response(500, fault.message))
         elif fault.kind == "bad_json":
             self._answer(connection, json_response(200, b'{"id": "broken", "choices": ['))
+        elif fault.kind == "garbage_mid":
+            head, _, body = response.partition(b"\r\n\r\n")
+            head = head.partition(b"content-length")[0] + b"transfer-encoding: chunked\r\n\r\n"
+            connection.send(head + chunk(body[:20]) + GARBAGE_CHUNK)
         else:
             connection.send(response[: len(response) - 40])
             if fault.kind == "reset_mid":

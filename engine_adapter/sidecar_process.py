@@ -43,6 +43,7 @@ class SidecarCommand:
             sys.executable, "-m", "sidecar.cli", "--socket", socket_path, "--listen", self.listen,
             "--engine-id", self.engine_id, "--rank", str(self.rank), "--transport", self.transport,
             "--metrics-port", str(self.metrics_port), "--log-level", self.log_level, "--exit-on-stdin-eof",
+            "--remove-directory",
         ]  # fmt: skip
 
 

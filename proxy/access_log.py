@@ -3,11 +3,23 @@ request."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from typing import TextIO
 
 MAX_HELD_LINES = 10_000
+_CLOCK = "%Y-%m-%dT%H:%M:%S"
+
+
+class LogFormat(logging.Formatter):
+    """Every other line of the log, with the time written as the access log has it."""
+
+    default_time_format = _CLOCK
+    default_msec_format = "%s.%03d"
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s %(message)s")
 
 
 class AccessLog:
@@ -30,7 +42,7 @@ class AccessLog:
         for stamp, line in held:
             if int(stamp) != second:
                 second = int(stamp)
-                clock = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(second))
+                clock = time.strftime(_CLOCK, time.localtime(second))
             text.append(f"{clock}.{int(stamp % 1 * 1000):03d} INFO proxy.access {line}\n")
         try:
             self._stream.write("".join(text))

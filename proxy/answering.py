@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from proxy import http1
+from proxy.answer import Answer
 from proxy.errors import ProxyError
 from proxy.flow import Flow
-from proxy.upstream import Answer
 
 SMALL_BYTES = 16384  # below it, joining head and body costs less than a second write
 

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+from collections.abc import Callable
 from time import monotonic
 
 from aiohttp import web
@@ -17,32 +18,42 @@ from proxy.admission import Admission
 from proxy.capacity import CapacityReader
 from proxy.config import Address, ProxyConfig
 from proxy.contracts import CONTRACTS
-from proxy.control_api import ControlApi, control_protocols
+from proxy.control_api import ControlApi
+from proxy.control_http import control_protocols
+from proxy.discovery.dns import NameWatcher, Resolve, look_up
+from proxy.discovery.kubernetes import PodWatcher
 from proxy.dispatch import Dispatcher
 from proxy.drain import wait_until
 from proxy.errors import StartError
+from proxy.fan_out import FanOut
 from proxy.frontend import ClientConnection, Services
 from proxy.health_probe import Prober
 from proxy.instance import Fleet, Role
+from proxy.instances_api import InstancesApi
 from proxy.kv_ledger import KvLedger
 from proxy.legs import Legs
 from proxy.load_ledger import settle_speeds
+from proxy.membership import Membership
 from proxy.metrics import ProxyMetrics
+from proxy.pass_through import PassThrough
 from proxy.reclaim import Reclaimer
+from proxy.reload import reload
 from proxy.report import Reporter
 from proxy.scheduling import make_policy
+from proxy.upstream_pool import SWEEP_S
 
 log = logging.getLogger(__name__)
 
-TICK_S = 0.25  # of the one coarse timer: overdue and idle connections, the access log, speeds, drained instances
+TICK_S = SWEEP_S  # of the one coarse timer: overdue and idle connections, the access log, speeds, drained instances
 SPEED_DRIFT_A_TICK = 0.01  # an outdated speed is half forgotten after about 17 s
 
 
 class ProxyApp:
     """`start()`, then `drain()`, then `stop()`. `addresses` is where it listens."""
 
-    def __init__(self, config: ProxyConfig, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, config: ProxyConfig, loop: asyncio.AbstractEventLoop, resolve: Resolve = look_up) -> None:
         self.config = config
+        self._read = config  # as the file and the flags had it last
         self._loop = loop
         bearer = os.environ.get("OPENAI_API_KEY")
         bearer_line = f"Authorization: Bearer {bearer}\r\n".encode("latin-1") if bearer else b""
@@ -59,18 +70,27 @@ class ProxyApp:
         self.dispatcher = Dispatcher(config, legs, self.admission, reporter, loop, bearer_line)
         self._capacity_reader = CapacityReader(config, self.fleet, loop, bearer_line)
         self.prober = Prober(config, self.fleet, loop, bearer_line)
-        self._control = ControlApi(
-            config,
+        self.membership = Membership(config, self.fleet, self.kv_ledger, self.prober, loop)
+        self._names = NameWatcher(self.fleet, self.membership, config.dns_refresh_interval, loop, resolve)
+        self._pods = PodWatcher(config, self.membership, loop) if config.discover == "k8s" else None
+        self._pass_through = PassThrough(config, self.fleet, self.metrics, bearer_line)
+        control = ControlApi(
             self.fleet,
-            self.kv_ledger,
-            self.reclaimer,
-            self.prober,
             self.metrics,
             self.num_in_flight,
             bearer_line,
+            InstancesApi(
+                self.fleet, self.membership, self.kv_ledger, self.reclaimer, self.admission, self.num_in_flight
+            ),
+            FanOut(self.fleet, bearer_line),
+            self._pass_through,
         )
         self._runner = web.AppRunner(
-            self._control.application(), access_log=None, handle_signals=False, handler_cancellation=True
+            control.application(),
+            access_log=None,
+            handle_signals=False,
+            handler_cancellation=True,
+            auto_decompress=False,
         )
         self._services: Services
         self._servers: list[asyncio.Server] = []
@@ -78,7 +98,7 @@ class ProxyApp:
         self.addresses: list[Address] = []
 
     def num_in_flight(self) -> int:
-        return len(self.dispatcher.open)
+        return len(self.dispatcher.open) + self._pass_through.num_open
 
     def num_waiting(self) -> int:
         return self.admission.num_waiting
@@ -106,6 +126,9 @@ class ProxyApp:
         self.prober.follow()
         self.admission.tick()
         self._capacity_reader.start()
+        self._names.start()
+        if self._pods is not None:
+            self._pods.start()
         self._ticker = self._loop.create_task(self._tick())
 
     async def _tick(self) -> None:
@@ -118,8 +141,7 @@ class ProxyApp:
                 connection.check_idle(now)
             for role in Role:
                 settle_speeds((one.load for one in self.fleet.members[role]), SPEED_DRIFT_A_TICK)
-            if self.fleet.drop_drained():
-                self.prober.follow()
+            self.membership.tick(now)
             self.admission.tick()
             self._access_log.flush()
 
@@ -130,7 +152,10 @@ class ProxyApp:
         self._services.draining = True
         for connection in list(self._services.connections):
             connection.close_if_idle()
-        return await wait_until(lambda: not self.dispatcher.open, self.config.drain_timeout_s)
+        return await wait_until(lambda: not self.num_in_flight(), self.config.drain_timeout_s)
+
+    def reload(self, reread: Callable[[], ProxyConfig]) -> None:
+        self._read = reload(self.config, self._read, reread, self.membership)
 
     async def stop(self) -> None:
         for connection in list(self._services.connections):
@@ -138,11 +163,16 @@ class ProxyApp:
         await asyncio.sleep(0)
         await wait_until(lambda: not self.dispatcher.open, 1.0)
         await self.reclaimer.finish()
+        if self._pods is not None:
+            await self._pods.stop()
+        self._names.stop()
+        self.membership.stop()
         self.prober.stop()
         self._capacity_reader.stop()
         if self._ticker is not None:
             self._ticker.cancel()
         await self._runner.cleanup()
+        await self._pass_through.close()
         for instance in self.fleet.all:
             instance.pool.close()
         await asyncio.sleep(0)
@@ -192,13 +222,14 @@ def _cannot_listen(host: str, port: int, error: OSError | None) -> str:
     return f"cannot listen on {host}:{port}: {error.strerror if error else 'no address'}; choose another with --host"
 
 
-async def run(config: ProxyConfig) -> None:
-    """Serve until SIGTERM or SIGINT, then drain. A second signal ends it at once."""
+async def run(config: ProxyConfig, reread: Callable[[], ProxyConfig]) -> None:
+    """Serve until SIGTERM or SIGINT, then drain. A second signal ends it at once. SIGHUP: `reread` and follow."""
     loop = asyncio.get_running_loop()
     told = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told.set)
     app = ProxyApp(config, loop)
+    loop.add_signal_handler(signal.SIGHUP, app.reload, reread)
     await app.start()
     print("ready", " ".join(f"listen={address}" for address in app.addresses), flush=True)
     log.info(

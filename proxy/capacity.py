@@ -62,10 +62,13 @@ class CapacityReader:
             return
         if not instance.health.healthy:
             return
+        instance.num_probes += 1
         try:
             answer = await instance.pool.call(self._head, timeout_s=config.health_timeout_s)
         except UpstreamFailure:
             return  # its health is the prober's business
+        finally:
+            instance.num_probes -= 1
         found = kv_tokens_of(answer.body) if answer.status == 200 else None
         usable = int(found * config.decoder_kv_overcommit) if found else 0
         if usable != load.max_kv_tokens:

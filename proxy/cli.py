@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import uvloop
 
+from proxy.access_log import LogFormat
 from proxy.app import run
 from proxy.config import ProxyConfig, load_config, nearest
 from proxy.errors import ConfigError, StartError
@@ -34,6 +35,8 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments: "):
             flag = message.removeprefix("unrecognized arguments: ").split()[0]
+            if not flag.startswith("-"):
+                raise ConfigError(f"'{flag}' is not expected here: there are only flags (--help lists them)")
             known = [option for action in self._actions for option in action.option_strings]
             message = f"unknown flag {flag}{nearest(flag, known)}"
         raise ConfigError(message)
@@ -75,21 +78,22 @@ def read_config(argv: Sequence[str]) -> ProxyConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    words = sys.argv[1:] if argv is None else argv
     try:
-        config = read_config(sys.argv[1:] if argv is None else argv)
+        config = read_config(words)
     except ConfigError as error:
         print(f"pd-proxy: {error}", file=sys.stderr)
         sys.exit(2)
-    logging.basicConfig(
-        level=config.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LogFormat())
+    logging.basicConfig(level=config.log_level, handlers=[handler])
     for foreign in ("aiohttp", "asyncio"):
         logging.getLogger(foreign).setLevel(max(logging.WARNING, logging.getLogger().level))
     gc.freeze()
     gc.set_threshold(GC_ALLOCATIONS, 20, 50)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(run(config))
+            runner.run(run(config, lambda: read_config(words)))
     except StartError as error:
         print(f"pd-proxy: {error}", file=sys.stderr)
         sys.exit(1)

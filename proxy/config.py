@@ -23,6 +23,9 @@ Bytes = Annotated[int, Field(ge=1)]
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 
 
+_SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
+
+
 class Address(NamedTuple):
     host: str
     port: int
@@ -71,6 +74,12 @@ class ProxyConfig(BaseModel):
         600, description="from sending a decode to its first event (or whole answer)"
     )
     between_tokens_timeout_s: Seconds = Field(300, description="silence in the middle of a stream")
+    total_timeout_s: float = Field(
+        0,
+        ge=0,
+        le=86400,
+        description="for a whole request, from its arrival to the end of its stream; 0 is no limit",
+    )
     request_read_timeout_s: Seconds = Field(60, description="for a client to send a whole request")
     client_keepalive_s: Seconds = Field(75, description="idle time of a client's connection")
     upstream_keepalive_s: Seconds = Field(
@@ -98,12 +107,33 @@ class ProxyConfig(BaseModel):
         4 << 20, ge=0, description="of a stream kept in case its decoder is lost; a longer one is not continued"
     )
 
+    discover: Literal["", "k8s"] = Field("", description="where instances are found besides those named: k8s, for pods")
+    k8s_selector: str = Field("", description="label selector of the pods that are instances, such as app=vllm")
+    k8s_namespace: str = Field("", description="their namespace (empty: that of the proxy's own pod)")
+    k8s_role_label: str = Field("pd-baton/role", description="label that says prefill, decode or both")
+    k8s_port_annotation: str = Field("pd-baton/port", description="annotation that says a pod's port")
+    k8s_port: Port = Field(8000, description="port of pods without that annotation")
+    k8s_api: str = Field("", description="URL of the API server (empty: that of the cluster the proxy runs in)")
+    k8s_token_file: str = Field(_SERVICE_ACCOUNT + "/token", description="bearer token for it, read for every call")
+    k8s_ca_file: str = Field(_SERVICE_ACCOUNT + "/ca.crt", description="certificate authority of it")
+    dns_refresh_interval: float = Field(
+        30, ge=0, le=86400, description="seconds between look-ups of instances' host names; 0 leaves it to each connect"
+    )
+
+    instance_drain_timeout_s: Seconds = Field(
+        600, description="for what is open on an instance that was removed, and for the KV it handed out to be read"
+    )
     drain_timeout_s: Seconds = Field(30, description="for requests in flight when told to stop")
     reclaim_timeout_s: Seconds = Field(5, description="for giving orphaned KV back")
-    health_interval_s: Seconds = Field(5, description="between probes of an instance that is well")
+    health_interval_s: Seconds = Field(2, description="between probes of an instance that is well")
     health_retry_interval_s: Seconds = Field(0.5, description="between probes of an instance that is out")
     health_timeout_s: Seconds = Field(3, description="for the answer to a probe")
-    health_max_failures: int = Field(2, ge=1, description="consecutive connect failures that take an instance out")
+    health_max_failures: int = Field(
+        2, ge=1, description="consecutive failures to connect or of probes that take it out"
+    )
+    health_max_request_failures: int = Field(
+        5, ge=1, description="consecutive requests that fail on an instance (5xx, reset, no answer) before it is out"
+    )
 
     def policy_of(self, role: str) -> str:
         """The name of the policy for `role`, "prefill" or "decode"."""
@@ -111,13 +141,24 @@ class ProxyConfig(BaseModel):
 
     @property
     def prefillers(self) -> tuple[Address, ...]:
+        if self._has_none("prefiller"):
+            return ()
         return expand(
             "prefiller", self.prefiller_hosts, self.prefiller_ports, self.prefiller_hosts_num, self.prefiller_ports_inc
         )
 
     @property
     def decoders(self) -> tuple[Address, ...]:
+        if self._has_none("decoder"):
+            return ()
         return expand("decoder", self.decoder_hosts, self.decoder_ports, self.decoder_hosts_num, self.decoder_ports_inc)
+
+    def _has_none(self, role: str) -> bool:
+        """Named empty, or left to discovery: instances will come by themselves."""
+        hosts, ports = f"{role}_hosts", f"{role}_ports"
+        if self.discover and not {hosts, ports} & self.model_fields_set:
+            return True
+        return not getattr(self, hosts) and ports not in self.model_fields_set
 
 
 def expand(
@@ -149,6 +190,12 @@ def expand(
     if twice:
         raise ConfigError(f"--{role}-hosts and --{role}-ports name {twice} twice")
     return found
+
+
+# What a reload may change: who the instances are.
+INSTANCE_KEYS = tuple(
+    f"{role}_{rest}" for role in ("prefiller", "decoder") for rest in ("hosts", "ports", "hosts_num", "ports_inc")
+)
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

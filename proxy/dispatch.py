@@ -15,7 +15,7 @@ from time import monotonic
 from proxy.admission import Admission
 from proxy.answering import send_error, send_whole
 from proxy.config import ProxyConfig
-from proxy.errors import BadRequest, ProxyError
+from proxy.errors import BadRequest, Failure, ProxyError
 from proxy.flow import Flow
 from proxy.frontend import ClientConnection
 from proxy.http1 import RequestHead
@@ -52,12 +52,24 @@ class Dispatcher:
         self._ids = itertools.count(1)
         self._id_prefix = uuid.uuid4().hex[:20]
         self.open: set[Flow] = set()
+        self._out_of_time_flows: set[Flow] = set()
 
     def serve(self, client: ClientConnection, head: RequestHead, body: bytes) -> asyncio.Task[None]:
         request_id = head.request_id or f"{self._id_prefix}-{next(self._ids):x}"
         budget = Budget(self._config.max_retries, self._config.retry_delay)
         flow = Flow(client, head, ROUTES[head.path], request_id, budget, monotonic())
-        return self._loop.create_task(self._serve(flow, body))
+        task = self._loop.create_task(self._serve(flow, body))
+        if self._config.total_timeout_s:
+            timer = self._loop.call_later(self._config.total_timeout_s, self._out_of_time, flow, task)
+            task.add_done_callback(lambda _: timer.cancel())
+        return task
+
+    def _out_of_time(self, flow: Flow, task: asyncio.Task[None]) -> None:
+        """The request's own limit has passed: what is open is ended, and the client told."""
+        relayed = flow.headers_sent and flow.client.end_relay(Failure.OUT_OF_TIME)
+        if not relayed and not task.done():  # nothing was begun, or it waits for the rest of what was
+            self._out_of_time_flows.add(flow)
+            task.cancel()
 
     async def _serve(self, flow: Flow, body: bytes) -> None:
         """Whatever happens, the client is answered or gone, and nothing stays open."""
@@ -75,8 +87,10 @@ class Dispatcher:
             else:
                 await relayer.relay(flow, answer)
         except asyncio.CancelledError:
-            flow.outcome = "client_gone"
-            raise
+            if flow not in self._out_of_time_flows or flow.client.transport.is_closing():
+                flow.outcome = "client_gone"
+                raise
+            send_error(flow, ProxyError(504, "Not answered in time (--total-timeout-s).", error_type="timeout"))
         except PassOn as passed:
             flow.outcome = "upstream_error"
             send_whole(flow, passed.answer)
@@ -89,6 +103,7 @@ class Dispatcher:
             flow.release_loads()
             self._legs.give_kv_back(flow)
             self.open.discard(flow)
+            self._out_of_time_flows.discard(flow)
             self._reporter.ended(flow, monotonic())
 
     def _read(self, flow: Flow, body: bytes) -> None:

@@ -84,11 +84,16 @@ class Failure(enum.StrEnum):
     STALE = "stale"  # a reused connection died before a byte of the answer: a restarted engine, mostly
     RESET = "reset"  # a fresh connection died before the answer was whole (or before the first event)
     TIMEOUT = "timeout"  # no answer, or no first event, in time
+    INSTANCE_OUT = "instance_out"  # not a byte, and meanwhile the probes have taken the instance out
     GARBAGE = "garbage"  # not HTTP, or not what the contract promises
     CLIENT_ERROR = "client_error"  # 4xx
     SERVER_ERROR = "server_error"  # 5xx
     ERROR_EVENT = "error_event"  # 200, and the first event of the stream is an error
-    LOST_MID_ANSWER = "lost_mid_answer"  # the client has bytes of the answer already
+    # The client has bytes of the answer already:
+    LOST_MID_ANSWER = "lost_mid_answer"  # the connection ended
+    SILENT_MID_ANSWER = "silent_mid_answer"  # nothing came for too long, or since the probes took the instance out
+    GARBAGE_MID_ANSWER = "garbage_mid_answer"  # what came is not HTTP
+    OUT_OF_TIME = "out_of_time"  # the request's own limit (--total-timeout-s), whatever the instance does
 
 
 class UpstreamFailure(Exception):

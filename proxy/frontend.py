@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, cast
 
 from proxy import http1
 from proxy.config import ProxyConfig
-from proxy.errors import BadHead, ProxyError, TooLarge
+from proxy.errors import BadHead, Failure, ProxyError, TooLarge
 from proxy.http1 import HEAD_END, ChunkDecoder, RequestHead
 from proxy.openai_api import ROUTES
 
@@ -204,6 +204,13 @@ class ClientConnection(asyncio.Protocol):
     def relay_from(self, upstream: UpstreamConnection | None) -> None:
         """From now on the client's pace slows `upstream` down, and its leaving ends it."""
         self._relayed = upstream
+
+    def end_relay(self, failure: Failure) -> bool:
+        """End the stream that is relayed, as if its instance had failed so. False if none is."""
+        if self._relayed is None:
+            return False
+        self._relayed.end_relay(failure)
+        return True
 
     def answered(self, *, close: bool) -> None:
         """The answer was written in full: read the next request, or close."""

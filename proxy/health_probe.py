@@ -1,6 +1,6 @@
 """Asking instances how they are: `GET /health`, seldom while they are well, often while they are out.
 
-Also admits added instances once they answer `GET /v1/models`, as the seeds' proxy does (ascend-proxy.md 2.1,
+An instance that is added is asked for `GET /v1/models` first, as the seeds' proxy does (ascend-proxy.md 2.1,
 NodeListener).
 """
 
@@ -10,9 +10,9 @@ import asyncio
 import logging
 from time import monotonic
 
-from proxy.config import Address, ProxyConfig
-from proxy.errors import UpstreamFailure
-from proxy.instance import Fleet, Instance, Role
+from proxy.config import ProxyConfig
+from proxy.errors import Failure, UpstreamFailure
+from proxy.instance import Fleet, Instance
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,6 @@ class Prober:
         self._loop = loop
         self._bearer_line = bearer_line
         self._watchers: dict[Instance, asyncio.Task[None]] = {}
-        self.waiting: dict[tuple[Role, Address], asyncio.Task[None]] = {}
 
     def follow(self) -> None:
         members = set(self._fleet.all)
@@ -38,10 +37,9 @@ class Prober:
             self._watchers.pop(instance).cancel()
 
     def stop(self) -> None:
-        for task in [*self._watchers.values(), *self.waiting.values()]:
+        for task in self._watchers.values():
             task.cancel()
         self._watchers.clear()
-        self.waiting.clear()
 
     async def _watch(self, instance: Instance) -> None:
         config = self._config
@@ -54,50 +52,45 @@ class Prober:
             )
 
     async def probe(self, instance: Instance) -> bool:
-        """Any answer below 500 will do: an engine without /health is still an engine."""
-        health = instance.health
+        """Any answer below 500 will do: an engine without /health is still an engine.
+
+        Where an instance that is out says nothing, those who wait on it since before the probe are told."""
+        health, began, is_silent = instance.health, monotonic(), False
+        instance.num_probes += 1
         try:
             answer = await instance.pool.call(
                 b"GET /health HTTP/1.1\r\n" + self._bearer_line, timeout_s=self._config.health_timeout_s
             )
             error = "" if answer.status < 500 else f"GET /health answered {answer.status}"
         except UpstreamFailure as failure:
+            if failure.failure is Failure.STALE:  # an idle connection that the engine closed: says nothing
+                return health.healthy
             error = failure.message
+            # A refusal is an answer: the machine is up, and would have reset the connections of a process that died.
+            is_silent = failure.failure in (Failure.TIMEOUT, Failure.CONNECT_TIMEOUT)
+            if is_silent and instance.pool.heard_since(began):
+                return health.healthy  # busy, and alive: bytes of an answer have come meanwhile
+        finally:
+            instance.num_probes -= 1
         if not error:
             if health.succeeded():
                 log.warning("event=instance_back role=%s instance=%s", instance.role.value, instance.key)
             return True
         if health.failed(monotonic(), error):
             log.warning("event=instance_out role=%s instance=%s reason=%r", instance.role.value, instance.key, error)
+        if not health.healthy and is_silent:
+            instance.pool.instance_is_out(min(began, monotonic() - self._config.health_timeout_s))
         return False
 
-    def admit_when_ready(self, role: Role, address: Address) -> None:
-        key = (role, address)
-        if key not in self.waiting:
-            self.waiting[key] = self._loop.create_task(self._admit(role, address))
-
-    async def _admit(self, role: Role, address: Address) -> None:
-        instance = self._fleet.create(role, address)
-        try:
-            for attempt in range(self._config.max_waiting_retries):
-                if attempt:
-                    await asyncio.sleep(self._config.waiting_retry_interval)
-                if await self._serves(instance):
-                    self._fleet.admit(instance)
-                    self.follow()
-                    log.info("event=instance_added role=%s instance=%s", role.value, instance.key)
-                    return
-            log.warning(
-                "event=instance_dropped role=%s instance=%s reason='not ready in time'", role.value, instance.key
-            )
-            instance.pool.close()
-        finally:
-            self.waiting.pop((role, address), None)
-
-    async def _serves(self, instance: Instance) -> bool:
+    async def serves(self, instance: Instance) -> str:
+        """Why an instance that wants to join can't yet; empty once it lists its models."""
         head = b"GET /v1/models HTTP/1.1\r\n" + self._bearer_line
+        timeout_s = self._config.health_timeout_s
         try:
-            answer = await instance.pool.call(head, timeout_s=self._config.health_timeout_s)
-        except UpstreamFailure:
-            return False
-        return answer.status < 300
+            async with asyncio.timeout(timeout_s):  # the sweep that ends overdue calls knows members only
+                answer = await instance.pool.call(head, timeout_s=timeout_s)
+        except UpstreamFailure as failure:
+            return failure.message
+        except TimeoutError:
+            return "no answer in time"
+        return "" if answer.status < 300 else f"GET /v1/models answered {answer.status}"

@@ -1,41 +1,105 @@
-"""Who exists: the instances of each role, whether an operator wants them used, and how they are added and drained."""
+"""Who exists: the instances of each role, and whether an operator wants them used. `membership.py` changes it."""
 
 from __future__ import annotations
 
 import asyncio
 import enum
+import ipaddress
+import math
 
 from proxy.config import Address, ProxyConfig
 from proxy.health import Health
 from proxy.load_ledger import InstanceLoad
 from proxy.upstream_pool import UpstreamPool
 
+# One backend under three names to the seeds' proxy (ascend-proxy.md 2.1, "Server key"), so a command that adds one
+# and removes another goes on working.
+_THIS_HOST = frozenset({"localhost", "0.0.0.0"})
+
 
 class Role(enum.StrEnum):
     PREFILL = "prefill"
     DECODE = "decode"
 
+    @property
+    def other(self) -> Role:
+        return Role.DECODE if self is Role.PREFILL else Role.PREFILL
+
+
+class Source(enum.StrEnum):
+    """Who brought an instance in. Only that one, or an operator, takes it out."""
+
+    CONFIG = "config"
+    ADMIN = "admin"
+    LEASE = "lease"
+    KUBERNETES = "kubernetes"
+
+
+def canonical(address: Address) -> Address:
+    """One spelling for addresses that mean the same."""
+    host = address.host.lower()
+    if host in _THIS_HOST:
+        return Address("127.0.0.1", address.port)
+    try:
+        return Address(ipaddress.ip_address(host).compressed, address.port)
+    except ValueError:
+        return Address(host, address.port)
+
 
 class Instance:
-    """One engine behind one address. `enabled` is the operator's word, `health` is evidence."""
+    """One engine behind one address. `enabled` is the operator's word, `health` is evidence.
 
-    __slots__ = ("address", "enabled", "health", "key", "load", "pool", "role")
+    `name` is what the address was resolved from, where a host name stands for several instances, else the address.
+    """
 
-    def __init__(self, role: Role, address: Address, config: ProxyConfig, loop: asyncio.AbstractEventLoop) -> None:
+    __slots__ = (
+        "address",
+        "drain_by",
+        "enabled",
+        "health",
+        "key",
+        "load",
+        "name",
+        "num_probes",
+        "pool",
+        "role",
+        "source",
+    )
+
+    def __init__(
+        self,
+        role: Role,
+        address: Address,
+        config: ProxyConfig,
+        loop: asyncio.AbstractEventLoop,
+        source: Source = Source.CONFIG,
+        name: Address | None = None,
+    ) -> None:
         self.role = role
         self.address = address
+        self.name = name or address
         self.key = str(address)
+        self.source = source
         self.enabled = True
-        self.health = Health(config.health_max_failures)
+        self.drain_by = math.inf
+        self.num_probes = 0
+        self.health = Health(config.health_max_failures, config.health_max_request_failures)
         self.load = InstanceLoad()
         self.pool = UpstreamPool(address, config, loop)
+        if name is not None:  # a server that tells virtual hosts apart knows itself by its name
+            self.pool.host_line = UpstreamPool(name, config, loop).host_line
+
+    @property
+    def num_open(self) -> int:
+        """Requests it is working on, those included that nobody waits for any more; probes of ours are none."""
+        return max(self.load.num_requests, len(self.pool.active) - self.num_probes)
 
     def __repr__(self) -> str:
         return f"<Instance {self.role.value} {self.key} enabled={self.enabled} healthy={self.health.healthy}>"
 
 
 class Fleet:
-    """The membership. The tuples are replaced, never changed, so whoever holds one sees one consistent set."""
+    """The members. The tuples are replaced, never changed, so whoever holds one sees one consistent set."""
 
     def __init__(self, config: ProxyConfig, loop: asyncio.AbstractEventLoop) -> None:
         self._config = config
@@ -51,24 +115,27 @@ class Fleet:
         return self.members[Role.PREFILL] + self.members[Role.DECODE]
 
     def find(self, role: Role, address: Address) -> Instance | None:
-        return next((one for one in self.members[role] if one.address == address), None)
+        wanted = canonical(address)
+        return next((one for one in self.members[role] if canonical(one.address) == wanted), None)
+
+    def named(self, role: Role, name: Address) -> list[Instance]:
+        """Those at the address `name`, or that it was resolved to."""
+        wanted = canonical(name)
+        return [one for one in self.members[role] if wanted in (canonical(one.address), canonical(one.name))]
 
     def picked(self, instance: Instance) -> None:
         self._num_picks += 1
         instance.load.last_pick = self._num_picks
 
-    def create(self, role: Role, address: Address) -> Instance:
+    def create(self, role: Role, address: Address, source: Source, name: Address | None = None) -> Instance:
         """An instance that is not a member yet."""
-        return Instance(role, address, self._config, self._loop)
+        return Instance(role, address, self._config, self._loop, source, name)
 
     def admit(self, instance: Instance) -> None:
         self.members = {**self.members, instance.role: (*self.members[instance.role], instance)}
 
-    def drop_drained(self) -> list[Instance]:
-        """Disabled instances with nothing open leave. Returns them."""
-        gone = [one for one in self.all if not one.enabled and not one.load.num_requests and not one.pool.active]
-        for instance in gone:
-            rest = tuple(one for one in self.members[instance.role] if one is not instance)
-            self.members = {**self.members, instance.role: rest}
-            instance.pool.close()
-        return gone
+    def drop(self, instance: Instance) -> None:
+        """It leaves; what is still open on it is cut off."""
+        rest = tuple(one for one in self.members[instance.role] if one is not instance)
+        self.members = {**self.members, instance.role: rest}
+        instance.pool.close()

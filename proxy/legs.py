@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from time import monotonic
 
 from proxy import sse
+from proxy.answer import Answer
 from proxy.config import ProxyConfig
 from proxy.contracts import Contract
 from proxy.errors import Failure, NoInstance, ProxyError, UpstreamFailure
@@ -20,10 +21,10 @@ from proxy.instance import Fleet, Instance, Role
 from proxy.kv_ledger import KvLedger
 from proxy.reclaim import Reclaimer
 from proxy.report import Reporter
-from proxy.retry import TABLE, Action, Leg
+from proxy.retry import TABLE, Action, Evidence, Leg
 from proxy.scheduling import Policy
 from proxy.scheduling.candidate import candidates
-from proxy.upstream import Answer, UpstreamConnection
+from proxy.upstream import UpstreamConnection
 
 HANG_UP_S = 5.0  # how long an abandoned prefill is listened to, for the KV it may still hand out
 
@@ -59,8 +60,6 @@ class Legs:
         """One request to one instance. Returns its 2xx answer; anything else raises UpstreamFailure."""
         pool = instance.pool
         connection = (None if fresh else pool.take_idle()) or await pool.connect()
-        if instance.health.num_failures:
-            instance.health.succeeded()
         if leg is Leg.DECODE and flow.entry is not None:
             flow.entry.dispatched = True
         head = b"POST %b HTTP/1.1\r\n%b%bX-Request-Id: %b\r\nContent-Length: %d\r\n\r\n" % (
@@ -73,17 +72,19 @@ class Legs:
         config = self.config
         timeout_s = config.prefill_timeout_s if leg is Leg.PREFILL else config.first_token_timeout_s
         streams = leg is Leg.DECODE and flow.call.stream
-        waiter = connection.send(head, body, first_event_only=streams, deadline=monotonic() + timeout_s)
+        waiter = connection.send(head, body, first_event_only=streams, now=monotonic(), timeout_s=timeout_s)
         try:
             answer = await waiter
         except asyncio.CancelledError:
             self._leave(flow, instance, connection, waiter, leg)
             raise
         except UpstreamFailure as failure:
-            if failure.failure is Failure.TIMEOUT:
+            if failure.failure in (Failure.TIMEOUT, Failure.INSTANCE_OUT):
                 self._leave(flow, instance, connection, waiter, leg)
             raise
         status = answer.head.status
+        if instance.health.doubted and status < 500:
+            self._answered(instance)
         if status >= 300:
             if not answer.complete:
                 connection.close()
@@ -177,8 +178,7 @@ class Legs:
         action, delay_s = flow.budget.decide(leg, kind)
         row = TABLE[leg, kind]
         self.reporter.failed(flow, leg, instance, failure, action)
-        if row.unwell and instance.health.failed(monotonic(), failure.message):
-            self.reporter.went_out(instance)
+        self._weigh(instance, row.evidence, failure, flow)
         if action in (Action.PASS_ON, Action.FAIL):
             if isinstance(failure.answer, Answer):
                 raise PassOn(failure.answer)
@@ -194,6 +194,20 @@ class Legs:
             await asyncio.sleep(delay_s)
         return action
 
+    def _weigh(self, instance: Instance, evidence: Evidence, failure: UpstreamFailure, flow: Flow) -> None:
+        """What a failure says about the instance."""
+        health, went_out = instance.health, False
+        if evidence is Evidence.CONNECTION:
+            went_out = health.failed(monotonic(), failure.message)
+        elif evidence is Evidence.REQUEST and not _is_about_kv(failure):
+            went_out = health.request_failed(monotonic(), failure.message, flow.request_id)
+        if went_out:
+            self.reporter.went_out(instance)
+
+    def _answered(self, instance: Instance) -> None:
+        if instance.health.answered():
+            self.reporter.came_back(instance)
+
     def kv_of(self, answer: Answer, instance: Instance) -> dict[str, object] | None:
         try:
             return self.contract.kv_of(answer.body)
@@ -204,3 +218,8 @@ class Legs:
         entry, flow.entry = flow.entry, None
         if entry is not None:
             self._reclaimer.give_back(entry, flow.call, flow.target, flow.forwarded)
+
+
+def _is_about_kv(failure: UpstreamFailure) -> bool:
+    """Whether the engine says that the KV it was sent for is gone: that is not its own fault."""
+    return isinstance(failure.answer, Answer) and b"kv_load_error" in failure.answer.raw

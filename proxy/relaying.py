@@ -14,6 +14,7 @@ from typing import Any
 import orjson
 
 from proxy import http1, sse
+from proxy.answer import Answer
 from proxy.client_stream import ERROR, USAGE, ClientStream
 from proxy.config import ProxyConfig
 from proxy.continuation import (
@@ -35,11 +36,16 @@ from proxy.report import Reporter
 from proxy.retry import TABLE, Action, Budget, Leg
 from proxy.scheduling.cost import cost_of, step_tokens
 from proxy.stories import Story
-from proxy.upstream import Answer, UpstreamConnection
+from proxy.upstream import UpstreamConnection
 
 MIN_MEASURED_CHUNKS = 8  # a shorter stream says little about the time of a decode step
 GAVE_UP = "recomputed"
 TOKENIZE_TIMEOUT_S = 5.0
+BROKEN = {
+    GAVE_UP: "The decode instance gave the answer up.",
+    Failure.SILENT_MID_ANSWER: "The decode instance fell silent in the middle of the answer.",
+    Failure.OUT_OF_TIME: "The answer was not whole in time (--total-timeout-s).",
+}
 
 
 class Relayer:
@@ -105,7 +111,7 @@ class Relayer:
         if stream.broken_by:
             return stream.broken_by
         if stream.garbled:
-            return Failure.GARBAGE.value
+            return Failure.GARBAGE_MID_ANSWER.value
         return failure.value if failure is not None else None
 
     async def _relay_connection(
@@ -251,8 +257,9 @@ class Relayer:
         flow.outcome = reason
         self._reporter.broken(flow, reason)
         if flow.head.version == "1.1" and stream.is_whole_events:
-            told = "The decode instance gave the answer up." if reason == GAVE_UP else _LOST
-            event = stream.error or sse.error_event(502, told, "upstream_error")
+            row = TABLE.get((Leg.DECODE, Failure(reason))) if reason in set(Failure) else None
+            told = BROKEN.get(reason, "The decode instance was lost in the middle of the answer.")
+            event = stream.error or sse.error_event(row.status if row is not None else 502, told, "upstream_error")
             flow.client.write(http1.chunk(event) + http1.LAST_CHUNK)
             flow.client.answered(close=True)
         else:
@@ -263,9 +270,6 @@ def may_continue(reason: str) -> bool:
     """What the table says of a failure in mid-stream; other reasons are the decoder's own words."""
     row = TABLE.get((Leg.DECODE, Failure(reason))) if reason in set(Failure) else None
     return row is None or row.action is not Action.END_ANSWER
-
-
-_LOST = "The decode instance was lost in the middle of the answer."
 
 
 def _measure_decode(flow: Flow, num_chunks: int, began: float) -> None:

@@ -23,6 +23,8 @@ class Reporter:
 
     def ended(self, flow: Flow, now: float) -> None:
         metrics = self._metrics
+        if flow.outcome == "upstream_error" and flow.status < 500:  # the instance's word, but the client's fault
+            flow.outcome = "client_error"
         stream = flow.stream
         metrics.requests[flow.route, "stream" if stream else "whole", flow.status, flow.outcome] += 1
         arrived, first = flow.arrived, flow.first_event_at
@@ -56,6 +58,8 @@ class Reporter:
 
     def continuation(self, flow: Flow, reason: str, outcome: str, told: str) -> None:
         self._metrics.continuations[reason, outcome] += 1
+        if outcome not in ("not_exact", "failed"):  # those end the answer, and are counted by `broken`
+            self._metrics.retries[Leg.DECODE.value, reason, Action.CONTINUE.value] += 1
         log.warning(
             "event=answer_continuation request_id=%s reason=%s outcome=%s decoder=%s told=%r",
             flow.request_id, reason, outcome, flow.decoder.key if flow.decoder else "-", told,
@@ -65,6 +69,9 @@ class Reporter:
         self._metrics.retries[Leg.DECODE.value, failure, Action.END_ANSWER.value] += 1
         decoder = flow.decoder.key if flow.decoder else "-"
         log.warning("event=answer_broken request_id=%s decoder=%s failure=%s", flow.request_id, decoder, failure)
+
+    def came_back(self, instance: Instance) -> None:
+        log.warning("event=instance_back role=%s instance=%s", instance.role.value, instance.key)
 
     def went_out(self, instance: Instance) -> None:
         log.warning(

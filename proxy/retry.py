@@ -28,35 +28,53 @@ class Action(enum.StrEnum):
     FAIL = "fail"  # out of attempts: the row's status
 
 
+class Evidence(enum.StrEnum):
+    """What a failure says about the instance's health (`health.py`)."""
+
+    # Nothing: the client's fault, the KV's, a restart's. In mid-stream it had answered; probes tell of one that died.
+    NONE = "none"
+    CONNECTION = "connection"  # it cannot be reached; a few in a row take it out
+    REQUEST = "request"  # it failed at a request, which may be the request's fault: more in a row, of different ones
+
+
 class Row(NamedTuple):
     action: Action
     status: int  # what the client gets when attempts run out and there is no answer of the instance to pass on
-    unwell: bool  # counts against the instance's health
+    evidence: Evidence
 
 
 _P, _D = Leg.PREFILL, Leg.DECODE
+_NONE, _CONNECTION, _REQUEST = Evidence.NONE, Evidence.CONNECTION, Evidence.REQUEST
 
 TABLE: dict[tuple[Leg, Failure], Row] = {
-    (_P, Failure.REFUSED): Row(Action.OTHER_PREFILLER, 503, True),
-    (_P, Failure.CONNECT_TIMEOUT): Row(Action.OTHER_PREFILLER, 503, True),
-    (_P, Failure.STALE): Row(Action.SAME_INSTANCE, 502, False),
-    (_P, Failure.RESET): Row(Action.OTHER_PREFILLER, 502, False),
-    (_P, Failure.TIMEOUT): Row(Action.OTHER_PREFILLER, 504, False),
-    (_P, Failure.GARBAGE): Row(Action.OTHER_PREFILLER, 502, False),
-    (_P, Failure.CLIENT_ERROR): Row(Action.PASS_ON, 502, False),
-    (_P, Failure.SERVER_ERROR): Row(Action.OTHER_PREFILLER, 502, False),
-    (_P, Failure.ERROR_EVENT): Row(Action.OTHER_PREFILLER, 502, False),
-    (_P, Failure.LOST_MID_ANSWER): Row(Action.OTHER_PREFILLER, 502, False),
-    (_D, Failure.REFUSED): Row(Action.OTHER_DECODER, 503, True),
-    (_D, Failure.CONNECT_TIMEOUT): Row(Action.OTHER_DECODER, 503, True),
-    (_D, Failure.STALE): Row(Action.PREFILL_AGAIN, 502, False),
-    (_D, Failure.RESET): Row(Action.PREFILL_AGAIN, 502, False),
-    (_D, Failure.TIMEOUT): Row(Action.PREFILL_AGAIN, 504, False),
-    (_D, Failure.GARBAGE): Row(Action.PREFILL_AGAIN, 502, False),
-    (_D, Failure.CLIENT_ERROR): Row(Action.PASS_ON, 502, False),
-    (_D, Failure.SERVER_ERROR): Row(Action.PREFILL_AGAIN, 502, False),
-    (_D, Failure.ERROR_EVENT): Row(Action.PREFILL_AGAIN, 502, False),
-    (_D, Failure.LOST_MID_ANSWER): Row(Action.CONTINUE, 502, False),
+    (_P, Failure.REFUSED): Row(Action.OTHER_PREFILLER, 503, _CONNECTION),
+    (_P, Failure.CONNECT_TIMEOUT): Row(Action.OTHER_PREFILLER, 503, _CONNECTION),
+    (_P, Failure.STALE): Row(Action.SAME_INSTANCE, 502, _NONE),
+    (_P, Failure.RESET): Row(Action.OTHER_PREFILLER, 502, _REQUEST),
+    (_P, Failure.TIMEOUT): Row(Action.OTHER_PREFILLER, 504, _REQUEST),
+    (_P, Failure.INSTANCE_OUT): Row(Action.OTHER_PREFILLER, 503, _NONE),
+    (_P, Failure.GARBAGE): Row(Action.OTHER_PREFILLER, 502, _REQUEST),
+    (_P, Failure.CLIENT_ERROR): Row(Action.PASS_ON, 502, _NONE),
+    (_P, Failure.SERVER_ERROR): Row(Action.OTHER_PREFILLER, 502, _REQUEST),
+    (_P, Failure.ERROR_EVENT): Row(Action.OTHER_PREFILLER, 502, _NONE),
+    (_P, Failure.LOST_MID_ANSWER): Row(Action.OTHER_PREFILLER, 502, _NONE),
+    (_P, Failure.SILENT_MID_ANSWER): Row(Action.OTHER_PREFILLER, 504, _NONE),
+    (_P, Failure.GARBAGE_MID_ANSWER): Row(Action.OTHER_PREFILLER, 502, _NONE),
+    (_P, Failure.OUT_OF_TIME): Row(Action.FAIL, 504, _NONE),
+    (_D, Failure.REFUSED): Row(Action.OTHER_DECODER, 503, _CONNECTION),
+    (_D, Failure.CONNECT_TIMEOUT): Row(Action.OTHER_DECODER, 503, _CONNECTION),
+    (_D, Failure.STALE): Row(Action.PREFILL_AGAIN, 502, _NONE),
+    (_D, Failure.RESET): Row(Action.PREFILL_AGAIN, 502, _REQUEST),
+    (_D, Failure.TIMEOUT): Row(Action.PREFILL_AGAIN, 504, _REQUEST),
+    (_D, Failure.INSTANCE_OUT): Row(Action.PREFILL_AGAIN, 503, _NONE),
+    (_D, Failure.GARBAGE): Row(Action.PREFILL_AGAIN, 502, _REQUEST),
+    (_D, Failure.CLIENT_ERROR): Row(Action.PASS_ON, 502, _NONE),
+    (_D, Failure.SERVER_ERROR): Row(Action.PREFILL_AGAIN, 502, _REQUEST),
+    (_D, Failure.ERROR_EVENT): Row(Action.PREFILL_AGAIN, 502, _NONE),
+    (_D, Failure.LOST_MID_ANSWER): Row(Action.CONTINUE, 502, _NONE),
+    (_D, Failure.SILENT_MID_ANSWER): Row(Action.CONTINUE, 504, _NONE),
+    (_D, Failure.GARBAGE_MID_ANSWER): Row(Action.CONTINUE, 502, _NONE),
+    (_D, Failure.OUT_OF_TIME): Row(Action.END_ANSWER, 504, _NONE),
 }
 
 
@@ -77,7 +95,7 @@ class Budget:
         """The action, and the seconds to wait before it: `retry_delay` doubled per retry, none on a stale
         connection."""
         action = TABLE[leg, failure].action
-        if action in (Action.PASS_ON, Action.CONTINUE):
+        if action in (Action.PASS_ON, Action.CONTINUE, Action.END_ANSWER, Action.FAIL):
             return action, 0.0
         needed = Leg.PREFILL if action is Action.PREFILL_AGAIN else leg
         if self._left[leg] <= 0 or self._left[needed] <= 0:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, cast
 import httptools
 
 from proxy import http1, sse
+from proxy.answer import Answer
 from proxy.errors import Failure, UpstreamFailure
 from proxy.http1 import HEAD_END, ResponseHead
 
@@ -26,42 +27,6 @@ if TYPE_CHECKING:
 GATHER_WHOLE, GATHER_FIRST_EVENT = False, True
 _QUICKACK: int | None = getattr(socket, "TCP_QUICKACK", None)  # Linux only
 GRACE_S = 1.0  # for whoever waited in vain to close the connection
-
-
-class Answer:
-    """What an instance answered: all of it (`complete`), or a stream up to its first telling event."""
-
-    __slots__ = ("complete", "connection", "first_event", "head", "raw")
-
-    def __init__(
-        self, connection: UpstreamConnection, head: ResponseHead, raw: bytes, complete: bool, first_event: bytes | None
-    ) -> None:
-        self.connection = connection
-        self.head = head
-        self.raw = raw  # of the body, with its framing
-        self.complete = complete
-        self.first_event = first_event
-
-    @property
-    def status(self) -> int:
-        return self.head.status
-
-    @property
-    def body(self) -> bytes:
-        return http1.dechunk(self.raw) if self.head.chunked else self.raw
-
-    def with_body(self, body: bytes) -> Answer:
-        """The same answer, whole, with another body."""
-        head = ResponseHead()
-        head.status, head.fields, head.event_stream = self.head.status, self.head.fields, self.head.event_stream
-        return Answer(self.connection, head, body, True, None)
-
-    def as_error(self, status: int, body: bytes) -> Answer:
-        """The answer an engine would have given, had it known of the error before it sent its 200."""
-        head = ResponseHead()
-        head.status = status
-        head.add(b"Content-Type", b"application/json")
-        return Answer(self.connection, head, body, True, None)
 
 
 class UpstreamConnection(asyncio.Protocol):
@@ -90,6 +55,7 @@ class UpstreamConnection(asyncio.Protocol):
         "lingers",
         "on_chunk_complete",
         "pool",
+        "sent_at",
         "transport",
         "waiter",
     )
@@ -118,6 +84,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._socket: socket.socket | None = None
         self.lingers = False
         self.deadline = 0.0
+        self.sent_at = 0.0
         self.idle_since = 0.0
 
     # --- llhttp's callbacks
@@ -143,16 +110,20 @@ class UpstreamConnection(asyncio.Protocol):
 
     # --- one request
 
-    def send(self, head: bytes, body: bytes, *, first_event_only: bool, deadline: float) -> asyncio.Future[Answer]:
+    def send(
+        self, head: bytes, body: bytes, *, first_event_only: bool, now: float, timeout_s: float
+    ) -> asyncio.Future[Answer]:
         """Send a request on this idle connection. The future fails with UpstreamFailure or is cancelled by its waiter.
 
-        After a cancellation or a TIMEOUT the connection is still open: the waiter calls `close` or `hang_up`."""
+        After a cancellation, TIMEOUT or INSTANCE_OUT it is still open: the waiter calls `close` or `hang_up`."""
         assert self.transport is not None
         self._first_event_only = first_event_only
         self._raw = b""
         self._head_end = 0
         self._complete = False
-        self.deadline = deadline
+        self._heard = False
+        self.sent_at = now
+        self.deadline = now + timeout_s
         self.waiter = waiter = self.pool.loop.create_future()
         if self.transport.is_closing():
             self._failed(Failure.STALE if self._reused else Failure.RESET, "the connection was closed at once")
@@ -172,10 +143,10 @@ class UpstreamConnection(asyncio.Protocol):
         try:
             self._feed(data)
         except httptools.HttpParserError:
-            self._ended(Failure.GARBAGE)
+            self._ended(Failure.GARBAGE_MID_ANSWER)
             return
         if self._overrun:
-            self._ended(Failure.GARBAGE)
+            self._ended(Failure.GARBAGE_MID_ANSWER)
             return
         self._heard = True
         try:
@@ -187,6 +158,7 @@ class UpstreamConnection(asyncio.Protocol):
             self._ended(None)
 
     def _gather(self, data: bytes) -> None:
+        self._heard = True
         raw = self._raw
         if not raw:  # a small answer comes in one read and needs no copy
             self._raw = data
@@ -238,7 +210,7 @@ class UpstreamConnection(asyncio.Protocol):
         waiter = self.waiter
         if waiter is not None and not waiter.done():
             waiter.set_exception(UpstreamFailure(failure, f"{self.pool.address}: {message}"))
-        if failure is not Failure.TIMEOUT:
+        if failure not in (Failure.TIMEOUT, Failure.INSTANCE_OUT):
             self.close()
 
     # --- relaying
@@ -365,18 +337,42 @@ class UpstreamConnection(asyncio.Protocol):
 
     def check_deadline(self, now: float, between_tokens_s: float) -> None:
         """Called now and then for a connection in use; one coarse scan instead of a timer a request."""
-        if self._sink is not None and (self._heard or self._paused):
+        if self._heard:
             self._heard = False
+            self.pool.heard_at = now
+            if self._sink is not None:
+                self.deadline = now + between_tokens_s
+                self._acknowledge_late()
+        if self._sink is not None and self._paused:
             self.deadline = now + between_tokens_s
-            self._acknowledge_late()
         elif now > self.deadline:
             if self._sink is not None:
-                self._ended(Failure.LOST_MID_ANSWER)
+                self._ended(Failure.SILENT_MID_ANSWER)
             elif self.lingers or self.waiter is None or self.waiter.done():
                 self.close()
             else:
                 self.deadline = now + GRACE_S
                 self._failed(Failure.TIMEOUT, "no answer in time")
+
+    def instance_is_out(self) -> None:
+        """The instance is out and nothing came of late: whoever waits is told now, not at the deadline."""
+        if self._paused:  # the silence is ours
+            return
+        if self._sink is not None:
+            self._ended(Failure.SILENT_MID_ANSWER)
+        elif not self.lingers and self.waiter is not None and not self.waiter.done():
+            self.deadline = monotonic() + GRACE_S
+            self._failed(Failure.INSTANCE_OUT, "silent, and out by its probes")
+
+    def end_relay(self, failure: Failure) -> None:
+        """The answer is to end here, whatever is still to come. Does nothing if there is no relay."""
+        if self._sink is not None:
+            self._ended(failure)
+
+    @property
+    def heard(self) -> bool:
+        """Whether bytes came since the last `check_deadline`."""
+        return self._heard
 
     @property
     def num_chunks(self) -> int:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from time import monotonic
 
+from proxy.answer import Answer
 from proxy.config import Address, ProxyConfig
 from proxy.errors import Failure, UpstreamFailure
-from proxy.upstream import GATHER_WHOLE, Answer, UpstreamConnection
+from proxy.upstream import GATHER_WHOLE, UpstreamConnection
+
+SWEEP_S = 0.25  # between calls of `sweep`
+# Nobody says no, so it is not known whether what is open there is alive: as if the time-out had been waited for.
+_UNREACHABLE = frozenset({errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ETIMEDOUT})
 
 
 class UpstreamPool:
@@ -21,6 +27,8 @@ class UpstreamPool:
         self.idle: list[UpstreamConnection] = []
         self.active: set[UpstreamConnection] = set()
         self.closed = False
+        self.heard_at = 0.0
+        """When any connection was last known to have received bytes, to the tick of `sweep`."""
 
     def take_idle(self) -> UpstreamConnection | None:
         while self.idle:
@@ -40,7 +48,8 @@ class UpstreamPool:
         except TimeoutError:
             raise UpstreamFailure(Failure.CONNECT_TIMEOUT, f"{self.address}: no connection in time") from None
         except OSError as error:
-            raise UpstreamFailure(Failure.REFUSED, f"{self.address}: {error.strerror or error}") from None
+            kind = Failure.CONNECT_TIMEOUT if error.errno in _UNREACHABLE else Failure.REFUSED
+            raise UpstreamFailure(kind, f"{self.address}: {error.strerror or error}") from None
         self.active.add(connection)
         return connection
 
@@ -50,7 +59,9 @@ class UpstreamPool:
         connection = self.take_idle() or await self.connect()
         lines = b"%b%bContent-Length: %d\r\n\r\n" % (head, self.host_line, len(body))
         try:
-            return await connection.send(lines, body, first_event_only=GATHER_WHOLE, deadline=monotonic() + timeout_s)
+            return await connection.send(
+                lines, body, first_event_only=GATHER_WHOLE, now=monotonic(), timeout_s=timeout_s
+            )
         except (asyncio.CancelledError, UpstreamFailure):
             connection.close()
             raise
@@ -60,7 +71,7 @@ class UpstreamPool:
         if self.closed:
             connection.close()
         else:
-            connection.idle_since = monotonic()
+            connection.idle_since = self.heard_at = monotonic()
             self.idle.append(connection)
 
     def forget(self, connection: UpstreamConnection) -> None:
@@ -76,6 +87,23 @@ class UpstreamPool:
         for connection in [one for one in self.idle if one.idle_since < too_old]:
             self.idle.remove(connection)
             connection.close()
+
+    def instance_is_out(self, silent_since: float) -> None:
+        """Give up what has waited since `silent_since`: a stopped engine keeps its connections, and answers nothing.
+
+        Bytes on any connection since then are life, and nothing is given up."""
+        if self.heard_since(silent_since):
+            return
+        for connection in [one for one in self.active if one.sent_at < silent_since]:
+            connection.instance_is_out()
+
+    def heard_since(self, when: float) -> bool:
+        """Whether bytes came on any connection after `when`, for certain: they are noticed up to a sweep late."""
+        now = monotonic()
+        for connection in list(self.active):
+            if connection.heard:
+                self.heard_at = now
+        return self.heard_at - SWEEP_S > when
 
     def close(self, *, idle_only: bool = False) -> None:
         self.closed = not idle_only

@@ -22,8 +22,22 @@ from sidecar.errors import StartError, UsageError
 logger = logging.getLogger(__name__)
 
 
+NEAREST = {"rdma": "mooncake --mooncake-protocol rdma", "ascend": "mooncake --mooncake-protocol ascend"}
+"""What people mean by values that look like nothing of ours."""
+
+
 class _Parser(argparse.ArgumentParser):
-    """Raises UsageError instead of printing a page."""
+    """Raises UsageError instead of printing a page, with the nearest right value."""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        choices = list(action.choices or ())
+        if not choices or value in choices:
+            return
+        near = difflib.get_close_matches(str(value), choices, 1, 0.5)
+        hint = NEAREST.get(str(value), "") if "mooncake" in choices else ""
+        hint = hint or (near[0] if near else "")
+        meant = f"; did you mean {action.option_strings[0]} {hint}?" if hint else ""
+        raise argparse.ArgumentError(action, f"invalid choice: {value!r} (choose from {', '.join(choices)}){meant}")
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)

@@ -7,6 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from sidecar.errors import UsageError
+
 
 class SidecarConfig(BaseModel):
     """Every setting with its bounds. Times are seconds."""
@@ -18,12 +20,16 @@ class SidecarConfig(BaseModel):
     advertise_host: str = Field(default="", description="host that other engines are told (default: that of --listen)")
     engine_id: str = Field(min_length=1, max_length=1024, description="name of the engine beside this sidecar")
     rank: int = Field(default=0, ge=0, le=65535, description="rank of the engine's worker")
-    transport: Literal["auto", "shm", "mooncake"] = Field(
-        default="auto", description="auto: shared memory on one host, Mooncake between hosts; or only the one named"
+    transport: Literal["auto", "shm", "tcp", "mooncake"] = Field(
+        default="auto",
+        description="auto: shm on one host; between hosts mooncake with rdma or ascend, else tcp; or only the one",
     )
     metrics_port: int = Field(default=0, ge=0, le=65535, description="port of /metrics and /healthz; 0 takes any")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(default="INFO", description="least level logged")
     exit_on_stdin_eof: bool = Field(default=False, description="stop when standard input ends (parent has died)")
+    remove_directory: bool = Field(
+        default=False, description="remove the socket's directory in the end, if it is empty"
+    )
 
     mooncake_protocol: Literal["tcp", "rdma", "ascend"] = Field(
         default="tcp", description="protocol of Mooncake's transfer engine"
@@ -55,3 +61,11 @@ class SidecarConfig(BaseModel):
     def heartbeat_s(self) -> float:
         """A lease survives two heartbeats lost."""
         return self.claim_ttl_s / 3
+
+
+def split_address(listen: str) -> tuple[str, int]:
+    """(host, port) of --listen. Raises UsageError."""
+    host, separator, port = listen.rpartition(":")
+    if not separator or not host or not port.isdigit() or int(port) > 65535:
+        raise UsageError(f"--listen {listen}: give it as HOST:PORT, for example 127.0.0.1:9000 or 0.0.0.0:0")
+    return host.strip("[]"), int(port)

@@ -11,7 +11,7 @@ import threading
 import time
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 
 CHUNK_BYTES = 1 << 20
@@ -25,16 +25,55 @@ Move = tuple[int, int, int]
 _memmove = ctypes.memmove
 
 
+class Moves:
+    """Moves in columns, relative to two addresses: a chunk of them is copied without a step of Python for each."""
+
+    __slots__ = ("lengths", "starts", "starts_base", "to", "to_base")
+
+    def __init__(
+        self, to_base: int, to: Sequence[int], starts_base: int, starts: Sequence[int], lengths: Sequence[int]
+    ) -> None:
+        self.to_base = to_base
+        self.to = to
+        self.starts_base = starts_base
+        self.starts = starts
+        self.lengths = lengths
+
+    @classmethod
+    def of(cls, moves: Sequence[Move]) -> Moves:
+        to, starts, lengths = zip(*moves, strict=True)
+        return cls(0, to, 0, starts, lengths)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[Move]:
+        return zip(
+            map(self.to_base.__add__, self.to), map(self.starts_base.__add__, self.starts), self.lengths, strict=True
+        )
+
+    def part(self, first: int, end: int) -> Moves:
+        return Moves(
+            self.to_base, self.to[first:end], self.starts_base, self.starts[first:end], self.lengths[first:end]
+        )
+
+    def copy(self) -> None:
+        to, starts = map(self.to_base.__add__, self.to), map(self.starts_base.__add__, self.starts)
+        deque(map(_memmove, to, starts, self.lengths), maxlen=0)
+
+
 class CopyJob:
     """One transfer's copy. `on_end(completed)` is called once, on a worker thread, when nothing writes any more."""
 
-    def __init__(self, moves: Sequence[Move], on_end: Callable[[bool], None], chunk_bytes: int = CHUNK_BYTES) -> None:
-        sizes = [length for _, _, length in moves]
-        if max(sizes) > chunk_bytes:
-            moves = [piece for move in moves for piece in _pieces(move, chunk_bytes)]
-            sizes = [length for _, _, length in moves]
+    def __init__(
+        self, moves: Moves | Sequence[Move], on_end: Callable[[bool], None], chunk_bytes: int = CHUNK_BYTES
+    ) -> None:
+        if not isinstance(moves, Moves):
+            moves = Moves.of(moves)
+        if max(moves.lengths) > chunk_bytes:
+            moves = Moves.of([piece for move in moves for piece in _pieces(move, chunk_bytes)])
         self._moves = moves
-        self._ends = list(accumulate(sizes))
+        self._ends = list(accumulate(moves.lengths))
         self._chunk_bytes = chunk_bytes
         self._on_end = on_end
         self._index = 0
@@ -46,12 +85,12 @@ class CopyJob:
     def exhausted(self) -> bool:
         return self.stopped or self._index >= len(self._moves)
 
-    def next_chunk(self) -> tuple[Sequence[Move], int]:
+    def next_chunk(self) -> tuple[Moves, int]:
         """The next moves, a chunk together or a little less, and their bytes."""
         first = self._index
         done = self._ends[first - 1] if first else 0
         self._index = bisect_right(self._ends, done + self._chunk_bytes, lo=first + 1)
-        return self._moves[first : self._index], self._ends[self._index - 1] - done
+        return self._moves.part(first, self._index), self._ends[self._index - 1] - done
 
     def end(self) -> None:
         self._on_end(not self.stopped)
@@ -81,7 +120,7 @@ class CopyExecutor:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, moves: Sequence[Move], on_end: Callable[[bool], None]) -> CopyJob:
+    def submit(self, moves: Moves | Sequence[Move], on_end: Callable[[bool], None]) -> CopyJob:
         """Begin copying; `moves` is not empty. See CopyJob."""
         job = CopyJob(moves, on_end, self._chunk_bytes)
         with self._condition:
@@ -128,21 +167,21 @@ class CopyExecutor:
                     return
                 job, chunk, num_bytes = self._next()
                 self._throttle(job, num_bytes)
-                if job.stopped:
-                    chunk = []
-            for destination, source, length in chunk:
-                _memmove(destination, source, length)
+                stopped = job.stopped
+            if not stopped:
+                chunk.copy()
             with self._condition:
                 job.active -= 1
                 job.stopped = job.stopped or (self._closing and not job.exhausted)
                 if job.alone and not job.exhausted:
                     self._queue.append(job)
-                    self._condition.notify()
+                    if len(self._queue) > 1:  # else this thread takes it up again itself
+                        self._condition.notify()
                 ended = job.active == 0 and job.exhausted
             if ended:
                 job.end()
 
-    def _next(self) -> tuple[CopyJob, Sequence[Move], int]:
+    def _next(self) -> tuple[CopyJob, Moves, int]:
         """The next chunk of the job that has waited longest; called with the lock held."""
         job = self._queue.popleft()
         chunk, num_bytes = job.next_chunk()

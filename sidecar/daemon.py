@@ -13,7 +13,7 @@ import sys
 
 from aiohttp import web
 
-from sidecar.config import SidecarConfig
+from sidecar.config import SidecarConfig, split_address
 from sidecar.copy_executor import CopyExecutor
 from sidecar.engine_session import EngineSession
 from sidecar.errors import LayoutRefused, StartError
@@ -41,7 +41,7 @@ class Daemon:
     def __init__(self, config: SidecarConfig) -> None:
         """Bind every socket and find the transports. Raises StartError, with nothing left behind."""
         self._config = config
-        host, port = _split(config.listen)
+        host, port = split_address(config.listen)
         if host in ("0.0.0.0", "::") and not config.advertise_host:
             raise StartError(f"--listen {config.listen}: give --advertise-host, peers cannot connect to {host}")
         advertised = config.advertise_host or host
@@ -94,7 +94,7 @@ class Daemon:
                 listener.close()
             await self._drain()
         finally:
-            self._engine_socket.remove()
+            self._engine_socket.remove(with_directory=self._config.remove_directory)
             await runner.cleanup()
             self._executor.close()
 
@@ -119,7 +119,7 @@ class Daemon:
             transport.registered(registration)
         logger.info(
             "pool_registered epoch=%s bytes=%d layout=%s",
-            registration.epoch, registration.region.num_bytes, registration.layout,
+            registration.epoch, registration.region.num_bytes, registration.layout.summary(),
         )  # fmt: skip
         return self._tenancy
 
@@ -230,13 +230,6 @@ async def run(config: SidecarConfig) -> None:
     """Serve one sidecar until it is told to stop. Raises StartError."""
     gc.freeze()  # what the imports made stays; without it every full collection walks it
     await Daemon(config).serve()
-
-
-def _split(listen: str) -> tuple[str, int]:
-    host, separator, port = listen.rpartition(":")
-    if not separator or not host or not port.isdigit() or int(port) > 65535:
-        raise StartError(f"--listen {listen}: give it as HOST:PORT")
-    return host.strip("[]"), int(port)
 
 
 def _join(address: tuple[object, ...]) -> str:

@@ -41,6 +41,13 @@ class KvLayout(msgspec.Struct, frozen=True):
             plane.offset + (self.num_blocks - 1) * plane.stride_bytes + plane.block_bytes for plane in self.planes
         )
 
+    def summary(self) -> str:
+        """For a log line: planes may be many, and are alike."""
+        return (
+            f"{self.num_blocks}x{self.block_bytes}B/{len(self.planes)}planes block_size={self.block_size} "
+            f"layers={self.num_layers} kv_heads={self.num_kv_heads} head_dim={self.head_dim} dtype={self.dtype}"
+        )
+
     def meaning(self) -> dict[str, object]:
         """The fields two pools must share so that one's bytes make sense in the other."""
         return {

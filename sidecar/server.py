@@ -85,11 +85,14 @@ class EngineSocket:
             os.umask(mask)
         self._inode = self._path.stat().st_ino
 
-    def remove(self) -> None:
-        """Unlink the file, unless somebody has put another in its place."""
+    def remove(self, *, with_directory: bool = False) -> None:
+        """Unlink the file, unless somebody has put another in its place; and its directory, if that is empty now."""
         with contextlib.suppress(FileNotFoundError):
             if self._path.stat().st_ino == self._inode:
                 self._path.unlink()
+        if with_directory:
+            with contextlib.suppress(OSError):
+                self._path.parent.rmdir()
 
     def _make_room(self) -> None:
         try:

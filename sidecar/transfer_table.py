@@ -19,7 +19,7 @@ from sidecar.metrics import SidecarMetrics
 from sidecar.peers import Link, PeerTable
 from sidecar.protocol import Claimed, Pull, PullEnded, PullSource
 from sidecar.registration import Registration
-from sidecar.spans import Span, check_spans, plan_spans
+from sidecar.spans import Destination, Spans, check_spans
 from sidecar.transfer import Happening, Progress, State
 from sidecar.transport.contract import COPIED
 
@@ -173,10 +173,10 @@ class TransferTable:
 
     async def _story(self, pull: OpenPull) -> int:
         """The straight line. Returns bytes copied. Raises Refusal, with nothing writing any more."""
-        link, claimed = await self._claim(pull)
+        link, claimed, destination = await self._claim(pull)
         copying = False
         try:
-            spans = self._plan(pull, link, claimed)
+            spans = self._plan(pull, link, claimed, destination)
             copying = bool(spans)
             if copying:
                 await self._copy(pull, link, spans)
@@ -186,9 +186,9 @@ class TransferTable:
             self._fail(pull, link, refusal)
             raise
         pull.progress.step(Happening.CONFIRMED)
-        return sum(length for _, _, length in spans)
+        return spans.num_bytes
 
-    async def _claim(self, pull: OpenPull) -> tuple[Link, Claimed]:
+    async def _claim(self, pull: OpenPull) -> tuple[Link, Claimed, Destination]:
         """Reach the producer and claim the lease; a pooled connection that turns out dead is replaced once."""
         source = pull.source
         may_retry = True
@@ -203,7 +203,9 @@ class TransferTable:
             pull.transport = link.memory.transport
             pull.progress.step(Happening.CONNECTED)
             try:
-                claimed = await pull.wait(link.claim(source))
+                answer = link.claim(source)
+                destination = Destination(self._registration.layout, pull.request.local_block_ids)
+                claimed = await pull.wait(answer)
             except PeerLost as lost:
                 if not may_retry:
                     self._step_out(pull, lost)
@@ -218,9 +220,9 @@ class TransferTable:
                 raise
             assert isinstance(claimed, Claimed)
             pull.progress.step(Happening.CLAIMED)
-            return link, claimed
+            return link, claimed, destination
 
-    def _plan(self, pull: OpenPull, link: Link, claimed: Claimed) -> list[Span]:
+    def _plan(self, pull: OpenPull, link: Link, claimed: Claimed, destination: Destination) -> Spans:
         request = pull.request
         local = request.local_block_ids
         remote = claimed.block_ids[request.first_block : request.first_block + len(local)]
@@ -230,11 +232,11 @@ class TransferTable:
                 f"blocks {request.first_block} to {request.first_block + len(local)} were asked for, "
                 f"the lease has {len(claimed.block_ids)}",
             )
-        spans = plan_spans(link.layout, remote, self._registration.layout, local)
+        spans = destination.plan(link.layout, remote)
         check_spans(spans, link.num_bytes, self._registration.region.num_bytes)
         return spans
 
-    async def _copy(self, pull: OpenPull, link: Link, spans: list[Span]) -> None:
+    async def _copy(self, pull: OpenPull, link: Link, spans: Spans) -> None:
         """Copy, beating for the lease meanwhile. Raises Refusal when nothing writes any more."""
         if link.control.closed:
             raise PeerLost(f"the connection to {link.name} ended")

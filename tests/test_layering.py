@@ -48,6 +48,8 @@ PURE = {
     "proxy/errors.py",
     "proxy/fair_queue.py",
     "proxy/health.py",
+    "proxy/instance_state.py",
+    "proxy/route_memory.py",
     "proxy/http1.py",
     "proxy/kv_ledger.py",
     "proxy/load_ledger.py",

@@ -83,7 +83,7 @@ class EngineSection(Section):
 
 
 class SidecarSection(Section):
-    transport: Literal["auto", "shm", "mooncake"] = "auto"
+    transport: Literal["auto", "shm", "tcp", "mooncake"] = "auto"
     port: Port = 0
     """Where peers reach the first instance's sidecar; the next ones follow by one."""
     metrics_port: Port = 0

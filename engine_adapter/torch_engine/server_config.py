@@ -25,7 +25,7 @@ class ServerConfig(BaseModel):
     """The sidecar's socket; auto: start one and keep it alive; none: no KV hand-off."""
     sidecar_listen: str = "127.0.0.1:0"
     """For --sidecar auto: where its peers reach it."""
-    sidecar_transport: Literal["auto", "shm", "mooncake"] = "auto"
+    sidecar_transport: Literal["auto", "shm", "tcp", "mooncake"] = "auto"
     """For --sidecar auto: how KV travels."""
     sidecar_metrics_port: int = Field(0, ge=0, le=65535)
     """For --sidecar auto: its port for /metrics; 0: any."""

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
+from proxy.answer import Answer
 from proxy.contracts import Order
 from proxy.flow import Flow
 from proxy.legs import Legs
 from proxy.stories.prefill_first import prefill_first
-from proxy.upstream import Answer
 
 Story = Callable[[Flow, Legs], Awaitable[Answer]]
 

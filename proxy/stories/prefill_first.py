@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from time import monotonic
 
+from proxy.answer import Answer
 from proxy.contracts.pull import usage_of
 from proxy.errors import UpstreamFailure
 from proxy.flow import Flow
@@ -11,7 +12,6 @@ from proxy.instance import Role
 from proxy.kv_ledger import KvState
 from proxy.legs import Legs
 from proxy.retry import Action, Leg
-from proxy.upstream import Answer
 
 
 async def prefill_first(flow: Flow, legs: Legs) -> Answer:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from sidecar.protocol import RegionOpened
 from sidecar.registration import Registration
-from sidecar.spans import Span
+from sidecar.spans import Spans
 
 COPIED = ""
 STOPPED = "stopped"
@@ -40,7 +40,7 @@ class PeerMemory(Protocol):
         """Why no further read can work; "" if it can."""
         ...
 
-    def read(self, spans: Sequence[Span]) -> PendingCopy:
+    def read(self, spans: Spans) -> PendingCopy:
         """Begin copying bounds-checked spans. Raises Refusal("transport") if it is broken."""
         ...
 

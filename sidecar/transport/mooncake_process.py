@@ -13,14 +13,13 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
 
 from sidecar.config import SidecarConfig
 from sidecar.connection import FrameConnection
 from sidecar.errors import Refusal, StartError
 from sidecar.protocol import Message, RegionOpened, decode, encode
 from sidecar.registration import Registration
-from sidecar.spans import Span
+from sidecar.spans import Spans
 from sidecar.transport import mooncake
 from sidecar.transport.contract import COPIED, STOPPED, PendingCopy, Served
 from sidecar.transport.mooncake import CopyEnded, Read, Start, Started, Stop
@@ -117,7 +116,7 @@ class EngineProcess:
 class MooncakeCopy(PendingCopy):
     """One copy in a reading process."""
 
-    def __init__(self, process: EngineProcess, copy_id: int, spans: Sequence[Span]) -> None:
+    def __init__(self, process: EngineProcess, copy_id: int, spans: Spans) -> None:
         super().__init__()
         self._process = process
         self._copy_id = copy_id
@@ -147,7 +146,7 @@ class MooncakeMemory:
     def broken(self) -> str:
         return self._process.failed.result() if self._process.failed.done() else ""
 
-    def read(self, spans: Sequence[Span]) -> PendingCopy:
+    def read(self, spans: Spans) -> PendingCopy:
         if self.broken:
             raise Refusal("transport", self.broken)
         copy_id, self._next_copy_id = self._next_copy_id, self._next_copy_id + 1

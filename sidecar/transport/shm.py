@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import Sequence
 
-from sidecar.copy_executor import CopyExecutor, CopyJob
+from sidecar.copy_executor import CopyExecutor, CopyJob, Moves
 from sidecar.errors import Refusal
 from sidecar.protocol import RegionOpened
 from sidecar.regions import Region, reopen_read_only, size_of
 from sidecar.registration import Registration
-from sidecar.spans import Span
+from sidecar.spans import Spans
 from sidecar.transport.contract import COPIED, STOPPED, PendingCopy, Served
 
 
@@ -70,7 +69,7 @@ def _unmap(mapping: asyncio.Future[Region]) -> None:
 
 
 class _ShmCopy(PendingCopy):
-    def __init__(self, executor: CopyExecutor, moves: Sequence[tuple[int, int, int]]) -> None:
+    def __init__(self, executor: CopyExecutor, moves: Moves) -> None:
         super().__init__()
         loop = asyncio.get_running_loop()
 
@@ -97,9 +96,9 @@ class ShmMemory:
 
     broken = ""
 
-    def read(self, spans: Sequence[Span]) -> PendingCopy:
-        ours, theirs = self._local.address, self._remote.address
-        copy = _ShmCopy(self._executor, [(ours + to, theirs + start, length) for start, to, length in spans])
+    def read(self, spans: Spans) -> PendingCopy:
+        moves = Moves(self._local.address, spans.local, self._remote.address, spans.remote, spans.lengths)
+        copy = _ShmCopy(self._executor, moves)
         self._copies.add(copy)
         copy.ended.add_done_callback(lambda _: self._copies.discard(copy))
         return copy

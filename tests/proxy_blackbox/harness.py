@@ -182,6 +182,18 @@ class Engines:
     def start(self, port: int) -> None:
         self._post("/mock/instance", port=port, action="start")
 
+    def go_deaf(self, port: int) -> None:
+        """Whoever connects waits in vain."""
+        self._post("/mock/instance", port=port, action="deaf")
+
+    def act(self, port: int, action: str) -> None:
+        """ "freeze" and "thaw" (nothing is answered), "mute" (probes are not answered)."""
+        self._post("/mock/instance", port=port, action=action)
+
+    def answer(self, port: int, route: str, status: int) -> None:
+        """From now on, on a route beside the hot ones (`bench.mock_routes`)."""
+        self._post("/mock/instance", port=port, action="answer", route=route, status=status)
+
     def configure(self, **fields: Any) -> None:
         self._post("/mock/config", **fields)
 
@@ -210,13 +222,17 @@ class Engines:
 
 class Proxy:
     def __init__(self, engines: Engines, *flags: str, **environment: str) -> None:
-        self.port = free_port()
         self.num_read = 0
         """How much of its log `settled` has judged."""
-        command = [PROXY, "--host", HOST, "--port", str(self.port)]
+        command = [PROXY, "--host", HOST, "--port", "0"]
         for role, ports in (("prefiller", engines.prefill), ("decoder", engines.decode)):
             command += [f"--{role}-hosts", *[HOST] * len(ports), f"--{role}-ports", *map(str, ports)]
-        self.process = Process([*command, *flags], **environment)
+        self.start([*command, *flags], **environment)
+
+    def start(self, command: list[str], **environment: str) -> None:
+        """On a port that the system gives it: one that was found free before could be another's by now."""
+        self.process = Process(command, **environment)
+        self.port = int(self.process.wait_for(r"ready listen=\S+:(\d+)")[1])
         self.wait_until_serving()
 
     def wait_until_serving(self) -> None:

@@ -19,6 +19,7 @@ BOTH_ENDS = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stre
 SHORT_TIMEOUTS = (
     *("--connect-timeout-s", "1", "--prefill-timeout-s", "0.5", "--first-token-timeout-s", "0.5"),
     *("--between-tokens-timeout-s", "0.5", "--health-retry-interval-s", "0.1"),
+    *("--health-max-request-failures", "1000"),  # the faults of one test are no evidence in the next
 )
 
 

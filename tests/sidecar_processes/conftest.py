@@ -13,7 +13,7 @@ NEEDS_MOONCAKE = [
     pytest.mark.mooncake,
     pytest.mark.skipif(bool(mooncake.missing()), reason=mooncake.missing() or "mooncake is there"),
 ]
-TRANSPORTS = ["shm", pytest.param("mooncake", marks=NEEDS_MOONCAKE)]
+TRANSPORTS = ["shm", "tcp", pytest.param("mooncake", marks=NEEDS_MOONCAKE)]
 QUICK_CLAIMS = ("--claim-ttl-s", "0.6")
 SLOW_COPY = ("--copy-bytes-per-s", str(256 * 1024))
 """Of a pool of 2 MiB: a transfer of 128 blocks takes four seconds."""

@@ -39,14 +39,17 @@ def a_layout(num_blocks: int = NUM_BLOCKS, block_bytes: int = BLOCK_BYTES, **cha
 
 
 class Sidecar:
-    """A pd-sidecar process, ready; its log goes to a file beside its socket."""
+    """A pd-sidecar process, ready; its log goes to a file beside its socket. `prefix` goes before its command."""
+
+    prefix: tuple[str, ...] = ()
 
     def __init__(self, directory: Path, name: str, transport: str, *flags: str, listen: str = "127.0.0.1:0") -> None:
         self.name = name
         self.socket_path = str(directory / f"{name}.sock")
         self.log_path = directory / f"{name}.log"
         command = [
-            sys.executable, "-m", "sidecar.cli", "--socket", self.socket_path, "--engine-id", name, "--listen", listen,
+            *self.prefix, sys.executable, "-m", "sidecar.cli",
+            "--socket", self.socket_path, "--engine-id", name, "--listen", listen,
             "--transport", transport, *flags,
         ]  # fmt: skip
         with self.log_path.open("a") as log:

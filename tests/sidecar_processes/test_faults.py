@@ -243,6 +243,7 @@ def test_what_was_opened_is_closed_again(start: Start) -> None:
         usages = []
         eventually(lambda: "mooncake" not in consumer.client.hello.transports or bool(consumer_sidecar.children()))
         serving = len(consumer_sidecar.children())
+        descriptors = consumer_sidecar.usage()[0]
         for _ in range(3):
             with (
                 Sidecar(Path(consumer_sidecar.socket_path).parent, "p", consumer.client.hello.transports[0]) as peer,
@@ -252,6 +253,7 @@ def test_what_was_opened_is_closed_again(start: Start) -> None:
                     assert consumer.pull(producer.offer([number])[1], [number]).ok
                 peer.kill()
             eventually(lambda: consumer_sidecar.usage()[2] == 1 and len(consumer_sidecar.children()) == serving)
+            eventually(lambda: consumer_sidecar.usage()[0] == descriptors)
             usages.append(consumer_sidecar.usage())
         assert usages[1] == usages[2], usages
 

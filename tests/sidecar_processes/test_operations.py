@@ -220,3 +220,18 @@ def test_a_protocol_that_this_machine_lacks_is_refused_not_replaced(directory: P
     )
     assert refused.returncode == 1 and protocol in refused.stderr.strip().splitlines()[-1]
     assert "Traceback" not in refused.stderr
+
+
+def test_a_sidecar_whose_engine_was_killed_removes_the_directory_made_for_it(directory: Path) -> None:
+    own = directory / "own"
+    own.mkdir()
+    command = [
+        sys.executable, "-m", "sidecar.cli", "--socket", str(own / "s"), "--engine-id", "e", "--transport", "shm",
+        "--exit-on-stdin-eof", "--remove-directory",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None and process.stdout is not None
+    assert process.stdout.readline().startswith("ready") and own.exists()
+    process.stdin.close()
+    assert process.wait(30) == 0 and not own.exists()
+    process.stdout.close()

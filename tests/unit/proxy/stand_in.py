@@ -30,6 +30,7 @@ class Request:
 
 Act = str | Callable[["Engine", asyncio.StreamWriter, Request], Awaitable[None]]
 NUM_TOKENS = 4
+ROUTES = {"/health", "/metrics", "/reset_prefix_cache", "/v1/models", "/version"}
 
 
 async def read_request(reader: asyncio.StreamReader) -> Request | None:
@@ -65,8 +66,9 @@ def event(chat: bool, i: int) -> str:
 class Engine:
     """`requests` are those it got, `released` the leases it was told to drop, `held` those handed out and not read."""
 
-    def __init__(self, role: str, *, stock: bool = False) -> None:
+    def __init__(self, role: str, *, stock: bool = False, host: str = "127.0.0.1") -> None:
         self.role = role
+        self.host = host
         self.stock = stock
         self.port = 0
         self.script: list[Act] = []
@@ -87,7 +89,7 @@ class Engine:
         self.num_leases = 0
 
     async def start(self) -> None:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+        self._server = await asyncio.start_server(self._serve, self.host, self.port)
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def stop(self) -> None:
@@ -105,6 +107,9 @@ class Engine:
                     self.probes.append(request)
                     if request.target == "/metrics" and self.exposition:
                         writer.write(whole(200, self.exposition))
+                        continue
+                    if request.target.partition("?")[0] not in ROUTES:
+                        writer.write(whole(404, {"detail": "Not Found"}))
                         continue
                     writer.write(whole(self.health_status, {"object": "list", "data": [{"id": "m"}], "at": self.port}))
                     continue

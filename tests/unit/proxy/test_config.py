@@ -71,6 +71,7 @@ def test_repetitions_and_increments() -> None:
         ("--decoder-hots x", "unknown flag --decoder-hots; did you mean --decoder-host"),
         ("--log-level LOUD", "--log-level"),
         ("--config /nowhere.toml", "cannot read /nowhere.toml"),
+        ("foo", "'foo' is not expected here: there are only flags"),
     ],
 )
 def test_a_wrong_flag_is_one_line(argv: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,3 +127,28 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
             main([flag])
         assert caught.value.code == 0
         assert says in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "prefillers", "decoders"),
+    [
+        ("prefiller_hosts = []", 0, 1),
+        ('discover = "k8s"', 0, 0),
+        ('discover = "k8s"\ndecoder_hosts = ["a"]', 0, 1),
+        ("decoder_hosts = []\ndecoder_ports = []", 1, 0),
+    ],
+)
+def test_a_role_may_begin_empty_where_instances_come_by_themselves(
+    tmp_path: Path, text: str, prefillers: int, decoders: int
+) -> None:
+    path = tmp_path / "proxy.toml"
+    path.write_text(text)
+    config = read_config(["--config", str(path)])
+    assert (len(config.prefillers), len(config.decoders)) == (prefillers, decoders)
+
+
+def test_ports_without_hosts_are_a_mistake(tmp_path: Path) -> None:
+    path = tmp_path / "proxy.toml"
+    path.write_text("decoder_hosts = []\ndecoder_ports = [8000]")
+    with pytest.raises(ConfigError, match="0 --decoder-hosts but 1 --decoder-ports"):
+        read_config(["--config", str(path)])

@@ -84,7 +84,9 @@ async def test_reset_prefix_cache_goes_to_all_and_says_who_failed(start: Start) 
     await setup.prefillers[1].stop()
     answer = await ask(setup.port, "/reset_prefix_cache", b"")
     failed = f"http://127.0.0.1:{setup.prefillers[1].port}/reset_prefix_cache"
-    assert (answer.status, json.loads(answer.body)) == (500, {"failed": [failed]})
+    told = json.loads(answer.body)
+    assert (answer.status, told["failed"], list(told["reasons"])) == (500, [failed], [failed])
+    assert len(told["succeeded"]) == 2
 
 
 async def test_instances_shows_that_nothing_is_open(start: Start) -> None:
@@ -149,9 +151,20 @@ async def test_an_instance_is_added_drained_and_taken_back(start: Start) -> None
 async def test_an_instance_that_never_answers_is_dropped(start: Start) -> None:
     setup = await start(max_waiting_retries=2, waiting_retry_interval=0.02)
     await ask(setup.port, "/instances/add", {"type": "prefill", "instances": ["[::1]:9"]})
-    assert setup.app.prober.waiting
-    assert await wait_until(lambda: not setup.app.prober.waiting, 3)
+    assert setup.app.membership.waiting
+    assert await wait_until(lambda: not setup.app.membership.waiting, 3)
     assert len(setup.app.fleet.all) == 2
+
+
+async def test_there_is_a_limit_to_how_many_there_are(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("proxy.membership.MAX_INSTANCES", 3)
+    setup = await start(waiting_retry_interval=60)
+    body = {"type": "prefill", "instances": "127.0.0.1:9"}
+    assert (await ask(setup.port, "/instances/add", body)).status == 200
+    assert (await ask(setup.port, "/instances/add", body)).status == 200, "it waits already"
+    answer = await ask(setup.port, "/instances/add", {**body, "instances": "127.0.0.1:10"})
+    assert answer.status == 409 and "3 instances already" in answer.error["message"]
+    assert len(setup.app.membership.waiting) == 1
 
 
 @pytest.mark.parametrize(
@@ -185,7 +198,7 @@ async def test_metrics_are_what_happened(start: Start) -> None:
         for sample in family.samples
     }
     assert samples["pd_proxy_requests_total", "200", "completions", "ok", "stream"] == 1
-    assert samples["pd_proxy_requests_total", "400", "completions", "upstream_error", "whole"] == 1
+    assert samples["pd_proxy_requests_total", "400", "client_error", "completions", "whole"] == 1
     assert samples["pd_proxy_kv_total", "handed_out"] == samples["pd_proxy_kv_total", "consumed"] == 1
     assert samples["pd_proxy_retries_total", "client_error", "pass_on", "prefill"] == 1
     for name in ("queue", "prefill", "handoff", "ttft", "tpot", "e2e"):

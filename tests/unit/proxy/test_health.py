@@ -34,3 +34,34 @@ def test_the_back_off_grows_to_a_bound_and_starts_anew() -> None:
     health.succeeded()
     health.failed(0.0, "x")
     assert health.retry_at == FIRST_BACK_OFF_S
+
+
+def test_requests_that_fail_count_once_each_and_only_in_a_row() -> None:
+    health = Health(max_failures=2, max_request_failures=3)
+    for _ in range(9):
+        assert not health.request_failed(0.0, "500", "poisoned")
+    assert health.healthy and health.num_request_failures == 1
+    assert not health.request_failed(0.0, "500", "a")
+    health.answered()
+    assert not health.doubted
+    assert [health.request_failed(0.0, "500", name) for name in "bcd"] == [False, False, True]
+    assert not health.healthy and health.last_error == "500"
+
+
+def test_an_instance_that_fails_at_requests_comes_back_by_a_request_only() -> None:
+    health = Health(max_request_failures=1)
+    assert health.request_failed(0.0, "500", "a")
+    assert not health.succeeded() and not health.healthy  # a probe proves that it can be reached
+    assert health.may_try(FIRST_BACK_OFF_S)
+    health.begin_trial(FIRST_BACK_OFF_S)
+    assert not health.request_failed(FIRST_BACK_OFF_S, "500", "b")
+    assert not health.may_try(FIRST_BACK_OFF_S * 2) and health.may_try(FIRST_BACK_OFF_S * 3)
+    assert health.answered() and health.healthy and not health.doubted
+
+
+def test_a_probe_brings_back_what_could_not_be_reached_and_leaves_the_count_of_requests() -> None:
+    health = Health(max_failures=1, max_request_failures=2)
+    health.request_failed(0.0, "500", "a")
+    assert health.failed(0.0, "refused")
+    assert health.succeeded() and health.healthy and health.doubted
+    assert health.request_failed(0.0, "500", "b")

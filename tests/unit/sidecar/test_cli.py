@@ -30,6 +30,9 @@ def test_defaults() -> None:
         ([*NEEDED, "--zzzzzz"], "unknown argument --zzzzzz; see pd-sidecar --help"),
         ([*NEEDED, "--sock", "x"], "unknown argument --sock; did you mean --socket?"),
         ([*NEEDED, "--transport", "carrier"], "--transport: invalid choice: 'carrier'"),
+        ([*NEEDED, "--transport", "rdma"], "did you mean --transport mooncake --mooncake-protocol rdma?"),
+        ([*NEEDED, "--transport", "mooncak"], "did you mean --transport mooncake?"),
+        ([*NEEDED, "--mooncake-protocol", "rmda"], "did you mean --mooncake-protocol rdma?"),
         ([*NEEDED, "--rank", "-1"], "--rank -1: Input should be greater than or equal to 0"),
         ([*NEEDED, "--rank", "one"], "--rank: invalid int value: 'one'"),
         ([*NEEDED, "--metrics-port", "65536"], "--metrics-port 65536"),
@@ -57,7 +60,9 @@ def test_help_and_version(flag: str, capsys: pytest.CaptureFixture[str]) -> None
 def test_a_listen_address_that_makes_no_sense_stops_the_start(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert main([*NEEDED, "--listen", "nowhere"]) == 1
-    assert "--listen nowhere: give it as HOST:PORT" in capsys.readouterr().err
+    for address in ("nowhere", "abc", "host:", ":1", "h:65536", "h:x"):
+        assert main([*NEEDED, "--listen", address]) == 2
+        output = capsys.readouterr().err
+        assert f"--listen {address}: give it as HOST:PORT" in output and output.count("\n") == 1
     assert main([*NEEDED, "--listen", "0.0.0.0:0"]) == 1
     assert "give --advertise-host" in capsys.readouterr().err

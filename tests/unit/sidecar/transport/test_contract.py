@@ -16,6 +16,9 @@ BOTH = ("shm", "mooncake")
         (("shm",), BOTH, False, []),
         (("mooncake",), BOTH, True, ["mooncake"]),
         (("mooncake",), ("shm",), True, []),
+        (("shm", "tcp", "mooncake"), ("shm", "tcp", "mooncake"), True, ["shm", "tcp", "mooncake"]),
+        (("shm", "tcp", "mooncake"), ("shm", "tcp"), False, ["tcp"]),
+        (("shm", "mooncake", "tcp"), ("shm", "tcp", "mooncake"), False, ["mooncake", "tcp"]),
         (BOTH, ("carrier pigeon",), True, []),
     ],
 )

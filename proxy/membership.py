@@ -1,0 +1,292 @@
+"""Who joins and who leaves: operators, leases, DNS and discovery ask here, and time does the rest.
+
+An instance that is added joins once it answers; one that is removed takes no new work, ends what it has, serves the KV
+it handed out, and is gone then or at its deadline (`instance_state.py`). Every instance has one source: only that one,
+or an operator, takes it out. What an operator took out stays out until an operator, or nobody, wants it any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import math
+from collections import Counter
+from dataclasses import dataclass
+from time import monotonic
+
+from proxy.config import Address, ProxyConfig
+from proxy.errors import ProxyError
+from proxy.health_probe import Prober
+from proxy.instance import Fleet, Instance, Role, Source, canonical
+from proxy.instance_state import InstanceState, state_of
+from proxy.kv_ledger import KvLedger
+
+log = logging.getLogger(__name__)
+
+MAX_INSTANCES = 4096  # members and waiting ones: every one is probed
+SOURCE_RETRY_S = 1.0  # between probes of an instance whose source says that it exists: it is only just starting
+
+Key = tuple[Role, Address]
+
+
+@dataclass(slots=True, eq=False)
+class Waiting:
+    """An instance that was added and has not answered yet."""
+
+    instance: Instance
+    task: asyncio.Task[None] | None = None
+    num_probes: int = 0
+    last_error: str = ""
+
+
+@dataclass(slots=True)
+class Lease:
+    ttl_s: float
+    expires: float
+
+
+class Membership:
+    def __init__(
+        self, config: ProxyConfig, fleet: Fleet, ledger: KvLedger, prober: Prober, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        self._config = config
+        self._fleet = fleet
+        self._ledger = ledger
+        self._prober = prober
+        self._loop = loop
+        self.waiting: dict[Key, Waiting] = {}
+        self.leases: dict[Key, Lease] = {}
+        self._barred: dict[Key, float] = {}  # until when nobody but an operator may bring it back
+        self._moved: dict[Key, Role] = {}  # given another role: its source goes on naming the old one
+        self.becoming: dict[Instance, Role] = {}
+
+    # --- joining
+
+    def add(
+        self,
+        role: Role,
+        address: Address,
+        source: Source = Source.ADMIN,
+        *,
+        name: Address | None = None,
+        at_once: bool = False,
+    ) -> None:
+        """Let it join when it answers, or `at_once`. Does no harm if it is there; takes back one that is leaving."""
+        key = (role, canonical(address))
+        if source is Source.ADMIN:
+            self._barred.pop(key, None)
+            self._moved.pop(key, None)
+        else:
+            key = (self._moved.get(key, role), key[1])
+            if key in self._barred or self._is_becoming(key):
+                return
+        known = self._fleet.find(key[0], address)
+        waiting = self.waiting.get(key)
+        if source is Source.ADMIN and (known or waiting):
+            (known or waiting.instance).source = source  # type: ignore[union-attr]
+        if known is not None:
+            self._take_back(known)
+        elif waiting is None:
+            if len(self._fleet.all) + len(self.waiting) >= MAX_INSTANCES:
+                raise ProxyError(409, f"There are {MAX_INSTANCES} instances already; remove some first.")
+            self._begin(key, address, source, name, at_once)
+
+    def _is_becoming(self, key: Key) -> bool:
+        return any((role, canonical(one.address)) == key for one, role in self.becoming.items())
+
+    def _begin(self, key: Key, address: Address, source: Source, name: Address | None, at_once: bool) -> None:
+        instance = self._fleet.create(key[0], address, source, name)
+        if at_once:
+            self._admit(instance)
+            return
+        waiting = self.waiting[key] = Waiting(instance)
+        waiting.task = self._loop.create_task(self._join(key, waiting))
+
+    async def _join(self, key: Key, waiting: Waiting) -> None:
+        """Ask until it answers. What an operator added is given up in the end; others may take their time."""
+        instance, config = waiting.instance, self._config
+        try:
+            for waiting.num_probes in itertools.count(1):
+                waiting.last_error = await self._prober.serves(instance)
+                if not waiting.last_error:
+                    self._admit(instance)
+                    return
+                by_hand = instance.source is Source.ADMIN
+                if by_hand and waiting.num_probes >= config.max_waiting_retries:
+                    log.warning(
+                        "event=instance_dropped role=%s instance=%s reason=%r",
+                        instance.role.value, instance.key, f"not ready in time: {waiting.last_error}",
+                    )  # fmt: skip
+                    return
+                await asyncio.sleep(config.waiting_retry_interval if by_hand else SOURCE_RETRY_S)
+        finally:
+            if self.waiting.get(key) is waiting:
+                del self.waiting[key]
+            if self._fleet.find(key[0], instance.address) is not instance:
+                instance.pool.close()
+
+    def _admit(self, instance: Instance) -> None:
+        self._fleet.admit(instance)
+        self._prober.follow()
+        log.info(
+            "event=instance_added role=%s instance=%s source=%s",
+            instance.role.value, instance.key, instance.source.value,
+        )  # fmt: skip
+
+    def _take_back(self, instance: Instance) -> None:
+        self.becoming.pop(instance, None)
+        instance.drain_by = math.inf
+        if not instance.enabled:
+            instance.enabled = True
+            log.info("event=instance_taken_back role=%s instance=%s", instance.role.value, instance.key)
+
+    # --- leaving
+
+    def remove(self, role: Role, address: Address, source: Source = Source.ADMIN, timeout_s: float = 0) -> None:
+        """No new work from now on. Harmless for one that waits, leaves already or was never there.
+
+        An operator may name the host name that stands for several. `timeout_s` of 0 is the configured deadline."""
+        key = (role, canonical(address))
+        if source is not Source.ADMIN:
+            key = (self._moved.pop(key, role), key[1])
+        by_hand = source is Source.ADMIN
+        for waiting_key, waiting in list(self.waiting.items()):
+            one = waiting.instance
+            if waiting_key[0] is key[0] and key[1] in (waiting_key[1], canonical(one.name)):
+                if by_hand or one.source is source:
+                    self._stop_waiting(waiting_key)
+                if by_hand:
+                    self._bar(waiting_key, one)
+        for known in self._fleet.named(key[0], address):
+            if by_hand:
+                self._bar((known.role, canonical(known.address)), known)
+            if by_hand or known.source is source:
+                self.drain(known, timeout_s)
+        self.leases.pop(key, None)
+        self.tick(monotonic())
+
+    def _stop_waiting(self, key: Key) -> None:
+        waiting = self.waiting.pop(key)
+        if waiting.task is not None:
+            waiting.task.cancel()
+
+    def _bar(self, key: Key, instance: Instance) -> None:
+        """Its source may go on naming it. One with a lease is let in again when it has been silent for a lease."""
+        if instance.source is Source.LEASE:
+            lease = self.leases.get(key)
+            self._barred[key] = monotonic() + (lease.ttl_s if lease else 0)
+        elif instance.source is Source.KUBERNETES:
+            self._barred[key] = math.inf
+
+    def forget(self, role: Role, address: Address) -> None:
+        """Its source has it no more: what comes at this address later is another, which no operator took out."""
+        self._barred.pop((role, canonical(address)), None)
+
+    def drain(self, instance: Instance, timeout_s: float = 0) -> None:
+        """No new work for this member; a role that it was to have next is forgotten."""
+        self.becoming.pop(instance, None)
+        if instance.enabled:
+            instance.enabled = False
+            instance.drain_by = monotonic() + (timeout_s or self._config.instance_drain_timeout_s)
+            log.info(
+                "event=instance_draining role=%s instance=%s requests=%d",
+                instance.role.value, instance.key, instance.num_open,
+            )  # fmt: skip
+        elif timeout_s:
+            instance.drain_by = monotonic() + timeout_s
+
+    def change_role(self, role: Role, address: Address) -> None:
+        """Drain it in the other role; then it joins in `role`. Raises ProxyError if nobody knows it."""
+        here, there = (role, canonical(address)), (role.other, canonical(address))
+        waiting, known = self.waiting.get(there), self._fleet.find(role.other, address)
+        if known is None and waiting is None:
+            if self._fleet.find(role, address) is None and here not in self.waiting:
+                raise ProxyError(404, f"There is no instance {address}.", error_type="not_found_error")
+            return
+        one = known or waiting.instance  # type: ignore[union-attr]
+        if one.source not in (Source.ADMIN, Source.CONFIG):
+            self._moved.pop(here, None)
+            self._moved[there] = role
+        if there in self.leases:
+            self.leases[here] = self.leases.pop(there)
+        self._barred.pop(here, None)
+        if waiting is not None:
+            self._stop_waiting(there)
+            self._begin(here, address, one.source, None, False)
+        elif known is not None:
+            self.drain(known)
+            self.becoming[known] = role
+            self.tick(monotonic())
+
+    # --- leases
+
+    def register(self, role: Role, address: Address, ttl_s: float, now: float) -> Role:
+        """Join, or renew. Returns the role it has: an operator may have changed it. Raises ProxyError."""
+        key = (role, canonical(address))
+        if key in self._barred:
+            self._barred[key] = now + ttl_s
+            raise ProxyError(
+                409, f"{address} was removed by an operator; POST /instances/add brings it back.",
+                error_type="conflict_error",
+            )  # fmt: skip
+        self.add(role, address, Source.LEASE)
+        key = (self._moved.get(key, role), key[1])
+        self.leases[key] = Lease(ttl_s, now + ttl_s)
+        return key[0]
+
+    def deregister(self, role: Role, address: Address) -> bool:
+        """The instance leaves of its own will. Returns whether it had a lease."""
+        key = (role, canonical(address))
+        held = (self._moved.get(key, role), key[1]) in self.leases
+        if held:
+            self.remove(role, address, Source.LEASE)
+        return held
+
+    # --- time
+
+    def tick(self, now: float) -> None:
+        """Called now and then, and after every removal."""
+        for (role, address), lease in list(self.leases.items()):
+            if lease.expires <= now:
+                log.warning("event=lease_expired role=%s instance=%s ttl_s=%g", role.value, address, lease.ttl_s)
+                del self.leases[role, address]
+                self._moved = {key: to for key, to in self._moved.items() if (to, key[1]) != (role, address)}
+                self.remove(role, address, Source.LEASE)
+        self._barred = {key: until for key, until in self._barred.items() if until > now}
+        leaving = [one for one in self._fleet.all if not one.enabled]
+        if leaving:
+            held = self.kv_held()
+            for one in leaving:
+                if self.state(one, held, now) is InstanceState.GONE:
+                    self._let_go(one, late=now >= one.drain_by)
+
+    def _let_go(self, instance: Instance, late: bool) -> None:
+        log.log(
+            logging.WARNING if late else logging.INFO,
+            "event=instance_removed role=%s instance=%s drained=%s requests=%d",
+            instance.role.value, instance.key, not late, instance.num_open,
+        )  # fmt: skip
+        self._fleet.drop(instance)
+        self._prober.follow()
+        role = self.becoming.pop(instance, None)
+        if role is not None:
+            key = (role, canonical(instance.address))
+            if self._fleet.find(role, instance.address) is None and key not in self.waiting:
+                self._begin(key, instance.address, instance.source, None, False)
+
+    def kv_held(self) -> Counter[str]:
+        """By the key of a prefiller: hand-outs that a decoder may still come for."""
+        return Counter(entry.prefiller for entry in self._ledger.open)
+
+    def state(self, instance: Instance, held: Counter[str], now: float) -> InstanceState:
+        return state_of(
+            enabled=instance.enabled,
+            num_open=instance.num_open,
+            num_kv_held=held[instance.key] if instance.role is Role.PREFILL else 0,
+            overdue=now >= instance.drain_by,
+        )
+
+    def stop(self) -> None:
+        for key in list(self.waiting):
+            self._stop_waiting(key)

@@ -1,0 +1,52 @@
+"""SIGHUP: the configuration is read again. What can change at run time does; the rest is named."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from proxy.config import INSTANCE_KEYS, ProxyConfig
+from proxy.errors import ConfigError, ProxyError
+from proxy.instance import Role, Source
+from proxy.membership import Membership
+
+log = logging.getLogger(__name__)
+
+
+def reload(
+    running: ProxyConfig, old: ProxyConfig, reread: Callable[[], ProxyConfig], membership: Membership
+) -> ProxyConfig:
+    """What was read, or `old` (what was read last) if that cannot be used. `running` is what cannot change."""
+    try:
+        new = reread()
+        _check_lists_are_there(old, new)
+    except ConfigError as error:
+        log.error("event=reload_failed reason=%r", str(error))
+        return old
+    others = [key for key in ProxyConfig.model_fields if key not in INSTANCE_KEYS]
+    fixed = [key for key in others if getattr(running, key) != getattr(new, key)]
+    num_added = num_removed = 0
+    for role, was, is_now in (
+        (Role.PREFILL, old.prefillers, new.prefillers),
+        (Role.DECODE, old.decoders, new.decoders),
+    ):
+        for address in [one for one in was if one not in is_now]:
+            membership.remove(role, address, Source.CONFIG)
+            num_removed += 1
+        for address in [one for one in is_now if one not in was]:
+            try:
+                membership.add(role, address, Source.CONFIG)
+                num_added += 1
+            except ProxyError as error:
+                log.error("event=reload_incomplete role=%s instance=%s reason=%r", role.value, address, error.message)
+    log.info("event=reloaded added=%d removed=%d", num_added, num_removed)
+    if fixed:
+        log.warning("event=reload_needs_restart keys=%s", ",".join(fixed))
+    return new
+
+
+def _check_lists_are_there(old: ProxyConfig, new: ProxyConfig) -> None:
+    """Raises ConfigError for a file that lost a list (it may be half written): defaults are not what was meant."""
+    for key in ("prefiller_hosts", "decoder_hosts"):
+        if key in old.model_fields_set and key not in new.model_fields_set:
+            raise ConfigError(f"{key} is not there any more; write {key} = [] if there are to be none")

@@ -1,0 +1,273 @@
+"""The data connection against ends that break it; two sidecars use it for real in tests/sidecar_processes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import socket
+import struct
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from sidecar.config import SidecarConfig
+from sidecar.errors import Refusal
+from sidecar.layout import KvLayout, Plane
+from sidecar.protocol import RegionOpened
+from sidecar.regions import Region
+from sidecar.registration import Registration
+from sidecar.spans import Spans
+from sidecar.transport.contract import COPIED, STOPPED
+from sidecar.transport.tcp import GRANTED, MAGIC, MAX_SPANS, SECRET_BYTES, TcpMemory, TcpTransport
+from sidecar.transport.tcp_wire import MAX_VIEWS, DataFault, Pace, pieces, receive, send
+
+POOL_BYTES = 4 << 20
+TIMEOUT_S = 20
+
+
+def registration(epoch: str, content: bytes = b"") -> Registration:
+    fd = os.memfd_create("pool")
+    os.ftruncate(fd, POOL_BYTES)
+    os.pwrite(fd, content, 0)
+    layout = KvLayout(POOL_BYTES // 4096, 16, (Plane(0, 4096, 4096),), 1, 1, 1, "float32", "m", "o")
+    return Registration(epoch, layout, fd, Region(fd, POOL_BYTES, writable=True), -1)
+
+
+@dataclass
+class Ends:
+    """A producer's transport that serves, and a consumer's registration."""
+
+    transport: TcpTransport
+    producer: Registration
+    consumer: Registration
+    session: str
+    content: bytes
+
+    def opened(self, session: str = "") -> RegionOpened:
+        return RegionOpened(1, POOL_BYTES, session=session or self.session)
+
+    async def open(self, session: str = "") -> TcpMemory:
+        return await self.transport.open(self.consumer, self.opened(session), None)
+
+    def read(self) -> bytes:
+        return os.pread(self.consumer.fd, POOL_BYTES, 0)
+
+
+@pytest.fixture
+async def ends() -> AsyncIterator[Ends]:
+    content = random.Random(5).randbytes(POOL_BYTES)
+    producer, consumer = registration("p", content), registration("c")
+    transport = TcpTransport(SidecarConfig(socket="/tmp/s", engine_id="e"), "127.0.0.1")
+    yield Ends(transport, producer, consumer, (await transport.serve(producer)).session, content)
+    await transport.retire(producer)
+    for pool in (producer, consumer):
+        pool.close()
+
+
+@contextlib.contextmanager
+def scripted(*answers: bytes, then_wait: bool = False) -> Iterator[str]:
+    """A producer that takes any hello and any request and answers as told; yields its session."""
+    over = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def play() -> None:
+            with contextlib.suppress(OSError):
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(len(MAGIC) + SECRET_BYTES, socket.MSG_WAITALL)
+                    connection.sendall(struct.pack("<BQ", GRANTED, 0))
+                    for answer in answers:
+                        connection.recv(65536)
+                        connection.sendall(answer)
+                    if then_wait:
+                        over.wait(TIMEOUT_S)
+
+        thread = threading.Thread(target=play)
+        thread.start()
+        yield f"127.0.0.1 {listener.getsockname()[1]} {'0' * SECRET_BYTES}"
+        over.set()
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join(TIMEOUT_S)
+
+
+def first_byte_written(ends: Ends) -> None:
+    end = time.monotonic() + TIMEOUT_S
+    while not any(os.pread(ends.consumer.fd, 1, 0)):
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+async def outcome(memory: TcpMemory, spans: Spans) -> str:
+    return await asyncio.wait_for(memory.read(spans).ended, TIMEOUT_S)
+
+
+async def test_spans_of_all_sizes_arrive_where_they_belong(ends: Ends) -> None:
+    dice = random.Random(9)
+    memory = await ends.open()
+    lengths = [dice.choice([1, 100, 4096, 70_000, 1_500_000]) for _ in range(40)]
+    local, at = [], 0
+    for length in lengths:
+        local.append(at)
+        at += length + 1
+        if at > POOL_BYTES:
+            break
+    local = local[:-1]
+    lengths = lengths[: len(local)]
+    remote = [dice.randrange(POOL_BYTES - length) for length in lengths]
+    expected = bytearray(POOL_BYTES)
+    for start, to, length in zip(remote, local, lengths, strict=True):
+        expected[to : to + length] = ends.content[start : start + length]
+    assert await outcome(memory, Spans(remote, local, lengths)) == COPIED
+    assert ends.read() == expected
+    await memory.close()
+
+
+async def test_many_small_spans_and_several_copies_at_once(ends: Ends) -> None:
+    memory = await ends.open()
+    order = random.Random(1).sample(range(POOL_BYTES // 512), POOL_BYTES // 512)
+    parts = [order[n::12] for n in range(12)]
+    spans = [Spans([b * 512 for b in part], [b * 512 for b in part], [512] * len(part)) for part in parts]
+    assert await asyncio.gather(*(outcome(memory, part) for part in spans)) == [COPIED] * 12
+    assert ends.read() == ends.content
+    await memory.close()
+
+
+async def test_a_wrong_token_is_refused(ends: Ends) -> None:
+    host, port, secret = ends.session.split()
+    with pytest.raises(Refusal, match="token is wrong"):
+        await ends.open(f"{host} {port} {'0' * len(secret)}")
+
+
+@pytest.mark.parametrize(
+    "session", ["", "x", "127.0.0.1 1 s", "127.0.0.1 99999 s", "127.0.0.1 x s", "nowhere.invalid 1 s"]
+)
+async def test_an_address_that_leads_nowhere_is_refused(ends: Ends, session: str) -> None:
+    with pytest.raises(Refusal) as refused:
+        await ends.open(session or "a b c d")
+    assert refused.value.reason == "transport"
+
+
+@pytest.mark.parametrize("span", [(POOL_BYTES - 1, 2), (POOL_BYTES, 1), (1 << 63, 1), (0, 0), (0, (1 << 64) - 1)])
+async def test_a_span_out_of_bounds_is_refused_by_the_producer(ends: Ends, span: tuple[int, int]) -> None:
+    memory = await ends.open()
+    answer = await outcome(memory, Spans([0, span[0]], [0, 4096], [10, span[1]]))
+    assert "leaves a registered region" in answer and memory.broken == answer
+    assert not any(ends.read())
+    with pytest.raises(Refusal):
+        memory.read(Spans([0], [0], [1]))
+    await memory.close()
+
+
+async def test_too_many_spans_are_refused_by_both_ends(ends: Ends) -> None:
+    memory = await ends.open()
+    too_many = [0] * (MAX_SPANS + 1)
+    with pytest.raises(Refusal, match="at most"):
+        memory.read(Spans(too_many, too_many, too_many))
+    await memory.close()
+    host, port, secret = ends.session.split()
+
+    def ask() -> bytes:
+        with socket.create_connection((host, int(port)), TIMEOUT_S) as sock:
+            sock.setblocking(True)
+            send(sock, [memoryview(MAGIC + secret.encode())])
+            receive(sock, 9)
+            send(sock, [memoryview(struct.pack("<I", 0xFFFFFFFF))])
+            return receive(sock, 9)
+
+    assert (await asyncio.to_thread(ask))[0] != GRANTED
+
+
+@pytest.mark.parametrize("sent", [0, 1, 5000])
+async def test_a_truncated_stream_is_a_failure(ends: Ends, sent: int) -> None:
+    with scripted(struct.pack("<BQ", GRANTED, 10_000) + b"x" * sent) as session:
+        memory = await ends.open(session)
+        assert await outcome(memory, Spans([0], [0], [10_000])) != COPIED
+        assert memory.broken
+        assert not any(ends.read()[sent:])
+        await memory.close()
+
+
+async def test_an_answer_of_another_length_is_a_failure_before_a_byte_is_taken(ends: Ends) -> None:
+    with scripted(struct.pack("<BQ", GRANTED, 9_999) + b"x" * 9_999) as session:
+        memory = await ends.open(session)
+        assert "instead of 10000" in await outcome(memory, Spans([0], [0], [10_000]))
+        assert not any(ends.read())
+        await memory.close()
+
+
+async def test_a_stop_in_the_middle_ends_the_copy_and_not_a_byte_follows(ends: Ends) -> None:
+    with scripted(struct.pack("<BQ", GRANTED, 10_000) + b"x" * 5000, then_wait=True) as session:
+        memory = await ends.open(session)
+        copy = memory.read(Spans([0], [0], [10_000]))
+        await asyncio.to_thread(first_byte_written, ends)
+        copy.stop()
+        assert await asyncio.wait_for(copy.ended, TIMEOUT_S) == STOPPED
+        os.pwrite(ends.consumer.fd, bytes(10_000), 0)
+        await memory.close()
+        assert not any(ends.read())
+
+
+async def test_closing_ends_what_runs_and_what_waits(ends: Ends) -> None:
+    with scripted(struct.pack("<BQ", GRANTED, 10_000), then_wait=True) as session:
+        memory = await ends.open(session)
+        copies = [memory.read(Spans([0], [0], [10_000])) for _ in range(20)]
+        await asyncio.wait_for(memory.close(), TIMEOUT_S)
+        assert all(copy.ended.done() and copy.ended.result() != COPIED for copy in copies)
+
+
+async def test_a_reader_that_does_not_read_is_cut_off_when_the_pool_goes(ends: Ends) -> None:
+    host, port, secret = ends.session.split()
+    with socket.create_connection((host, int(port)), TIMEOUT_S) as sock:
+        request = struct.pack("<I", 64) + struct.pack("<QQ", 0, POOL_BYTES) * 64
+        await asyncio.to_thread(sock.sendall, MAGIC + secret.encode() + request)
+        await asyncio.to_thread(sock.recv, 18, socket.MSG_WAITALL)
+        await asyncio.wait_for(ends.transport.retire(ends.producer), TIMEOUT_S)
+    ends.session = (await ends.transport.serve(ends.producer)).session
+    memory = await ends.open()
+    assert await outcome(memory, Spans([1], [2], [3])) == COPIED
+    await memory.close()
+
+
+def test_pieces_cover_every_byte_in_order_within_the_limits() -> None:
+    dice = random.Random(3)
+    spans, at = [], 0
+    for _ in range(2000):
+        length = dice.choice([1, 100, 5000, 300_000])
+        spans.append((at, length))
+        at += length
+    covered = 0
+    for piece in pieces(spans, 100_000):
+        assert 0 < len(piece) <= MAX_VIEWS and sum(length for _, length in piece) <= 100_000
+        for offset, length in piece:
+            assert offset == covered and length > 0
+            covered += length
+    assert covered == at
+
+
+@pytest.mark.parametrize("split", range(1, 40, 3))
+def test_what_comes_in_parts_fills_every_buffer(split: int) -> None:
+    ours, theirs = socket.socketpair()
+    message = bytes(range(40))
+    with ours, theirs:
+        theirs.sendall(message[:split])
+        sender = threading.Timer(0.01, theirs.sendall, [message[split:]])
+        sender.start()
+        assert receive(ours, 40) == message
+        sender.join()
+        theirs.close()
+        assert receive(ours, 4, may_end=True) == b""
+        with pytest.raises(DataFault, match="ended"):
+            receive(ours, 4)
+
+
+def test_a_stopped_copy_does_not_wait_for_its_turn() -> None:
+    pace, stopped = Pace(1000), threading.Event()
+    assert pace.wait(1_000_000, stopped)
+    stopped.set()
+    assert not pace.wait(1, stopped)
+    assert not Pace(0).wait(1, stopped)
