@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
@@ -16,6 +16,9 @@ import orjson
 CREATED = 1_700_000_000
 CHARS_PER_TOKEN = 4
 DONE_EVENT = b"data: [DONE]\n\n"
+# Ids of generated tokens: a mark, the fingerprint, the index. Below 2**53, so that every JSON reader takes them.
+ID_MARK, INDEX_BITS = 1 << 52, 20
+_TOKENS_AT_END = re.compile(r"(?: [0-9a-f]{8}:\d{5})+$")
 _TOKEN_AT_END = re.compile(r" ([0-9a-f]{8}):(\d{5})$")
 
 
@@ -30,6 +33,9 @@ class Script:
 
     def token(self, index: int) -> str:
         return f" {self.fingerprint}:{self.first + index:05d}"
+
+    def token_id(self, index: int) -> int:
+        return ID_MARK | int(self.fingerprint, 16) << INDEX_BITS | (self.first + index)
 
     def text(self) -> str:
         return "".join(self.token(index) for index in range(self.num_tokens))
@@ -65,6 +71,10 @@ def script_of(fields: dict[str, Any], num_tokens: int | None = None) -> Script:
     match = _TOKEN_AT_END.search(_last_text(prompt))
     if match:
         fingerprint, first = match[1], int(match[2]) + 1
+        num_prompt_tokens = _num_tokens_of_continued(prompt)
+    elif num_prompt_tokens and isinstance(prompt[-1], int) and prompt[-1] >= ID_MARK:
+        fingerprint = f"{(prompt[-1] ^ ID_MARK) >> INDEX_BITS:08x}"
+        first = (prompt[-1] & ((1 << INDEX_BITS) - 1)) + 1
     return Script(fingerprint, first, num_tokens, num_prompt_tokens or len(encoded) // CHARS_PER_TOKEN + 1)
 
 
@@ -75,6 +85,28 @@ def _last_text(prompt: Any) -> str:
         content = prompt[-1].get("content")
         return content[-16:] if isinstance(content, str) else ""
     return ""
+
+
+def _num_tokens_of_continued(prompt: Any) -> int:
+    """The prompt's own tokens and one for each that was generated: what an engine would count."""
+    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    said = _TOKENS_AT_END.search(text)
+    num_said = (len(said[0]) if said else 0) // 15
+    rest = text[: len(text) - num_said * 15] if isinstance(prompt, str) else prompt[:-1]
+    return num_said + len(orjson.dumps(rest)) // CHARS_PER_TOKEN + 1
+
+
+def tokens_of(text: str) -> list[int]:
+    """The ids of a text that is all generated tokens, as a tokenizer says them; of another, one a character."""
+    found = re.findall(r" ([0-9a-f]{8}):(\d{5})", text)
+    return [ID_MARK | int(one, 16) << INDEX_BITS | int(index) for one, index in found] or [ord(one) for one in text]
+
+
+def given_up(script: Script, num_tokens: int, chat: bool, name: str, model: str) -> bytes:
+    """A whole answer of a decoder that was preempted after `num_tokens`."""
+    answer = orjson.loads(whole_answer(replace(script, num_tokens=num_tokens), chat, name, model))
+    answer["choices"][0].update(finish_reason="stop", stop_reason="recomputed")
+    return orjson.dumps(answer)
 
 
 def answer_id(chat: bool, request_id: str) -> str:
@@ -131,6 +163,9 @@ class EventTemplate:
     ) -> None:
         self.script = script
         self._indices = range(first_index, first_index + num_choices)
+        self.num_choices = num_choices
+        self.with_ids = False
+        """Events carry the ids of their tokens, the first one the prompt's too (`return_token_ids`)."""
         self._opening = b'data: {"id":%b,"object":"%b","created":%d,"model":%b,"choices":[' % (
             orjson.dumps(name),
             b"chat.completion.chunk" if chat else b"text_completion",
@@ -156,7 +191,19 @@ class EventTemplate:
         script = self.script
         tail = self._last_tail if index + 1 == script.num_tokens else self._tail
         token = b" %b:%05d" % (script.fingerprint.encode(), script.first + index)
+        if self.with_ids:
+            tail = b'%b,"token_ids":[%d],"prompt_token_ids":%b}]}\n\n' % (
+                tail.removesuffix(b"}]}\n\n"),
+                script.token_id(index),
+                orjson.dumps([1] * script.num_prompt_tokens) if index == 0 else b"null",
+            )
         return [head + token + tail for head in self._heads]
+
+    def recomputed_event(self) -> bytes:
+        """As vllm-ascend ends a request that it has preempted on a decoder: no token, and a reason of its own."""
+        return self._heads[0] + self._last_tail.replace(
+            b'"finish_reason":"length","stop_reason":null', b'"finish_reason":"stop","stop_reason":"recomputed"'
+        )
 
     def last_events(self) -> list[bytes]:
         if self._usage is None:

@@ -9,7 +9,18 @@ from typing import Any
 BEFORE = frozenset({"status", "hang_before_head", "reset_before_head", "close_before_head", "garbage"})
 # What is done in the course of an answer; the KV was read.
 WITHIN = frozenset(
-    {"error_event", "error_event_mid", "reset_mid", "close_mid", "hang_mid", "garbage_mid", "bad_json", "no_kv"}
+    {
+        "error_event",
+        "error_event_mid",
+        "reset_mid",
+        "close_mid",
+        "hang_mid",
+        "garbage_mid",
+        "bad_json",
+        "no_kv",
+        "recomputed",
+        "cut_at",
+    }
 )
 KINDS = BEFORE | WITHIN
 
@@ -17,7 +28,8 @@ KINDS = BEFORE | WITHIN
 @dataclass(slots=True)
 class Fault:
     """`count` requests are hit, of all instances together if they share it. A fault in mid-stream comes `after` so many
-    tokens."""
+    tokens. `recomputed`: after so many tokens the decoder gives up its KV, as vllm-ascend has it. `cut_at`: of the body
+    of a stream, framing included, so many bytes come before the connection is closed."""
 
     kind: str
     count: int = 1

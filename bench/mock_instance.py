@@ -13,7 +13,16 @@ from typing import Any
 import orjson
 
 from bench import mock_other_apis as other_apis
-from bench.mock_answers import DONE_EVENT, EventTemplate, answer_id, script_of, scripts_of, whole_answer
+from bench.mock_answers import (
+    DONE_EVENT,
+    EventTemplate,
+    answer_id,
+    given_up,
+    script_of,
+    scripts_of,
+    tokens_of,
+    whole_answer,
+)
 from bench.mock_faults import BEFORE, Fault
 from bench.mock_http import (
     LAST_CHUNK,
@@ -98,6 +107,8 @@ class Stream:
             connection.on_resumed = lambda: self.loop.add(self)
             return False
         fault = self.fault
+        if fault is not None and fault.kind == "cut_at":
+            return self._cut(fault)
         if fault is not None and index >= fault.after:
             return self._fail(fault)
         events = self.template.token_events(index)
@@ -113,8 +124,24 @@ class Stream:
         self.instance.finished(connection)
         return False
 
+    def _cut(self, fault: Fault) -> bool:
+        """All of the stream at once, up to a byte of its body."""
+        template = self.template
+        events = template.first_events()
+        for index in range(template.script.num_tokens):
+            events += template.token_events(index)
+        body = b"".join(chunk(event) for event in [*events, *template.last_events()]) + LAST_CHUNK
+        self.connection.send(STREAM_HEAD + body[: fault.after])
+        self.connection.close()
+        return False
+
     def _fail(self, fault: Fault) -> bool:
         connection = self.connection
+        if fault.kind == "recomputed":
+            head = STREAM_HEAD if self.index == 0 else b""
+            connection.send(head + chunk(self.template.recomputed_event()) + chunk(DONE_EVENT) + LAST_CHUNK)
+            self.instance.finished(connection)
+            return False
         if fault.kind == "hang_mid":
             return False
         if fault.kind in ("error_event", "error_event_mid"):
@@ -216,6 +243,10 @@ class MockInstance:
             go_on()
 
     def handle(self, connection: Connection, request: Request) -> None:
+        if request.path == "/tokenize":
+            tokens = tokens_of(orjson.loads(request.body)["prompt"])
+            connection.answer(json_response(200, orjson.dumps({"tokens": tokens, "count": len(tokens)})))
+            return
         if self.frozen:
             self._held.append(lambda: None if connection.gone else self.handle(connection, request))
             return
@@ -349,6 +380,9 @@ class MockInstance:
         num_tokens = self._shape(fields, "num_tokens", self.num_tokens)
         scripts = scripts_of(fields, num_tokens)
         script = scripts[0]
+        if chat and script.first:
+            continued = fields.get("continue_final_message") is True and fields.get("add_generation_prompt") is False
+            self.ledger.check(continued, "decode: an assistant's last message that is not to be continued")
         if not self._claimed(connection, request, fields, script.fingerprint):
             return
         if fault is not None and fault.kind in BEFORE:
@@ -364,6 +398,9 @@ class MockInstance:
             else:
                 told = whole_answer_of_all(fields, num_tokens, chat, name, self.model)
             body = json_response(200, told)
+            if fault is not None and fault.kind == "recomputed":
+                self._answer(connection, json_response(200, given_up(script, fault.after, chat, name, self.model)))
+                return
             answer = self._answer if fault is None else self._fail_within
             arguments = (connection, body) if fault is None else (connection, body, fault)
             _after(delay_s + interval_s * script.num_tokens, lambda: answer(*arguments))
@@ -371,7 +408,9 @@ class MockInstance:
         usage = bool((fields.get("stream_options") or {}).get("include_usage"))
         template: EventTemplate | ManyTemplates
         if len(scripts) == 1:
-            template = EventTemplate(script, chat, name, self.model, num_choices, 0, usage)
+            num_cached = self._shape(fields, "decoder_cached_tokens", 0)
+            template = EventTemplate(script, chat, name, self.model, num_choices, num_cached, usage)
+            template.with_ids = bool(fields.get("return_token_ids"))
         else:
             template = ManyTemplates(scripts, chat, name, self.model, num_choices, usage)
         loop = self._loops.setdefault(interval_s, StepLoop(interval_s))

@@ -33,6 +33,12 @@ class Answer:
     def body(self) -> bytes:
         return http1.dechunk(self.raw) if self.head.chunked else self.raw
 
+    def with_body(self, body: bytes) -> Answer:
+        """The same answer, whole, with another body."""
+        head = ResponseHead()
+        head.status, head.fields, head.event_stream = self.head.status, self.head.fields, self.head.event_stream
+        return Answer(self.connection, head, body, True, None)
+
     def as_error(self, status: int, body: bytes) -> Answer:
         """The answer an engine would have given, had it known of the error before it sent its 200."""
         head = ResponseHead()

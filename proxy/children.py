@@ -13,12 +13,12 @@ import copy
 from collections.abc import Callable
 
 from proxy import http1, sse
-from proxy.answering import BROKEN
 from proxy.downstream import Relayed
 from proxy.errors import Failure, ProxyError
 from proxy.flow import Flow
 from proxy.http1 import RequestHead, ResponseHead
 from proxy.joining import EventSplitter, StreamJoiner, child_bodies, joined_answer
+from proxy.relaying import BROKEN
 from proxy.retry import TABLE, Leg
 
 Serve = Callable[[Flow, bytes], asyncio.Task[None]]
@@ -79,9 +79,11 @@ class Child(asyncio.WriteTransport):
         if self._family.paused:
             self.pause()
 
-    def end_relay(self, failure: Failure) -> None:
-        if self._upstream is not None:
-            self._upstream.end_relay(failure)
+    def end_relay(self, failure: Failure) -> bool:
+        if self._upstream is None:
+            return False
+        self._upstream.end_relay(failure)
+        return True
 
     def answered(self, *, close: bool) -> None:
         if not self.gone:

@@ -110,6 +110,14 @@ class ProxyConfig(BaseModel):
     max_queued_requests: int = Field(1024, ge=0, description="requests that may wait for a decoder; beyond it 429")
     queue_timeout_s: Seconds = Field(60, description="how long a request may wait for a decoder; after it 503")
 
+    # answers that go on after a decoder is lost, or gave up the KV
+    max_continuations: int = Field(
+        8, ge=0, description="times an answer is continued on another decoder; 0 ends it with an error event"
+    )
+    max_continuation_bytes: int = Field(
+        4 << 20, ge=0, description="of a stream kept in case its decoder is lost; a longer one is not continued"
+    )
+
     discover: Literal["", "k8s"] = Field("", description="where instances are found besides those named: k8s, for pods")
     k8s_selector: str = Field("", description="label selector of the pods that are instances, such as app=vllm")
     k8s_namespace: str = Field("", description="their namespace (empty: that of the proxy's own pod)")

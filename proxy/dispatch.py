@@ -14,7 +14,7 @@ from time import monotonic
 
 from proxy.admission import Admission
 from proxy.answer import Answer
-from proxy.answering import relay, send_error, send_whole
+from proxy.answering import send_error, send_whole
 from proxy.children import Family
 from proxy.config import ProxyConfig
 from proxy.contracts import Contract
@@ -26,6 +26,7 @@ from proxy.http1 import RequestHead
 from proxy.legs import Legs, PassOn
 from proxy.openai_api import ROUTES, parse_call
 from proxy.prompt_facts import with_cached_tokens, with_scored_prompt
+from proxy.relaying import Relayer
 from proxy.report import Reporter
 from proxy.retry import Budget
 from proxy.scheduling.cost import cost_of
@@ -50,6 +51,7 @@ class Dispatcher:
         self._contract = legs.contract
         self._tell = STORIES[legs.contract.order]
         self._reporter = reporter
+        self._relayer = Relayer(config, legs, self._tell, reporter)
         self._loop = loop
         self._bearer_line = bearer_line
         self._ids = itertools.count(1)
@@ -62,6 +64,7 @@ class Dispatcher:
         self._legs = self._legs.speaking(contract)
         self._contract = contract
         self._tell = STORIES[contract.order]
+        self._relayer = Relayer(self._config, self._legs, self._tell, self._reporter)
 
     def serve(self, client: ClientConnection, head: RequestHead, body: bytes) -> asyncio.Task[None]:
         request_id = head.request_id or f"{self._id_prefix}-{next(self._ids):x}"
@@ -81,16 +84,15 @@ class Dispatcher:
 
     def _out_of_time(self, flow: Flow, task: asyncio.Task[None]) -> None:
         """The request's own limit has passed: what is open is ended, and the client told."""
-        if flow.headers_sent:
-            flow.client.end_relay(Failure.OUT_OF_TIME)
-        elif not task.done():
+        relayed = flow.headers_sent and flow.client.end_relay(Failure.OUT_OF_TIME)
+        if not relayed and not task.done():  # nothing was begun, or it waits for the rest of what was
             self._out_of_time_flows.add(flow)
             task.cancel()
 
     async def _serve(self, flow: Flow, body: bytes) -> None:
         """Whatever happens, the client is answered or gone, and nothing stays open."""
         self.open.add(flow)
-        legs, tell = self._legs, self._tell
+        legs, tell, relayer = self._legs, self._tell, self._relayer
         try:
             self._read(flow, body)
             if flow.divided:
@@ -99,11 +101,13 @@ class Dispatcher:
                 return
             await self._admission.admit(flow)  # before the prefill: a prompt nobody can decode is not worth computing
             answer = await tell(flow, legs)
-            if answer.complete:
+            if answer.complete and not answer.head.event_stream and relayer.must_look(flow, answer):
+                answer = await relayer.whole(flow, answer)
+            if answer.complete and not (answer.head.event_stream and relayer.must_look(flow, answer)):
                 flow.outcome = "ok"
                 send_whole(flow, told_of_prompt(flow, answer))
             else:
-                await relay(flow, answer, self._config.between_tokens_timeout_s, self._reporter)
+                await relayer.relay(flow, answer)
         except asyncio.CancelledError:
             if flow not in self._out_of_time_flows or flow.client.transport.is_closing():
                 flow.outcome = "client_gone"

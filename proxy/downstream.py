@@ -32,7 +32,9 @@ class Downstream(Protocol):
 
     def relay_from(self, upstream: Relayed | None) -> None: ...
 
-    def end_relay(self, failure: Failure) -> None: ...
+    def end_relay(self, failure: Failure) -> bool:
+        """End the stream that is relayed, as if its instance had failed so. False if none is."""
+        ...
 
     def answered(self, *, close: bool) -> None:
         """The answer was written in full."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from proxy.continuation import Continuation
 from proxy.downstream import Downstream
 from proxy.http1 import RequestHead
 from proxy.instance import Instance, Role
@@ -29,6 +30,7 @@ class Flow:
         "call",
         "client",
         "close",
+        "continuation",
         "cost",
         "decode_hold",
         "decode_load",
@@ -51,6 +53,7 @@ class Flow:
         "prefilled_at",
         "prefiller",
         "promised",
+        "prompt_tokens",
         "request_id",
         "route",
         "scored_prompt",
@@ -58,6 +61,7 @@ class Flow:
         "split",
         "status",
         "stream",
+        "target",
     )
 
     def __init__(
@@ -65,6 +69,8 @@ class Flow:
     ) -> None:
         self.client = client
         self.head = head
+        self.target = head.target
+        """Where the call is sent; the client's, unless a continuation is a completion."""
         self.route = route
         self.request_id = request_id
         self.budget = budget
@@ -106,6 +112,9 @@ class Flow:
         self.first_event_at = 0.0
         self.num_chunks = 0
         self._prefix: Prefix | None = None
+        self.prompt_tokens: int | None = None
+        """As the first prefill's answer counts them."""
+        self.continuation: Continuation | None = None
 
     @property
     def kv(self) -> dict[str, Any] | None:
@@ -143,6 +152,16 @@ class Flow:
             self.prefill_hold = hold
         else:
             self.decode_hold = hold
+
+    def note_prefill_usage(self, num_prompt_tokens: int | None, num_cached_tokens: int) -> None:
+        """What a prefill's answer counted. Of a continuation's it says how much was generated before. Raises NotExact
+        if nothing is left to generate."""
+        if self.continuation is None:
+            self.prompt_tokens = num_prompt_tokens
+            self.cached_tokens = num_cached_tokens
+        elif num_prompt_tokens is not None and self.prompt_tokens is not None:
+            self.continuation.recount(num_prompt_tokens - self.prompt_tokens)
+            self.call = self.continuation.call
 
     def release_loads(self) -> None:
         if self.prefill_load is not None:

@@ -204,10 +204,12 @@ class ClientConnection(asyncio.Protocol):
         """From now on the client's pace slows `upstream` down, and its leaving ends it."""
         self._relayed = upstream
 
-    def end_relay(self, failure: Failure) -> None:
-        """End the stream that is relayed, if one is, as if its instance had failed so."""
-        if self._relayed is not None:
-            self._relayed.end_relay(failure)
+    def end_relay(self, failure: Failure) -> bool:
+        """End the stream that is relayed, as if its instance had failed so. False if none is."""
+        if self._relayed is None:
+            return False
+        self._relayed.end_relay(failure)
+        return True
 
     def answered(self, *, close: bool) -> None:
         """The answer was written in full: read the next request, or close."""

@@ -258,6 +258,10 @@ class ChunkDecoder:
         self._state = "size"
         self.complete = False
 
+    @property
+    def between_chunks(self) -> bool:
+        return self._state == "size" and not self._line
+
     def feed(self, data: bytes) -> tuple[list[bytes], int]:
         """Return the payload pieces in `data` and how many of its bytes belong to this body. Raises BadHead."""
         pieces: list[bytes] = []

@@ -92,7 +92,7 @@ class Legs:
             if flow.entry is not None:
                 flow.entry.dispatched = True
         head = b"POST %b HTTP/1.1\r\n%b%b%bX-Request-Id: %b\r\nContent-Length: %d\r\n\r\n" % (
-            flow.head.target,
+            flow.target,
             pool.host_line,
             flow.forwarded,
             lines,
@@ -161,7 +161,7 @@ class Legs:
             return
         if kv is not None:
             entry = self.ledger.hand_out(flow.upstream_id, instance.key, kv, monotonic())
-            self._reclaimer.give_back(entry, self.contract, flow.call, flow.head.target, flow.forwarded)
+            self._reclaimer.give_back(entry, self.contract, flow.call, flow.target, flow.forwarded)
 
     # --- choosing, and what follows from a failure
 
@@ -248,7 +248,7 @@ class Legs:
     def give_kv_back(self, flow: Flow) -> None:
         entry, flow.entry = flow.entry, None
         if entry is not None:
-            self._reclaimer.give_back(entry, self.contract, flow.call, flow.head.target, flow.forwarded)
+            self._reclaimer.give_back(entry, self.contract, flow.call, flow.target, flow.forwarded)
 
 
 def _is_about_kv(failure: UpstreamFailure) -> bool:

@@ -54,6 +54,7 @@ class ProxyMetrics(Collector):
         self.retries: Counter[tuple[str, str, str]] = Counter()
         self.recomputes: Counter[str] = Counter()
         self.metaserver_calls: Counter[str] = Counter()
+        self.continuations: Counter[tuple[str, str]] = Counter()
         self.queue = Histogram()
         self.prefill = Histogram()
         self.handoff = Histogram()
@@ -95,6 +96,12 @@ class ProxyMetrics(Collector):
             "Calls of layerwise decoders by what they were answered",
             ["outcome"],
             (((outcome,), count) for outcome, count in self.metaserver_calls.items()),
+        )
+        yield _counters(
+            "pd_proxy_continuations",
+            "Answers whose decoder was lost or gave up in the middle, by what came of it",
+            ["reason", "outcome"],
+            self.continuations.items(),
         )
         yield self.queue.family("pd_proxy_queue_seconds", "From the request's last byte to sending its first leg")
         yield self.prefill.family("pd_proxy_prefill_seconds", "From sending a prefill to its answer")

@@ -15,6 +15,7 @@ from proxy.openai_api import ApiCall
 
 Json = dict[str, Any]
 _CACHED = re.compile(rb'"cached_tokens"\s*:\s*(\d+)')
+_PROMPT_TOKENS = re.compile(rb'"usage"\s*:\s*\{[^{}]*?"prompt_tokens"\s*:\s*(\d+)')
 _NO_DETAILS = re.compile(rb'"(prompt_tokens_details|input_tokens_details)"\s*:\s*null')
 # An engine's words on limits that the prefill leg has rewritten: about one token, where the client asked for more.
 _ABOUT_LIMITS = re.compile(rb"(?:max|min)_[a-z_]*tokens|output tokens|context length")
@@ -30,6 +31,12 @@ def cached_tokens_of(prefill_answer: bytes, kv: Json | None) -> int:
     at = prefill_answer.rfind(b'"cached_tokens"')
     found = _CACHED.match(prefill_answer, at) if at >= 0 else None
     return int(found[1]) if found else 0
+
+
+def prompt_tokens_of(prefill_answer: bytes) -> int | None:
+    """How many tokens the prompt has by the engine's count; None where it does not say."""
+    found = _PROMPT_TOKENS.search(prefill_answer)
+    return int(found[1]) if found else None
 
 
 def with_cached_tokens(answer: bytes, num_cached: int) -> bytes:

@@ -57,10 +57,19 @@ class Reporter:
             flow.request_id, leg.value, instance.key, failure.failure.value, action.value, failure.message,
         )  # fmt: skip
 
-    def broken(self, flow: Flow, failure: Failure) -> None:
-        self._metrics.retries[Leg.DECODE.value, failure.value, Action.END_ANSWER.value] += 1
+    def continuation(self, flow: Flow, reason: str, outcome: str, told: str) -> None:
+        self._metrics.continuations[reason, outcome] += 1
+        if outcome not in ("not_exact", "failed"):  # those end the answer, and are counted by `broken`
+            self._metrics.retries[Leg.DECODE.value, reason, Action.CONTINUE.value] += 1
+        log.warning(
+            "event=answer_continuation request_id=%s reason=%s outcome=%s decoder=%s told=%r",
+            flow.request_id, reason, outcome, flow.decoder.key if flow.decoder else "-", told,
+        )  # fmt: skip
+
+    def broken(self, flow: Flow, failure: str) -> None:
+        self._metrics.retries[Leg.DECODE.value, failure, Action.END_ANSWER.value] += 1
         decoder = flow.decoder.key if flow.decoder else "-"
-        log.warning("event=answer_broken request_id=%s decoder=%s failure=%s", flow.request_id, decoder, failure.value)
+        log.warning("event=answer_broken request_id=%s decoder=%s failure=%s", flow.request_id, decoder, failure)
 
     def came_back(self, instance: Instance) -> None:
         log.warning("event=instance_back role=%s instance=%s", instance.role.value, instance.key)

@@ -23,7 +23,8 @@ class Action(enum.StrEnum):
     OTHER_DECODER = "other_decoder"  # with the KV there is
     PREFILL_AGAIN = "prefill_again"  # from scratch
     PASS_ON = "pass_on"  # the instance's own answer goes to the client
-    END_ANSWER = "end_answer"  # the client has the beginning: an error event and an honest end
+    CONTINUE = "continue"  # the client has the beginning: the rest from another, or an error event and an honest end
+    END_ANSWER = "end_answer"  # it could not be continued
     FAIL = "fail"  # out of attempts: the row's status
 
 
@@ -70,9 +71,9 @@ TABLE: dict[tuple[Leg, Failure], Row] = {
     (_D, Failure.CLIENT_ERROR): Row(Action.PASS_ON, 502, _NONE),
     (_D, Failure.SERVER_ERROR): Row(Action.PREFILL_AGAIN, 502, _REQUEST),
     (_D, Failure.ERROR_EVENT): Row(Action.PREFILL_AGAIN, 502, _NONE),
-    (_D, Failure.LOST_MID_ANSWER): Row(Action.END_ANSWER, 502, _NONE),
-    (_D, Failure.SILENT_MID_ANSWER): Row(Action.END_ANSWER, 504, _NONE),
-    (_D, Failure.GARBAGE_MID_ANSWER): Row(Action.END_ANSWER, 502, _NONE),
+    (_D, Failure.LOST_MID_ANSWER): Row(Action.CONTINUE, 502, _NONE),
+    (_D, Failure.SILENT_MID_ANSWER): Row(Action.CONTINUE, 504, _NONE),
+    (_D, Failure.GARBAGE_MID_ANSWER): Row(Action.CONTINUE, 502, _NONE),
     (_D, Failure.OUT_OF_TIME): Row(Action.END_ANSWER, 504, _NONE),
 }
 
@@ -94,7 +95,7 @@ class Budget:
         """The action, and the seconds to wait before it: `retry_delay` doubled per retry, none on a stale
         connection."""
         action = TABLE[leg, failure].action
-        if action in (Action.PASS_ON, Action.END_ANSWER, Action.FAIL):
+        if action in (Action.PASS_ON, Action.CONTINUE, Action.END_ANSWER, Action.FAIL):
             return action, 0.0
         needed = Leg.PREFILL if action is Action.PREFILL_AGAIN else leg
         if self._left[leg] <= 0 or self._left[needed] <= 0:

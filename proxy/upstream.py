@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from proxy.upstream_pool import UpstreamPool
 
 GATHER_WHOLE, GATHER_FIRST_EVENT = False, True
-# A relayed message that can be ended in good order ends like this: an event, then the end of its chunk.
-_EVENT_AND_CHUNK_END = b"\n\n\r\n"
 _QUICKACK: int | None = getattr(socket, "TCP_QUICKACK", None)  # Linux only
 GRACE_S = 1.0  # for whoever waited in vain to close the connection
 
@@ -43,7 +41,6 @@ class UpstreamConnection(asyncio.Protocol):
         "_head",
         "_head_end",
         "_heard",
-        "_last",
         "_num_interim",
         "_on_end",
         "_overrun",
@@ -82,7 +79,6 @@ class UpstreamConnection(asyncio.Protocol):
         self._first_event_only = False
         self._sink: Callable[[bytes], None] | None = None
         self._on_end: Callable[[Failure | None], None] | None = None
-        self._last = b""
         self._heard = False
         self._paused = False
         self._socket: socket.socket | None = None
@@ -153,7 +149,6 @@ class UpstreamConnection(asyncio.Protocol):
             self._ended(Failure.GARBAGE_MID_ANSWER)
             return
         self._heard = True
-        self._last = data
         try:
             sink(data)
         except RuntimeError:  # uvloop: the client's transport is closed, and its protocol will be told in a moment
@@ -221,27 +216,29 @@ class UpstreamConnection(asyncio.Protocol):
     # --- relaying
 
     def relay(
-        self, sink: Callable[[bytes], None], on_end: Callable[[Failure | None], None], timeout_s: float, opening: bytes
+        self,
+        begin: Callable[[bytes], Callable[[bytes], None]],
+        on_end: Callable[[Failure | None], None],
+        timeout_s: float,
     ) -> None:
-        """Pass `opening`, then the body as it is framed, what there is of it and what comes, to `sink`; then say how it
-        ended, once.
+        """Pass on the body as it is framed: what there is of it to `begin`, what comes to the sink that this returns;
+        then say how it ended, once.
 
-        `sink` must not wait; it may raise RuntimeError, which ends the relay without a word: the client is gone."""
+        Neither must wait; they may raise RuntimeError, which ends the relay without a word: the client is gone."""
         first = bytes(self._raw[self._head_end :])
         self._raw = b""
         self.waiter = None
         self._first_chunk = next(self._chunks)
-        self._last = first
         self._heard = True
         self._on_end = on_end
-        self._sink = sink
         self.deadline = monotonic() + timeout_s
         if self.transport is not None and not self.transport.is_closing():
             self._acknowledge_late()
         try:
-            sink(opening + first)
+            self._sink = begin(first)
         except RuntimeError:
-            self.stop_relay()
+            self._on_end = None
+            self.close()
             return
         if self._complete:
             self._ended(None)
@@ -263,18 +260,6 @@ class UpstreamConnection(asyncio.Protocol):
             self.close()
         if on_end is not None:
             on_end(failure)
-
-    def ends_well(self) -> bool:
-        """Whether what was relayed ends at the end of a chunk and of an event, so that one more can be added.
-
-        Asked after a loss only: the parser itself is asked, by feeding it the last chunk, whether it awaits a chunk."""
-        if not self._head.chunked or not self._last.endswith(_EVENT_AND_CHUNK_END):
-            return False
-        try:
-            self._feed(http1.LAST_CHUNK)
-        except httptools.HttpParserError:
-            return False
-        return self._complete
 
     def pause(self) -> None:
         if self.transport is not None and not self.transport.is_closing():

@@ -50,6 +50,8 @@ PURE = {
     "proxy/contracts/mooncake.py",
     "engine_adapter/vllm_connector/layout.py",
     "engine_adapter/vllm_connector/settings.py",
+    "proxy/client_stream.py",
+    "proxy/continuation.py",
     "proxy/contracts/order.py",
     "proxy/contracts/p2p_nccl.py",
     "proxy/contracts/pair.py",

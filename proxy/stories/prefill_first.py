@@ -11,7 +11,7 @@ from proxy.instance import Role
 from proxy.kv_ledger import KvState
 from proxy.legs import Legs, PassOn
 from proxy.openai_api import without_prompt_scores
-from proxy.prompt_facts import cached_tokens_of, speaks_of_limits
+from proxy.prompt_facts import cached_tokens_of, prompt_tokens_of, speaks_of_limits
 from proxy.retry import Action, Leg
 
 
@@ -55,7 +55,6 @@ async def _prefill(flow: Flow, legs: Legs) -> None:
         flow.prefilled = True
         flow.prefilled_at = now = monotonic()
         instance.load.observe_queue(load.num_tokens, began, now)
-        flow.cached_tokens = cached_tokens_of(answer.body, kv)
         if flow.call.scores_prompt:
             flow.scored_prompt = answer.body
         legs.reporter.prefilled(now - began)
@@ -63,6 +62,7 @@ async def _prefill(flow: Flow, legs: Legs) -> None:
             legs.reporter.recompute("prefiller_gave_no_kv")
         else:
             flow.entry = legs.ledger.hand_out(flow.upstream_id, instance.key, kv, now)
+        flow.note_prefill_usage(prompt_tokens_of(answer.body), cached_tokens_of(answer.body, kv))
         return
 
 

@@ -27,6 +27,7 @@ THEN = {
     Action.OTHER_DECODER: "another decoder, with the KV there is",
     Action.PREFILL_AGAIN: "the KV is given back; prefill again, another decoder",
     Action.PASS_ON: "the instance's own answer goes to the client",
+    Action.CONTINUE: "the client has the beginning: another decoder goes on; where that is not exact, an error event",
     Action.END_ANSWER: "the client has the beginning: an error event, and no `[DONE]`",
     Action.FAIL: "an error",
 }
