@@ -243,7 +243,7 @@ class MockInstance:
             go_on()
 
     def handle(self, connection: Connection, request: Request) -> None:
-        if request.path == "/tokenize":
+        if request.path == "/tokenize" and b'"add_special_tokens"' in request.body:  # else a route of `mock_routes`
             tokens = tokens_of(orjson.loads(request.body)["prompt"])
             connection.answer(json_response(200, orjson.dumps({"tokens": tokens, "count": len(tokens)})))
             return

@@ -243,6 +243,7 @@ class Relayer:
         if flow.call.route != flow.route:
             flow.target = flow.target.replace(b"/v1/chat/completions", b"/v1/completions", 1)
         flow.cost = cost_of(flow.call)
+        legs.reserve_decoder(flow)  # before the prefill: KV that no decoder can have would be stranded
         flow.prefilled = False
         flow.prefill_attempts += 1 if flow.split else 2
         flow.budget = Budget(config.max_retries, config.retry_delay)

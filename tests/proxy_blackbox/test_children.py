@@ -121,7 +121,7 @@ def test_more_than_max_children_are_computed_by_a_decoder_alone(
 @pytest.mark.parametrize("leg", ["prefill", "decode"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_first_error_of_a_child_is_the_answer(proxy: Proxy, engines: Engines, leg: str, stream: bool) -> None:
-    engines.fault(engines.prefill[0] if leg == "prefill" else engines.decode[0], "status", status=422, message="no")
+    engines.fault(leg, "status", shared=True, status=422, message="no")
     slow = {"first_token_s": 3.0} if leg == "decode" else {"prefill_s": 0.5, "first_token_s": 3.0}
     answer = proxy.post(COMPLETIONS, several(stream=stream, mock=slow))
     assert answer.status == 422 and answer.error["message"] == "no"
@@ -141,7 +141,10 @@ def test_a_child_is_retried_by_itself(proxy: Proxy, engines: Engines, kind: str,
 
 
 @pytest.mark.parametrize("kind", ["error_event_mid", "reset_mid"])
-def test_an_error_in_the_middle_ends_the_stream_honestly(proxy: Proxy, engines: Engines, kind: str) -> None:
+def test_an_error_in_the_middle_ends_the_stream_honestly(
+    start_proxy: Callable[..., Proxy], engines: Engines, kind: str
+) -> None:
+    proxy = start_proxy("--max-continuations", "0")
     engines.fault(engines.decode[0], kind, after=2)
     answer = proxy.post(COMPLETIONS, several(stream=True, n=2, max_tokens=50, mock={"interval_s": 0.02}))
     assert answer.status == 200

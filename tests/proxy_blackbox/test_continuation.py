@@ -172,8 +172,8 @@ def test_continuations_are_bounded_and_counted(start_proxy: Callable[..., Proxy]
 
 
 @pytest.mark.parametrize("more", [
-    {"n": 2}, {"logprobs": 1}, {"response_format": {"type": "json_object"}}, {"guided_regex": "a+"}, {"stop": " 0"},
-    {"presence_penalty": 1.0}, {"prompt": ["a", "b"]},
+    {"logprobs": 1}, {"response_format": {"type": "json_object"}}, {"guided_regex": "a+"}, {"stop": " 0"},
+    {"presence_penalty": 1.0},
 ])  # fmt: skip
 def test_where_it_is_not_exact_the_client_is_told(impatient: Proxy, engines: Engines, more: dict[str, Any]) -> None:
     fields = {**body_of(COMPLETIONS, num_tokens=9, stream=True), **more}
@@ -184,6 +184,23 @@ def test_where_it_is_not_exact_the_client_is_told(impatient: Proxy, engines: Eng
     assert answer.events[-1]["error"]["code"] == 502 and b"[DONE]" not in answer.body
     assert text_for({**fields, "max_tokens": 4}) == answer.text
     assert len(engines.requests("decode")) == 1
+
+
+@pytest.mark.parametrize("more", [{"n": 2}, {"prompt": ["a", "b"]}])
+@pytest.mark.parametrize("kind", ["reset_mid", "recomputed"])
+def test_each_child_of_a_divided_request_is_continued(
+    proxy: Proxy, engines: Engines, more: dict[str, Any], kind: str
+) -> None:
+    fields = {**body_of(COMPLETIONS, num_tokens=9, stream=True), **more}
+    engines.fault("decode", kind, shared=True, after=4, count=2)
+    answer = proxy.post(COMPLETIONS, fields)
+    said = ["", ""]
+    for event in answer.events[:-1]:
+        for choice in event["choices"]:
+            said[choice["index"]] += choice["text"]
+    prompts = fields["prompt"] if "prompt" in more else [fields["prompt"]] * 2
+    assert said == [text_for({**fields, "prompt": one, "n": 1}) for one in prompts]
+    assert answer.events[-1] == "[DONE]"
 
 
 def test_an_engines_own_error_is_passed_on_where_it_cannot_be_made_up_for(impatient: Proxy, engines: Engines) -> None:

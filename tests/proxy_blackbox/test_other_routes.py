@@ -31,7 +31,7 @@ def start_before(start_proxy: StartProxy) -> Callable[..., Proxy]:
     def start(port: int, *flags: str) -> Proxy:
         return start_proxy(
             "--decoder-hosts", HOST, "--decoder-ports", str(port), "--prefiller-hosts", HOST, "--prefiller-ports",
-            str(port), "--upstream-keepalive-s", "0.1", *flags,
+            str(port), "--upstream-keepalive-s", "0.1", "--contract", "pull", *flags,
         )  # fmt: skip
 
     return start
@@ -305,7 +305,7 @@ def test_a_fan_out_is_concurrent_and_passes_key_and_body(start_proxy: StartProxy
     with origin(serve) as one, origin(serve) as other:
         proxy = start_proxy(
             "--prefiller-hosts", HOST, "--prefiller-ports", str(one), "--decoder-hosts", HOST, "--decoder-ports",
-            str(other), "--upstream-keepalive-s", "0.1",
+            str(other), "--upstream-keepalive-s", "0.1", "--contract", "pull",
         )  # fmt: skip
         told = request(proxy.port, "POST", "/start_profile", b'{"n": 1}', Authorization="Bearer k")
     assert told.status == 200 and seen == [("Bearer k", b'{"n": 1}')] * 2

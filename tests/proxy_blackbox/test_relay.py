@@ -44,7 +44,7 @@ def test_tokens_arrive_one_by_one_and_not_at_the_end(proxy: Proxy) -> None:
     seen = []
     with connected(proxy.port) as sock:
         sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
-        while not seen or b"0\r\n\r\n" not in seen[-1]:
+        while not seen or b"\r\n0\r\n\r\n" not in seen[-1]:
             seen.append(sock.recv(65536))
     assert len(seen) >= 4, seen
 
