@@ -49,7 +49,7 @@ from proxy.upstream_pool import SWEEP_S
 log = logging.getLogger(__name__)
 
 TICK_S = SWEEP_S  # of the one coarse timer: overdue and idle connections, the access log, speeds, drained instances
-SPEED_DRIFT_A_TICK = 0.01  # an outdated speed is half forgotten after about 17 s
+SPEED_DRIFT_A_TICK = 0.03  # the outdated speed of an idle instance is half forgotten after about 6 s
 
 
 class ProxyApp:

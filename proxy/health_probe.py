@@ -74,6 +74,7 @@ class Prober:
             instance.num_probes -= 1
         if not error:
             if health.succeeded():
+                instance.load.forget()
                 log.warning("event=instance_back role=%s instance=%s", instance.role.value, instance.key)
             return True
         if health.failed(monotonic(), error):

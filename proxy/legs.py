@@ -237,6 +237,7 @@ class Legs:
 
     def _answered(self, instance: Instance) -> None:
         if instance.health.answered():
+            instance.load.forget()
             self.reporter.came_back(instance)
 
     def kv_of(self, answer: Answer, instance: Instance) -> dict[str, object] | None:

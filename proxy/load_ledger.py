@@ -87,6 +87,11 @@ class InstanceLoad:
         self.observe(num_tokens, now - max(began, self._last_end))
         self._last_end = now
 
+    def forget(self) -> None:
+        """What was measured was another process's, or one in trouble: it counts as unmeasured again."""
+        self.measured = False
+        self._tokens = self._seconds = 0.0
+
     def set_speed(self, speed: float) -> None:
         """Go on as if it had shown `speed`."""
         self.speed = speed

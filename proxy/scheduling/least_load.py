@@ -11,9 +11,11 @@ from proxy.scheduling.policy import Ask, Policy
 
 # Scores this close count as equal and the least recently picked wins: estimates are not better than that, and idle
 # instances should take turns. From bench/policy_simulator.py: at high load a prefill tolerance of 1.25 costs 9 % of
-# p99 TTFT (12 seeds), a decode tolerance of 1.25 costs 4 ms of p99 TPOT.
+# p99 TTFT (12 seeds), a decode tolerance of 1.25 costs 4 ms of p99 TPOT. Decode's is wider than the simulator asks for:
+# speeds that real engines show differ by that much for no lasting reason, and a step's fixed cost would send all of a
+# light load to one decoder.
 PREFILL_TOLERANCE = 1.05
-DECODE_TOLERANCE = 1.02
+DECODE_TOLERANCE = 1.15
 
 
 class LeastLoad(Policy):
