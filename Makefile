@@ -26,7 +26,7 @@ demo: $(STAMP) ## one prefiller, one decoder and the proxy, and an answer; MODEL
 	@$(VENV)/bin/pd-cluster demo $(DEMO) $(if $(MODEL),--model $(MODEL)) $(if $(PORT),--port $(PORT)) $(DEMO_ARGS)
 
 test: $(STAMP) ## every test; PYTEST_ARGS="-k proxy"
-	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 test-vllm: $(STAMP) $(VLLM_VENV)/.installed ## real vLLM, split by our connector (CPU wheel in .venv-vllm, 10 minutes)
 	@VLLM_VENV=$(abspath $(VLLM_VENV)) $(VENV)/bin/python -m pytest tests/vllm $(PYTEST_ARGS)
