@@ -117,9 +117,9 @@ def test_garbage_before_the_hello(ends: Ends, which: int, raw: bytes) -> None:
 
 def test_another_version_is_told_both_versions(ends: Ends) -> None:
     [refused] = say(targets(ends)[0], peer_hello(ends, version=999))
-    assert refused["reason"] == "incompatible" and "here 1, there 999" in str(refused["message"])
+    assert refused["reason"] == "incompatible" and f"here {PROTOCOL_VERSION}, there 999" in str(refused["message"])
     [refused] = say(targets(ends)[1], EngineHello(999, "test"))
-    assert refused["reason"] == "incompatible" and "here 1, there 999" in str(refused["message"])
+    assert refused["reason"] == "incompatible" and f"here {PROTOCOL_VERSION}, there 999" in str(refused["message"])
 
 
 @pytest.mark.parametrize(
