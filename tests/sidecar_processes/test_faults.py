@@ -240,10 +240,9 @@ def test_what_was_opened_is_closed_again(start: Start) -> None:
     """Descriptors, threads, mappings and processes of a consumer after peers that came, died and came back."""
     consumer_sidecar = start("d")
     with FakeEngine(consumer_sidecar) as consumer:
-        usages = []
+        usages: list[tuple[int, ...]] = []
         eventually(lambda: "mooncake" not in consumer.client.hello.transports or bool(consumer_sidecar.children()))
         serving = len(consumer_sidecar.children())
-        descriptors = consumer_sidecar.usage()[0]
         for _ in range(3):
             with (
                 Sidecar(Path(consumer_sidecar.socket_path).parent, "p", consumer.client.hello.transports[0]) as peer,
@@ -253,9 +252,10 @@ def test_what_was_opened_is_closed_again(start: Start) -> None:
                     assert consumer.pull(producer.offer([number])[1], [number]).ok
                 peer.kill()
             eventually(lambda: consumer_sidecar.usage()[2] == 1 and len(consumer_sidecar.children()) == serving)
-            eventually(lambda: consumer_sidecar.usage()[0] == descriptors)
+            if usages:  # what the first peer left open for good is what any number of them may
+                eventually(lambda: consumer_sidecar.usage()[0] <= usages[0][0])
             usages.append(consumer_sidecar.usage())
-        assert usages[1] == usages[2], usages
+        assert all(last <= first for first, last in zip(usages[1], usages[2], strict=True)), usages
 
 
 @pytest.mark.parametrize("transport", [pytest.param("mooncake", marks=NEEDS_MOONCAKE)])
