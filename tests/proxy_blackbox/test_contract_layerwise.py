@@ -171,3 +171,23 @@ def test_an_advertised_address_is_what_decoders_are_told(engines: Engines) -> No
         settled(proxy, engines)
     finally:
         proxy.stop()
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_an_answer_that_was_given_up_is_gone_on_with(proxy: Proxy, engines: Engines, path: str, stream: bool) -> None:
+    """Defect of the example proxy: it asks the same decoder under the same id, for which no prefill comes again."""
+    engines.fault("decode", "recomputed", shared=True, after=3)
+    fields = body_of(path, num_tokens=9, stream=stream)
+    answer = proxy.post(path, fields)
+    assert (answer.status, answer.text) == (200, text_for(fields))
+    assert b"recomputed" not in answer.body
+    ids = [one["headers"]["x-request-id"] for one in engines.requests("prefill")]
+    assert len(ids) == len(set(ids)) == 2
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_a_stream_whose_decoder_is_lost_is_gone_on_with(proxy: Proxy, engines: Engines, path: str) -> None:
+    engines.fault("decode", "reset_mid", shared=True, after=3)
+    fields = body_of(path, num_tokens=9, stream=True)
+    assert proxy.post(path, fields).text == text_for(fields)

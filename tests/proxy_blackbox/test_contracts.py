@@ -57,6 +57,14 @@ def test_an_answer_is_the_decoders_after_one_prefill(proxy: Proxy, engines: Engi
         assert all(one["body"]["model"] == "mock" for one in engines.requests(role))
 
 
+@pytest.mark.parametrize("kind", ["reset_mid", "close_mid"])
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_a_stream_whose_decoder_is_lost_is_gone_on_with(proxy: Proxy, engines: Engines, path: str, kind: str) -> None:
+    engines.fault("decode", kind, shared=True, after=3)
+    served(proxy, path, True)
+    assert engines.count("decode", "decodes") == 2
+
+
 def test_a_request_goes_with_one_id(proxy: Proxy, engines: Engines) -> None:
     served(proxy, CHAT, False)
     ids = {one["headers"]["x-request-id"] for role in ("prefill", "decode") for one in engines.requests(role)}
