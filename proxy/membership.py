@@ -12,6 +12,7 @@ import itertools
 import logging
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from time import monotonic
 
@@ -60,6 +61,7 @@ class Membership:
         self._barred: dict[Key, float] = {}  # until when nobody but an operator may bring it back
         self._moved: dict[Key, Role] = {}  # given another role: its source goes on naming the old one
         self.becoming: dict[Instance, Role] = {}
+        self._to_replace: set[Key] = set()  # leave once another of their role has joined
 
     # --- joining
 
@@ -81,6 +83,7 @@ class Membership:
             key = (self._moved.get(key, role), key[1])
             if key in self._barred or self._is_becoming(key):
                 return
+        self._to_replace.discard(key)
         known = self._fleet.find(key[0], address)
         waiting = self.waiting.get(key)
         if source is Source.ADMIN and (known or waiting):
@@ -133,6 +136,7 @@ class Membership:
             "event=instance_added role=%s instance=%s source=%s",
             instance.role.value, instance.key, instance.source.value,
         )  # fmt: skip
+        self._remove_replaced(instance.role)
 
     def _take_back(self, instance: Instance) -> None:
         self.becoming.pop(instance, None)
@@ -165,6 +169,30 @@ class Membership:
                 self.drain(known, timeout_s)
         self.leases.pop(key, None)
         self.tick(monotonic())
+
+    def replace(self, role: Role, leaving: Sequence[Address], joining: Sequence[Address]) -> None:
+        """What the configuration file says now. Where nobody else is left, those who leave serve on until another has
+        joined: to change a whole list is no outage."""
+        for address in joining:
+            try:
+                self.add(role, address, Source.CONFIG)
+            except ProxyError as error:
+                log.error("event=reload_incomplete role=%s instance=%s reason=%r", role.value, address, error.message)
+        self._to_replace.update((role, canonical(address)) for address in leaving)
+        self._remove_replaced(role)
+
+    def _remove_replaced(self, role: Role) -> None:
+        leaving = [key for key in self._to_replace if key[0] is role]
+        if not leaving:
+            return
+        stays = any(
+            one.enabled and (role, canonical(one.address)) not in leaving and (role, canonical(one.name)) not in leaving
+            for one in self._fleet.members[role]
+        )
+        if stays or not any(key[0] is role for key in self.waiting):
+            self._to_replace.difference_update(leaving)
+            for _, address in leaving:
+                self.remove(role, address, Source.CONFIG)
 
     def _stop_waiting(self, key: Key) -> None:
         waiting = self.waiting.pop(key)

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Callable
 
 from proxy.config import INSTANCE_KEYS, ProxyConfig
-from proxy.errors import ConfigError, ProxyError
-from proxy.instance import Role, Source
+from proxy.errors import ConfigError
+from proxy.instance import Role
 from proxy.membership import Membership
 
 log = logging.getLogger(__name__)
@@ -30,15 +30,10 @@ def reload(
         (Role.PREFILL, old.prefillers, new.prefillers),
         (Role.DECODE, old.decoders, new.decoders),
     ):
-        for address in [one for one in was if one not in is_now]:
-            membership.remove(role, address, Source.CONFIG)
-            num_removed += 1
-        for address in [one for one in is_now if one not in was]:
-            try:
-                membership.add(role, address, Source.CONFIG)
-                num_added += 1
-            except ProxyError as error:
-                log.error("event=reload_incomplete role=%s instance=%s reason=%r", role.value, address, error.message)
+        leaving, joining = [one for one in was if one not in is_now], [one for one in is_now if one not in was]
+        membership.replace(role, leaving, joining)
+        num_added += len(joining)
+        num_removed += len(leaving)
     log.info("event=reloaded added=%d removed=%d", num_added, num_removed)
     if fixed:
         log.warning("event=reload_needs_restart keys=%s", ",".join(fixed))

@@ -22,6 +22,7 @@ from tests.proxy_blackbox.harness import (
     Proxy,
     body_of,
     eventually,
+    free_port,
     request,
     text_for,
 )
@@ -66,6 +67,23 @@ def test_a_changed_list_takes_effect_under_load(proxy: FromFile, engines: Engine
         becomes(proxy, "decode", engines.decode[1], "active")
         becomes(proxy, "prefill", engines.prefill[1], "active")
     becomes(proxy, "decode", engines.decode[0], None)
+
+
+def test_a_list_that_is_wholly_new_is_no_outage(proxy: FromFile, engines: Engines) -> None:
+    proxy.write(engines.prefill, ())
+    proxy.file.write_text(proxy.file.read_text().replace("decoder_hosts = []", f'decoder_hosts = ["{HOST}"]'))
+    proxy.file.write_text(proxy.file.read_text().replace("decoder_ports = []", f"decoder_ports = [{free_port()}]"))
+    proxy.reload("event=reloaded added=2 removed=1")
+    becomes(proxy, "decode", engines.decode[0], "active")  # the new one does not answer yet
+    assert proxy.post(CHAT, body_of(CHAT)).status == 200
+    proxy.write(engines.prefill, engines.decode[1:])
+    proxy.reload("event=reloaded added=1 removed=1")
+    becomes(proxy, "decode", engines.decode[1], "active")
+    becomes(proxy, "decode", engines.decode[0], None)
+    assert proxy.post(CHAT, body_of(CHAT)).status == 200
+    proxy.write(engines.prefill, ())
+    proxy.reload("event=reloaded added=0 removed=1")
+    becomes(proxy, "decode", engines.decode[1], None)  # nobody is awaited: then none is what was meant
 
 
 def test_what_an_operator_added_is_not_the_files_to_remove(proxy: FromFile, engines: Engines) -> None:
