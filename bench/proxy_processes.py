@@ -178,6 +178,11 @@ def vllm_router_command(executable: str, port: int, served: Engines) -> list[str
     return [*command, "--max-concurrent-requests", "8192", "--disable-circuit-breaker", "--disable-retries"]
 
 
+def ascend_example_command(python: str, example: Path, port: int, served: Engines) -> list[str]:
+    """The example proxy that pd-proxy replaces; it takes the same flags."""
+    return [python, *pd_proxy_command(str(example), port, served, "--log-level", "ERROR")]
+
+
 def bare_relay_command(port: int, served: Engines, folder: Path) -> list[str]:
     """A relay in C that parses nothing, in front of the decoders alone: what the kernel takes for one leg."""
     source, executable = Path(__file__).with_name("bare_relay.c"), folder / "bare_relay"
