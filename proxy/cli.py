@@ -19,6 +19,7 @@ from proxy.access_log import LogFormat
 from proxy.app import run
 from proxy.config import ProxyConfig, load_config, nearest
 from proxy.errors import ConfigError, StartError
+from proxy.long_body import keep_freed_memory
 
 # The seeds write these in the singular too.
 SINGULAR = {
@@ -89,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=config.log_level, handlers=[handler])
     for foreign in ("aiohttp", "asyncio"):
         logging.getLogger(foreign).setLevel(max(logging.WARNING, logging.getLogger().level))
+    keep_freed_memory()
     gc.freeze()
     gc.set_threshold(GC_ALLOCATIONS, 20, 50)
     try:

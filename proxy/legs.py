@@ -21,6 +21,7 @@ from proxy.errors import Failure, NoInstance, ProxyError, UpstreamFailure
 from proxy.flow import Flow
 from proxy.instance import Fleet, Instance, Role
 from proxy.kv_ledger import KvLedger
+from proxy.long_body import Body
 from proxy.metaserver import Metaserver
 from proxy.reclaim import Reclaimer
 from proxy.report import Reporter
@@ -81,7 +82,7 @@ class Legs:
             prefill.exception()
 
     async def exchange(
-        self, flow: Flow, instance: Instance, body: bytes, leg: Leg, fresh: bool, lines: bytes = b""
+        self, flow: Flow, instance: Instance, body: Body, leg: Leg, fresh: bool, lines: bytes = b""
     ) -> Answer:
         """One request to one instance; `lines` are header lines for it. Returns its 2xx answer; anything else raises
         UpstreamFailure."""

@@ -12,6 +12,7 @@ from typing import Any
 import orjson
 
 from proxy.errors import BadRequest
+from proxy.long_body import LONG_BYTES, Body, LongBody, rewritten
 
 BYTES_PER_TOKEN = 4  # the seeds' proxy divides the body's bytes by 4 as well (ascend-proxy.md 2.1, "Scores")
 ROUTES = {
@@ -260,14 +261,21 @@ def without_prompt_scores(call: ApiCall) -> ApiCall:
     )
 
 
-def spliced(body: bytes, fields: dict[str, Any], key: str, value: Any) -> bytes:
+def one_token_body(call: ApiCall, kv_transfer_params: dict[str, Any]) -> Body:
+    """`one_token` as JSON."""
+    return rewritten(call.body, call.fields, one_token(call, kv_transfer_params))
+
+
+def spliced(body: bytes, fields: dict[str, Any], key: str, value: Any) -> Body:
     """`body` with a member added, without serialising the rest again.
 
     `fields` is `body` parsed, `key` needs no escaping. A key that is there already has to be replaced, which means
     serialising anew.
     """
     if key in fields:
-        return orjson.dumps({**fields, key: value})
+        return rewritten(body, fields, {**fields, key: value})
     end = body.rfind(b"}")
     comma = b"," if fields else b""
+    if len(body) >= LONG_BYTES:
+        return LongBody(memoryview(body)[:end], b'%b"%b":%b}' % (comma, key.encode(), orjson.dumps(value)))
     return b'%b%b"%b":%b}' % (body[:end], comma, key.encode(), orjson.dumps(value))

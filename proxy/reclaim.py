@@ -13,6 +13,7 @@ from proxy.contracts import Contract
 from proxy.errors import Failure, UpstreamFailure
 from proxy.instance import Fleet, Instance, Role
 from proxy.kv_ledger import KvEntry, KvLedger, KvState
+from proxy.long_body import Body
 from proxy.openai_api import ApiCall
 from proxy.scheduling.candidate import candidates
 
@@ -70,7 +71,7 @@ class Reclaimer:
                     "event=kv_orphaned request_id=%s prefiller=%s reason=%r", entry.request_id, entry.prefiller, reason
                 )
 
-    async def _ask_decoders(self, head: bytes, body: bytes, contract: Contract, kv: dict[str, Any]) -> tuple[int, str]:
+    async def _ask_decoders(self, head: bytes, body: Body, contract: Contract, kv: dict[str, Any]) -> tuple[int, str]:
         """The status of the first decoder that answers; asks on until the caller ends it.
 
         A decoder that was reached and did not answer may have acted: another is asked where the contract allows."""

@@ -20,6 +20,7 @@ from proxy import http1, sse
 from proxy.answer import Answer
 from proxy.errors import Failure, UpstreamFailure
 from proxy.http1 import HEAD_END, ResponseHead
+from proxy.long_body import Body, LongBody
 
 if TYPE_CHECKING:
     from proxy.upstream_pool import UpstreamPool
@@ -111,7 +112,7 @@ class UpstreamConnection(asyncio.Protocol):
     # --- one request
 
     def send(
-        self, head: bytes, body: bytes, *, first_event_only: bool, now: float, timeout_s: float
+        self, head: bytes, body: Body, *, first_event_only: bool, now: float, timeout_s: float
     ) -> asyncio.Future[Answer]:
         """Send a request on this idle connection. The future fails with UpstreamFailure or is cancelled by its waiter.
 
@@ -128,7 +129,9 @@ class UpstreamConnection(asyncio.Protocol):
         if self.transport.is_closing():
             self._failed(Failure.STALE if self._reused else Failure.RESET, "the connection was closed at once")
             return waiter
-        if len(body) < 16384:
+        if type(body) is not bytes:
+            self.transport.writelines((head, *cast(LongBody, body).pieces))
+        elif len(body) < 16384:
             self.transport.write(head + body)
         else:
             self.transport.write(head)

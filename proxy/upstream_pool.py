@@ -9,6 +9,7 @@ from time import monotonic
 from proxy.answer import Answer
 from proxy.config import Address, ProxyConfig
 from proxy.errors import Failure, UpstreamFailure
+from proxy.long_body import Body
 from proxy.upstream import GATHER_WHOLE, UpstreamConnection
 
 SWEEP_S = 0.25  # between calls of `sweep`
@@ -57,7 +58,7 @@ class UpstreamPool:
         self.active.add(connection)
         return connection
 
-    async def call(self, head: bytes, body: bytes = b"", *, timeout_s: float) -> Answer:
+    async def call(self, head: bytes, body: Body = b"", *, timeout_s: float) -> Answer:
         """A request on the control path, whole answer. `head` is all of the head but Host, Content-Length and the empty
         line. Raises UpstreamFailure."""
         connection = self.take_idle() or await self.connect()

@@ -13,6 +13,7 @@ from proxy.contracts.order import Order
 from proxy.contracts.p2p_nccl import P2pNcclContract
 from proxy.contracts.pull import PullContract
 from proxy.contracts.sglang import SglangContract
+from proxy.long_body import Body
 from proxy.openai_api import ApiCall
 
 __all__ = ["AUTO", "CONTRACTS", "Contract", "Order"]
@@ -33,19 +34,19 @@ class Contract(Protocol):
         """Whether a call that is taken whole can be prefilled elsewhere; if not, a decoder computes it alone."""
         ...
 
-    def prefill_body(self, call: ApiCall) -> bytes: ...
+    def prefill_body(self, call: ApiCall) -> Body: ...
 
     def kv_of(self, prefill_answer: bytes) -> dict[str, Any] | None:
         """The KV the prefiller handed out, opaque, or None. Raises ValueError if the answer is not understood."""
         ...
 
-    def decode_body(self, call: ApiCall, kv: dict[str, Any] | None) -> bytes: ...
+    def decode_body(self, call: ApiCall, kv: dict[str, Any] | None) -> Body: ...
 
     def may_reclaim(self, kv: dict[str, Any], dispatched: bool) -> bool:
         """Whether sending `reclaim_body` is safe, given that a decoder was or was not sent this KV already."""
         ...
 
-    def reclaim_body(self, call: ApiCall, kv: dict[str, Any]) -> bytes: ...
+    def reclaim_body(self, call: ApiCall, kv: dict[str, Any]) -> Body: ...
 
 
 CONTRACTS: dict[str, type[Contract]] = {

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import orjson
-
 from proxy.contracts.order import Order
-from proxy.openai_api import ApiCall, one_token, spliced
+from proxy.long_body import Body
+from proxy.openai_api import ApiCall, one_token_body, spliced
 
 
 class LayerwiseContract:
@@ -34,21 +33,21 @@ class LayerwiseContract:
             return (name,)
         return tuple(f"{name}-{i}" for i in range(call.num_prompts))
 
-    def ask_body(self, call: ApiCall, metaserver: str) -> bytes:
+    def ask_body(self, call: ApiCall, metaserver: str) -> Body:
         """The decoder's: the original, and where to call."""
         params = {"do_remote_decode": False, "do_remote_prefill": True, "metaserver": metaserver}
         return spliced(call.body, call.fields, "kv_transfer_params", params)
 
-    def push_body(self, call: ApiCall, posted: dict[str, dict[str, Any]]) -> bytes:
+    def push_body(self, call: ApiCall, posted: dict[str, dict[str, Any]]) -> Body:
         """The prefiller's. `posted` has what each child posted, verbatim, in the order of the prompts."""
         first = next(iter(posted.values()))
         kv = first if len(posted) == 1 else {**first, "batch_kv_transfer_params": posted}
-        return orjson.dumps(one_token(call, kv))
+        return one_token_body(call, kv)
 
-    def prefill_body(self, call: ApiCall) -> bytes:
+    def prefill_body(self, call: ApiCall) -> Body:
         raise NotImplementedError("a layerwise prefill needs what the decoder posted")
 
-    def decode_body(self, call: ApiCall, kv: dict[str, Any] | None) -> bytes:
+    def decode_body(self, call: ApiCall, kv: dict[str, Any] | None) -> Body:
         return call.body
 
     def kv_of(self, prefill_answer: bytes) -> dict[str, Any] | None:
@@ -58,7 +57,7 @@ class LayerwiseContract:
     def may_reclaim(self, kv: dict[str, Any], dispatched: bool) -> bool:
         return False
 
-    def reclaim_body(self, call: ApiCall, kv: dict[str, Any]) -> bytes:
+    def reclaim_body(self, call: ApiCall, kv: dict[str, Any]) -> Body:
         raise NotImplementedError("a layerwise decoder's blocks are freed by closing its connection")
 
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 import uuid
 from typing import Any
 
-import orjson
-
 from proxy.contracts.pair import Endpoint, EngineRank, Meeting, PairContract
-from proxy.openai_api import ApiCall, one_token, spliced
+from proxy.long_body import Body
+from proxy.openai_api import ApiCall, one_token_body, spliced
 
 
 class MooncakeContract(PairContract):
@@ -41,7 +40,7 @@ class MooncakeContract(PairContract):
             "remote_bootstrap_addr": f"http://{prefiller}",
         }
         return Meeting(
-            orjson.dumps(one_token(call, asked)),
+            one_token_body(call, asked),
             spliced(call.body, call.fields, "kv_transfer_params", kv),
             b"X-data-parallel-rank: %d\r\n" % rank.rank,
             kv=kv,
@@ -51,6 +50,6 @@ class MooncakeContract(PairContract):
         """The prefiller writes only what it still holds under the id, so asking for it twice does no harm."""
         return True
 
-    def reclaim_body(self, call: ApiCall, kv: dict[str, Any]) -> bytes:
+    def reclaim_body(self, call: ApiCall, kv: dict[str, Any]) -> Body:
         """A decoder that takes the KV for one token: the prefiller frees its blocks when they are read."""
-        return orjson.dumps(one_token(call, kv))
+        return one_token_body(call, kv)

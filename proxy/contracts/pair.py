@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from proxy.contracts.order import Order
+from proxy.long_body import Body
 from proxy.openai_api import ApiCall
 
 
@@ -33,8 +34,8 @@ class EngineRank(NamedTuple):
 class Meeting(NamedTuple):
     """What the two legs of one attempt are told."""
 
-    prefill_body: bytes
-    decode_body: bytes
+    prefill_body: Body
+    decode_body: Body
     prefill_lines: bytes = b""
     """Header lines for the prefiller only."""
     request_id: str = ""
@@ -66,10 +67,10 @@ class PairContract:
         """`number` has 128 random bits: whoever knows the meeting's name could take the KV."""
         raise NotImplementedError
 
-    def prefill_body(self, call: ApiCall) -> bytes:
+    def prefill_body(self, call: ApiCall) -> Body:
         raise NotImplementedError("a pair has no prefill without its decode")
 
-    def decode_body(self, call: ApiCall, kv: dict[str, Any] | None) -> bytes:
+    def decode_body(self, call: ApiCall, kv: dict[str, Any] | None) -> Body:
         return call.body
 
     def kv_of(self, prefill_answer: bytes) -> dict[str, Any] | None:
@@ -79,5 +80,5 @@ class PairContract:
     def may_reclaim(self, kv: dict[str, Any], dispatched: bool) -> bool:
         return False
 
-    def reclaim_body(self, call: ApiCall, kv: dict[str, Any]) -> bytes:
+    def reclaim_body(self, call: ApiCall, kv: dict[str, Any]) -> Body:
         raise NotImplementedError("this contract has no way to give KV back")

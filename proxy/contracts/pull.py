@@ -11,7 +11,8 @@ from typing import Any
 import orjson
 
 from proxy.contracts.order import Order
-from proxy.openai_api import ApiCall, one_token, spliced
+from proxy.long_body import Body
+from proxy.openai_api import ApiCall, one_token_body, spliced
 
 _ASK_FOR_REMOTE_DECODE: dict[str, Any] = {
     "do_remote_decode": True,
@@ -37,8 +38,8 @@ class PullContract:
         (kv-contracts section 2), and a stock decoder would read one KV several times."""
         return call.num_prompts == 1 and call.num_choices == 1 and not call.indivisible
 
-    def prefill_body(self, call: ApiCall) -> bytes:
-        return orjson.dumps(one_token(call, _ASK_FOR_REMOTE_DECODE))
+    def prefill_body(self, call: ApiCall) -> Body:
+        return one_token_body(call, _ASK_FOR_REMOTE_DECODE)
 
     def kv_of(self, prefill_answer: bytes) -> dict[str, Any] | None:
         try:
@@ -52,7 +53,7 @@ class PullContract:
             raise ValueError("the prefill answer's kv_transfer_params is not an object")
         return params or None
 
-    def decode_body(self, call: ApiCall, kv: dict[str, Any] | None) -> bytes:
+    def decode_body(self, call: ApiCall, kv: dict[str, Any] | None) -> Body:
         return call.body if kv is None else spliced(call.body, call.fields, "kv_transfer_params", kv)
 
     def may_reclaim(self, kv: dict[str, Any], dispatched: bool) -> bool:
@@ -60,5 +61,5 @@ class PullContract:
         same parameters for a reader, and would read blocks that were freed meanwhile (kv-contracts section 2.1)."""
         return not dispatched or "baton" in kv
 
-    def reclaim_body(self, call: ApiCall, kv: dict[str, Any]) -> bytes:
-        return orjson.dumps(one_token(call, {**kv, "release_only": True}))
+    def reclaim_body(self, call: ApiCall, kv: dict[str, Any]) -> Body:
+        return one_token_body(call, {**kv, "release_only": True})

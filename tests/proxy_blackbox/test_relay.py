@@ -143,6 +143,21 @@ def test_a_megabyte_of_prompt(proxy: Proxy) -> None:
     assert proxy.post(CHAT, fields).text == text_for(fields)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_a_big_image_survives_an_instance_that_fails(proxy: Proxy, engines: Engines, role: str, stream: bool) -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "Aa0/" * (1 << 19)}}
+    messages = [{"role": "user", "content": [{"type": "text", "text": 'What is "this"?'}, image]}]
+    fields = {"messages": messages, "model": "mock", "max_tokens": 5, "stream": stream, "seed": 1}
+    engines.fault(role, "reset_before_head")
+    answer = proxy.post(CHAT, fields)
+    assert answer.status == 200, answer.body
+    assert answer.text == text_for(fields)
+    for leg, changed in (("prefill", {"stream": False, "max_tokens": 1}), ("decode", {})):
+        seen = engines.requests(leg)[-1]["body"]
+        assert {key: seen[key] for key in fields} == {**fields, **changed}
+
+
 def test_a_big_answer_that_is_not_streamed(proxy: Proxy) -> None:
     fields = body_of(COMPLETIONS, mock={"num_tokens": 99_999})
     assert proxy.post(COMPLETIONS, fields).text == text_for(fields)
