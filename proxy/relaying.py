@@ -13,7 +13,7 @@ from typing import Any
 
 import orjson
 
-from proxy import http1, sse
+from proxy import http1, server_timing, sse
 from proxy.answer import Answer
 from proxy.client_stream import ERROR, USAGE, ClientStream
 from proxy.config import ProxyConfig
@@ -98,7 +98,10 @@ class Relayer:
             max_event_bytes=config.max_first_event_bytes,
         )
         stream.cached_tokens = flow.cached_tokens
-        return stream, answer.head.rebuilt(flow.request_id, http1.CHUNKED_LINE if chunked else b"", flow.close)
+        lines = http1.CHUNKED_LINE if chunked else b""
+        if flow.head.server_timing:
+            lines += server_timing.line(flow)
+        return stream, answer.head.rebuilt(flow.request_id, lines, flow.close)
 
     async def _relay_one(self, flow: Flow, answer: Answer, stream: ClientStream, opening: bytes) -> str | None:
         """One decoder's part. Returns why it is not all, or None."""
