@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from operator import itemgetter
 from typing import TextIO
 
 import orjson
@@ -31,6 +32,7 @@ _WHOLE = " ".join(
 )
 _STREAM = " ".join(f"{name}=" + ("%.4f" if name.endswith("_s") else "%s") for name in FIELDS)
 _TTFT = FIELDS.index("ttft_s")
+_MAY_LACK = itemgetter(*map(FIELDS.index, ("output_tokens", "prefiller", "decoder")))
 _ANY = " ".join(f"{name}=%s" for name in FIELDS)
 _PLAIN = re.compile(r"[!#-<>-\[\]-~]+", re.ASCII)  # printable, without blank, quote, "=" and backslash
 
@@ -81,8 +83,10 @@ class AccessLog:
 
 def _text_line(clock: str, values: tuple[Value, ...]) -> str:
     try:
+        if None in _MAY_LACK(values):
+            raise TypeError
         line = (_WHOLE if values[_TTFT] is None else _STREAM) % values
-    except TypeError:  # some of the seconds are missing
+    except TypeError:  # something is missing
         line = _ANY % tuple(map(_word, values))
     return f"{clock} INFO proxy.access {line}\n"
 

@@ -115,7 +115,8 @@ class Dispatcher:
                 await relayer.relay(flow, answer)
         except asyncio.CancelledError:
             if flow not in self._out_of_time_flows or flow.client.transport.is_closing():
-                flow.outcome = "client_gone"
+                if flow.outcome != "ok":  # or it has all of its answer, and its children are only being ended
+                    flow.outcome = "client_gone"
                 raise
             send_error(flow, ProxyError(504, "Not answered in time (--total-timeout-s).", error_type="timeout"))
         except PassOn as passed:

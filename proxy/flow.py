@@ -116,7 +116,7 @@ class Flow:
         self.first_event_at = 0.0
         self.num_chunks = 0
         self.num_output_tokens: int | None = None
-        """Of an answer that came whole, as its usage says; looked up for the access log only."""
+        """Of an answer that came whole, looked up for the access log only."""
         self.prefill_reason: Reason | None = None
         self.decode_reason: Reason | None = None
         self._prefix: Prefix | None = None

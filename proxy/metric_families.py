@@ -113,7 +113,7 @@ _INSTANCES = (
     Family(
         "pd_proxy_instance_queue_seconds",
         "gauge",
-        "That work over the speed shown: what a new prompt waits on a prefiller, a step's time on a decoder",
+        "That work over the speed shown: on a prefiller, what a new prompt waits; on a decoder, what it adds to a step",
         _ENGINE,
         "max",
     ),

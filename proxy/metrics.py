@@ -22,7 +22,6 @@ from prometheus_client.registry import Collector
 from proxy.instance import Fleet, Instance, Role
 from proxy.kv_ledger import KvLedger, KvState
 from proxy.metric_families import OURS, bounds_of
-from proxy.scheduling.cost import expected_wait
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 STATES = ("ready", "out", "draining", "waiting")
@@ -165,7 +164,7 @@ class ProxyMetrics(Collector):
         shown: dict[str, Iterable[Row]] = {
             "requests": of_each(lambda one: one.load.num_requests),
             "load_tokens": of_each(lambda one: one.load.num_tokens),
-            "queue_seconds": of_each(lambda one: expected_wait(one.role, one.load)),
+            "queue_seconds": of_each(lambda one: one.load.num_tokens / one.load.speed),
             "kv_held": of_each(lambda one: held[one.key], Role.PREFILL),
             "kv_tokens": of_each(lambda one: one.load.kv_tokens),
             "kv_tokens_limit": of_each(lambda one: one.load.max_kv_tokens),

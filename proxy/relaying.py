@@ -107,6 +107,7 @@ class Relayer:
         """One decoder's part. Returns why it is not all, or None."""
         failure = None
         if answer.complete:
+            self._reporter.whole(flow, answer)
             if not flow.client.transport.is_closing():
                 stream.feed_whole(opening, answer.body)
         else:

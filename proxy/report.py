@@ -69,7 +69,7 @@ class Reporter:
                 flow.status,
                 flow.outcome,
                 flow.prompt_tokens or (call.num_prompt_tokens if call is not None else None),
-                flow.num_chunks or None if stream else flow.num_output_tokens,
+                flow.num_chunks or flow.num_output_tokens,
                 sent - arrived if sent else None,
                 prefilled - sent if prefilled else None,
                 first - prefilled if stream and first and prefilled else None,
@@ -85,9 +85,10 @@ class Reporter:
         )
 
     def whole(self, flow: Flow, answer: Answer) -> None:
-        """The answer is about to be sent, whole."""
+        """The answer came whole and is about to be sent."""
         if self._access_log.enabled:
-            flow.num_output_tokens = output_tokens_of(answer.raw)
+            raw = answer.raw
+            flow.num_output_tokens = raw.count(b"\n\n") if answer.head.event_stream else output_tokens_of(raw)
 
     def refused(self, status: int) -> None:
         """A request that could not be read."""
