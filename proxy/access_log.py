@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from operator import itemgetter
 from typing import TextIO
 
@@ -112,10 +113,14 @@ def _bounded(sent: object) -> str | None:
 
 
 def _word_of(sent: object) -> str:
-    """As one word that no line can be forged with: in quotes, with escapes, where it is not plain."""
-    sent = _bounded(sent)
-    if sent is None:
-        return "-"
-    if _PLAIN.fullmatch(sent):
-        return sent
-    return '"' + sent.encode("unicode_escape").decode("ascii").replace('"', '\\"') + '"'
+    """As one word that no line can be forged with."""
+    word = _bounded(sent)
+    return "-" if word is None else _quoted(word)
+
+
+@lru_cache(maxsize=1024)  # a fleet has few models
+def _quoted(word: str) -> str:
+    """In quotes, with escapes, where it is not plain."""
+    if _PLAIN.fullmatch(word):
+        return word
+    return '"' + word.encode("unicode_escape").decode("ascii").replace('"', '\\"') + '"'

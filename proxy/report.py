@@ -16,7 +16,7 @@ from proxy.retry import Action, Leg
 log = logging.getLogger(__name__)
 
 NOT_PICKED = (None, None, None)
-_OUTPUT_TOKENS = re.compile(rb'"(?:completion|output)_tokens"\s*:\s*(\d+)')
+_OUTPUT_TOKENS = re.compile(rb'"\w+"\s*:\s*(\d+)')
 _USAGE_BYTES = 1024  # at the end of an answer: where engines write the usage
 
 
@@ -143,5 +143,8 @@ class Reporter:
 
 def output_tokens_of(answer: bytes) -> int | None:
     """How many tokens a whole answer has by its usage; None where it is not found near the end."""
-    found = _OUTPUT_TOKENS.search(answer, max(0, len(answer) - _USAGE_BYTES))
+    at = answer.rfind(b'"completion_tokens"', -_USAGE_BYTES)
+    if at < 0:
+        at = answer.rfind(b'"output_tokens"', -_USAGE_BYTES)
+    found = _OUTPUT_TOKENS.match(answer, at) if at >= 0 else None
     return int(found[1]) if found else None
