@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 Kind = Literal["counter", "gauge", "histogram"]
-Merged = Literal["sum", "max", "min"]
+Merged = Literal["sum", "max", "min", "mean"]
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _TPOT_SECONDS = (
@@ -115,12 +115,11 @@ _INSTANCES = (
         "gauge",
         "That work over the speed shown: on a prefiller, what a new prompt waits; on a decoder, what it adds to a step",
         _ENGINE,
-        "max",
     ),
     Family("pd_proxy_instance_kv_held", "gauge", "KV the prefiller handed out and no decoder has fetched", _ENGINE),
     Family("pd_proxy_instance_kv_tokens", "gauge", "Tokens of KV reserved on a decoder", _ENGINE),
     Family("pd_proxy_instance_kv_tokens_limit", "gauge", "Tokens of KV it can hold; 0: unknown", _ENGINE, "max"),
-    Family("pd_proxy_instance_speed_tokens_per_second", "gauge", "Speed it has shown", _ENGINE, "max"),
+    Family("pd_proxy_instance_speed_tokens_per_second", "gauge", "Speed it has shown", _ENGINE, "mean"),
     Family("pd_proxy_instance_healthy", "gauge", "1 if the evidence says it is well", _ENGINE, "min"),
     Family("pd_proxy_instance_enabled", "gauge", "1 if the operator wants it used", _ENGINE, "min"),
     Family("pd_proxy_instance_connections_active", "gauge", "Connections with a request", _ENGINE),
