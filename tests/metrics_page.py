@@ -46,6 +46,8 @@ stream. Why an instance was picked: `prefill_choice` and `decode_choice` name wh
 `session` where a policy has more to go by; `only_one` where there was no choice), and `*_wait_s` and `*_next_wait_s`
 are the expected waits, by the formula of `least_load` whatever the policy, on the chosen instance and on the best of
 the others. A prompt is never written; a model's name that is not one plain word is written in quotes with escapes.
+A divided request has a line of its own and one for each child (`route=child`, its id with `-c` and a number behind).
+The proxy's own routes (`/metrics`, `/health`, `/instances`, ...) write none.
 
 ## Server-Timing
 
