@@ -125,7 +125,12 @@ _INSTANCES = (
     Family("pd_proxy_instance_connections_active", "gauge", "Connections with a request", _ENGINE),
     Family("pd_proxy_instance_connections_idle", "gauge", "Connections kept for later", _ENGINE),
     Family("pd_proxy_instance_picks_total", "counter", "How often it was chosen", _ENGINE),
-    Family("pd_proxy_instance_failures_total", "counter", "Legs that failed on it", (*_ENGINE, "failure")),
+    Family(
+        "pd_proxy_instance_failures_total",
+        "counter",
+        "Legs that failed on it, in mid-answer too",
+        (*_ENGINE, "failure"),
+    ),
 )
 # prometheus_client's own, on Linux
 _PROCESS = (

@@ -70,6 +70,7 @@ class Relayer:
         stream, opening = self._open(flow, answer)
         while (reason := await self._relay_one(flow, answer, stream, opening)) is not None:
             decoders += 1
+            self._reporter.lost(flow, reason)
             rest = None
             if decoders <= self._config.max_continuations and may_continue(reason):
                 rest = await self._rest(flow, original, stream, reason)
@@ -191,6 +192,7 @@ class Relayer:
             if not is_recomputed(told):
                 return answer.with_body(orjson.dumps(told)) if so_far is not None else answer
             attempts += 1
+            self._reporter.lost(flow, GAVE_UP)
             if attempts > self._config.max_continuations:
                 raise ProxyError(
                     503, "The decode instances gave the answer up, over and over (--max-continuations).",

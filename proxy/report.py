@@ -47,7 +47,7 @@ class Reporter:
                 metrics.ttft.observe(first - arrived)
             if flow.num_chunks > 1:
                 metrics.tpot.observe((now - first) / flow.num_chunks)
-                metrics.stream_events += flow.num_chunks
+            metrics.stream_events += flow.num_chunks
         if not is_child and (first or flow.outcome == "ok"):
             metrics.e2e.observe(now - arrived)
         if flow.prompt_tokens:
@@ -116,6 +116,11 @@ class Reporter:
             "event=leg_failed request_id=%s leg=%s instance=%s failure=%s action=%s reason=%r",
             flow.request_id, leg.value, instance.key, kind, action.value, failure.message,
         )  # fmt: skip
+
+    def lost(self, flow: Flow, reason: str) -> None:
+        """The decoder's part of the answer has ended before the answer has."""
+        if flow.decoder is not None and reason != Failure.OUT_OF_TIME:  # that is the request's own limit
+            flow.decoder.failures[reason] += 1
 
     def continuation(self, flow: Flow, reason: str, outcome: str, told: str) -> None:
         self._metrics.continuations[reason, outcome] += 1

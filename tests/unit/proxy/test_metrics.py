@@ -96,3 +96,16 @@ async def test_nothing_is_explained_where_nobody_reads_it(start: Start) -> None:
     assert not setup.app._reporter.explains
     assert (await ask(setup.port, COMPLETIONS, fields_of(COMPLETIONS))).status == 200
     assert not AccessLog("off").enabled
+
+
+async def test_a_decoder_that_is_lost_in_the_middle_is_counted(start: Start) -> None:
+    setup = await start(1, 2)
+    for decoder in setup.decoders:
+        decoder.script = ["mid_reset"]
+    answer = await ask(setup.port, COMPLETIONS, fields_of(COMPLETIONS, stream=True))
+    assert answer.status == 200
+    await setup.settled()
+    samples = samples_of(setup)
+    lost = [value for key, value in samples.items() if key[0] == "pd_proxy_instance_failures_total"]
+    assert sum(lost) >= 1 and sum(value for key, value in samples.items() if key[0] == "pd_proxy_continuations_total")
+    assert all(key[3] == "lost_mid_answer" for key in samples if key[0] == "pd_proxy_instance_failures_total")
