@@ -11,7 +11,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from engine_adapter.cluster.errors import ClusterError, ConfigError
 from engine_adapter.cluster.toml_mistakes import line_of
@@ -22,11 +22,13 @@ Hardware = Literal["A2", "A3", "gpu", "cpu"]
 
 ROLES: tuple[RoleName, ...] = ("prefill", "decode")
 
-Args = dict[str, Any]
+Args = dict[Annotated[str, Field(pattern=r"^-{0,2}[A-Za-z0-9][A-Za-z0-9_-]*$")], JsonValue]
 """Flags of a command without their dashes, `{max-num-seqs = 8}`. true: the bare flag; false: not even the role's
 default; a list: several words; a table: JSON."""
 
-Env = dict[str, str | int | Literal[False]]
+Json = dict[str, JsonValue]
+
+Env = dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str | int | Literal[False]]
 """false: unset. `${NAME}` in a value is what NAME was before; where it was not set, a colon beside it goes, too."""
 
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -109,10 +111,12 @@ class Model(Section):
 class Connector(Section):
     name: Text
     """MooncakeConnectorV1, MooncakeLayerwiseConnector, LLMDataDistCMgrConnector, NixlConnector, BatonConnector, ..."""
-    extra: Args = {}
+    extra: Json = {}
     """Further keys of kv_connector_extra_config."""
-    config: Args = {}
+    config: Json = {}
     """Further keys of --kv-transfer-config."""
+    module_path: bool = False
+    """Say kv_connector_module_path also where the engine knows the connector by its name."""
     rank_table: Text = "./ranktable.json"
     """Where LLMDataDist reads it, on every node."""
 
@@ -134,7 +138,7 @@ class MooncakeMaster(Section):
     """Mooncake's default; it binds it whether or not anybody asks."""
     env: Env = {}
     args: Args = {}
-    config: Args = {}
+    config: Json = {}
     """Further keys of mooncake.json."""
 
 
@@ -164,14 +168,14 @@ class Request(Section):
     """What shows that it works; `model` is added."""
 
     path: Annotated[str, Field(pattern=r"^/[A-Za-z0-9/_.-]+$")] = "/v1/completions"
-    body: Args = {"prompt": "Who are you?", "max_tokens": 100, "temperature": 0}
+    body: Json = {"prompt": "Who are you?", "max_tokens": 100, "temperature": 0}
 
 
 class Bench(Section):
     tool: Literal["vllm", "ais_bench"] = "vllm"
     args: Args = {}
     """vllm: flags of `vllm bench serve`. ais_bench: flags of its command."""
-    model: Args = {}
+    model: Json = {}
     """ais_bench: further keys of its model file."""
 
 
@@ -194,10 +198,18 @@ class Deployment(Section):
     def role(self, name: RoleName) -> Role:
         return self.prefill if name == "prefill" else self.decode
 
+    def engine_sections(self) -> list[tuple[str, Engine | Role | Instance]]:
+        """Everywhere the file gives engines flags and environment, with the key of the place."""
+        instances = [(f"instance[{index}]", spec) for index, spec in enumerate(self.instance)]
+        return [("engine", self.engine), ("prefill", self.prefill), ("decode", self.decode), *instances]
+
 
 def is_deployment(text: str) -> bool:
-    """Whether a file is one of these, and not a cluster on one machine. Raises tomllib.TOMLDecodeError."""
-    return "node" in tomllib.loads(text)
+    """Whether a file is one of these, and not a cluster on one machine (or no TOML, which its reader will say)."""
+    try:
+        return "node" in tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        return False
 
 
 def read(text: str, source: str) -> tuple[Deployment, list[str]]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-Kind = Literal["store", "engine", "proxy"]
+Kind = Literal["store", "engine", "proxy", "bench"]
 
 REFERENCE = re.compile(r"(:?)\$\{([A-Za-z_][A-Za-z0-9_]*)\}(:?)")
 
@@ -20,7 +20,7 @@ class File:
     text: str | None
     """None: only a command on the nodes can make it."""
     made_by: tuple[str, ...] = ()
-    """That command."""
+    """That command; its word `${DEPLOYMENT}` is the deployment's own file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,16 @@ class Process:
 
 
 @dataclass(frozen=True, slots=True)
+class Template:
+    """run_dp_template.sh of an instance's share of a node, and the command that starts its processes by it."""
+
+    node: str
+    instance: str
+    file: File
+    launch: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class NodeChecks:
     """The seeds' own look at a node before anything starts, as lines of bash."""
 
@@ -79,6 +89,7 @@ class DeploymentPlan:
     request: tuple[str, ...]
     """Asks the proxy something, when all is up."""
     bench: Process | None = None
+    templates: tuple[Template, ...] = ()
 
     def of_node(self, address: str) -> tuple[Process, ...]:
         return tuple(process for process in self.processes if process.node == address)
