@@ -1,24 +1,15 @@
-"""The files of a deployment: rank table, mooncake.json, UCM's YAML, run_dp_template.sh, ais_bench's model file."""
+"""The files that processes of a deployment read: rank table, mooncake.json, UCM's YAML, ais_bench's model file."""
 
 from __future__ import annotations
 
 import json
-import shlex
-from collections.abc import Iterable
 
 from engine_adapter.cluster.addresses import joined
 from engine_adapter.cluster.allocation import facts_of
 from engine_adapter.cluster.deployment import Deployment
-from engine_adapter.cluster.processes import File, Process, Template
+from engine_adapter.cluster.processes import File
 from engine_adapter.cluster.rank_table import entries_of, is_complete, rank_table, text_of
-from engine_adapter.cluster.shell_words import command_lines, environment_lines
 from engine_adapter.cluster.topology import Group, Topology
-
-TEMPLATE_ARGUMENTS = {
-    "ASCEND_RT_VISIBLE_DEVICES": 1, "CUDA_VISIBLE_DEVICES": 1, "--port": 2, "--data-parallel-size": 3,
-    "--data-parallel-rank": 4, "--data-parallel-address": 5, "--data-parallel-rpc-port": 6, "--tensor-parallel-size": 7,
-}  # fmt: skip
-"""launch_online_dp.py's positional arguments to run_dp_template.sh."""
 
 
 def files_of(deployment: Deployment, where: Topology, group: Group) -> tuple[File, ...]:
@@ -71,53 +62,6 @@ def _ucm_yaml(deployment: Deployment) -> File:
         f"use_layerwise: {str(store.layerwise).lower()}",
     )
     return File(store.config_path, "\n".join(lines) + "\n")
-
-
-def templates_of(where: Topology, processes: Iterable[Process]) -> tuple[Template, ...]:
-    """For those who start external data parallelism by launch_online_dp.py: the same commands, once a node."""
-    by_share: dict[tuple[str, str], list[Process]] = {}
-    for process in processes:
-        if process.kind == "engine":
-            by_share.setdefault((process.node, process.instance), []).append(process)
-    groups = {group.name: group for group in where.groups}
-    found = (_template(groups[name], share) for (_, name), share in by_share.items())
-    return tuple(template for template in found if template is not None)
-
-
-def _template(group: Group, share: list[Process]) -> Template | None:
-    """None where the processes differ by more than the template's arguments can say."""
-    if group.internal or group.dp == 1:
-        return None
-    texts = {_template_text(process) for process in share}
-    starts_at_0 = share[0].devices[:1] == (0,) and group.pp == 1
-    if len(texts) != 1 or not starts_at_0:
-        return None
-    first = share[0]
-    launch = (
-        "python", "launch_online_dp.py",
-        *("--dp-size", str(group.dp), "--tp-size", str(group.tp), "--dp-size-local", str(group.local)),
-        *("--dp-rank-start", str(first.dp_ranks[0]), "--dp-address", group.master),
-        *("--dp-rpc-port", str(group.dp_rpc_port), "--vllm-start-port", str(first.ports[0][0])),
-    )  # fmt: skip
-    return Template(first.node, group.name, File(f"./{group.name}/run_dp_template.sh", texts.pop()), launch)
-
-
-def _template_text(process: Process) -> str:
-    env = {key: f"${TEMPLATE_ARGUMENTS.get(key)}" if key in TEMPLATE_ARGUMENTS else v for key, v in process.env.items()}
-    argv, positions = list(process.argv), TEMPLATE_ARGUMENTS
-    words = [
-        f'"${positions[before]}"' if before in positions else shlex.quote(word)
-        for before, word in zip(["", *argv], argv, strict=False)
-    ]
-    lines = (
-        "#!/bin/bash",
-        f"# {process.instance} on {process.node}, started by launch_online_dp.py from this directory:",
-        "# devices, port, data-parallel size, rank, address and RPC port, tensor-parallel size",
-        'cd "$(dirname "$0")/.."',
-        *environment_lines(env, process.unset, positional=True),
-        *command_lines(words, "exec "),
-    )
-    return "\n".join(lines) + "\n"
 
 
 def ais_bench_model(deployment: Deployment) -> File:

@@ -9,7 +9,8 @@ from engine_adapter.cluster.addresses import joined, reachable
 from engine_adapter.cluster.allocation import facts_of
 from engine_adapter.cluster.connectors import PortUse
 from engine_adapter.cluster.deployment import Deployment, MooncakeMaster, Node
-from engine_adapter.cluster.deployment_files import ais_bench_model, files_of, templates_of
+from engine_adapter.cluster.deployment_files import ais_bench_model, files_of
+from engine_adapter.cluster.dp_templates import templates_of
 from engine_adapter.cluster.engine_commands import engine_argv, engine_environment, flags, plain
 from engine_adapter.cluster.kv_config import engine_id
 from engine_adapter.cluster.processes import DeploymentPlan, NodeChecks, Process

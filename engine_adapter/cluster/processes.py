@@ -63,12 +63,15 @@ class Process:
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """run_dp_template.sh of an instance's share of a node, and the command that starts its processes by it."""
+    """run_dp_template.sh of an instance's share of a node, and how its processes are started by it."""
 
     node: str
     instance: str
     file: File
+    arguments: tuple[tuple[str, tuple[str, ...]], ...]
+    """Of each process by its name."""
     launch: tuple[str, ...]
+    """launch_online_dp.py, which starts them all; empty where it can't say all there is to say."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,12 +55,19 @@ def _node(plan: DeploymentPlan, source: str, address: str) -> Iterator[str]:
     templates = [template for template in plan.templates if template.node == address]
     for file in unique(file for process in processes for file in process.files):
         lines += [*_file(file), ""]
+    calls: dict[str, list[str]] = {}
     for template in templates:
-        lines += [f"# or: cd {template.instance} && {shlex.join(template.launch)}", *_file(template.file), ""]
+        if template.launch:
+            lines.append(f"# instead of its lines below: cd {template.instance} && {shlex.join(template.launch)}")
+        lines += [*_file(template.file), ""]
+        calls |= {name: ["bash", template.file.path, *words] for name, words in template.arguments}
     for process in processes:
         lines += [f"ready {name} {plan.named(name).ready_url}" for name in process.after if name not in waited]
         waited.update(process.after)
-        lines += [*process_lines(process), ""]
+        if process.name in calls:
+            lines.append(f"{shlex.join(calls[process.name])} > {process.name}.log 2>&1 &")
+        else:
+            lines += [*process_lines(process), ""]
     yield _function(f"start_{_identifier(address)}", "\n".join([*lines, "wait"]))
     checks = next(checks.lines for checks in plan.checks if checks.node == address)
     yield ""

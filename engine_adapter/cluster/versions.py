@@ -180,7 +180,11 @@ NAMES: tuple[NameSpan, ...] = (
         NameSpan("additional-config", name, span, instead, _ASCEND_ONLY)
         for name, span, instead in (
             ("torchair_graph_config", Span(until=(0, 12, 0)), _LEAVE),
-            ("torchair_graph_config.enable_multistream_moe", Span(until=(0, 11, 0)), _LEAVE),
+            (
+                "torchair_graph_config.enable_multistream_moe",
+                Span(until=(0, 11, 0)),
+                "write multistream_overlap_shared_expert beside torchair_graph_config",
+            ),
             ("torchair_graph_config.enable_multistream_shared_expert", Span(NEVER, NEVER), _LEAVE),
             ("ascend_scheduler_config", Span(until=(0, 12, 0)), _LEAVE),
             ("chunked_prefill_for_mla", Span((0, 10, 0), (0, 13, 0)), _LEAVE),

@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from engine_adapter.cluster.deployment_plan import deployment_plan
 from engine_adapter.cluster.deployment_rules import load
-from tests.unit.cluster.seed_differences import differences, said_in
-from tests.unit.cluster.seeds.extract import extracted, lines_of
+from engine_adapter.cluster.processes import DeploymentPlan
+from tests.unit.cluster.seed_differences import NONE, Difference, differences, said_in
+from tests.unit.cluster.seeds.extract import OUTER, extracted, facts_of, lines_of
 
 SEEDS = Path(__file__).parent / "seeds"
 DEPLOYMENTS = Path(__file__).parents[3] / "configs" / "deployments"
@@ -44,3 +46,45 @@ def test_the_facts_are_those_of_the_documents() -> None:
         pytest.skip("SEEDS does not name the seed documents' directory")
     for name, facts in extracted(Path(directory)).items():
         assert (SEEDS / f"{name}.json").read_text() == lines_of(facts)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_twin_differs_from_its_original_as_it_says(name: str) -> None:
+    """The deployment on our connector: same instances, ranks and devices; everything else is said."""
+    original = deployment_plan(load(DEPLOYMENTS / f"{name}.toml"))
+    path = DEPLOYMENTS / f"{name}-baton.toml"
+    twin = deployment_plan(load(path))
+    assert [(it.name, it.node, it.dp_ranks, it.devices) for it in twin.processes] == [
+        (it.name, it.node, it.dp_ranks, it.devices) for it in original.processes
+    ]
+    found = list(differences(_as_facts(original), twin))
+    lines = said_in(path.read_text())
+    unsaid = sorted({str(it) for it in found if not any(line.covers(it) for line in lines)})
+    assert not unsaid, "differs from its original without a word:\n" + "\n".join(unsaid)
+    idle = [str(line) for line in lines if not any(line.covers(it) for it in found)]
+    assert not idle, "said to differ and does not:\n" + "\n".join(idle)
+
+
+def _as_facts(plan: DeploymentPlan) -> dict[str, Any]:
+    processes = {it.name: facts_of(list(it.argv), it.environment(OUTER)) for it in plan.processes if it.kind != "proxy"}
+    bench = {"bench": plan.bench.argv} if plan.bench else {}
+    return {"processes": processes, "proxy": plan.proxy.argv, "request": plan.request, **bench}
+
+
+def test_a_difference_is_covered_by_its_own_line_alone() -> None:
+    text = "# differs: prefill-* env A, env B: 1 -> *; because\n#   of this\n"
+    (line,) = said_in(text)
+    assert line.why == "because of this"
+    assert line.covers(Difference("prefill-0", "env A", "1", "2"))
+    assert line.covers(Difference("prefill-1-dp3", "env B", "1", NONE))
+    assert not line.covers(Difference("decode-0", "env A", "1", "2"))
+    assert not line.covers(Difference("prefill-0", "env C", "1", "2"))
+    assert not line.covers(Difference("prefill-0", "env A", "3", "2"))
+
+
+def test_a_changed_flag_shows() -> None:
+    facts = json.loads((SEEDS / "qwen2.5-vl-1p1d.json").read_text())
+    argv = facts["processes"]["prefill-0"]["argv"]
+    argv[argv.index("--max-model-len") + 1] = "1"
+    found = differences(facts, deployment_plan(load(DEPLOYMENTS / "qwen2.5-vl-1p1d.toml")))
+    assert Difference("prefill-0", "--max-model-len", "1", "40000") in set(found)

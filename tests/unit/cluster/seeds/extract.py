@@ -1,9 +1,9 @@
-"""Extracts what the seed documents start, by running their own scripts with stand-ins that write down argv and environment.
+"""Extracts what the seed documents start: runs their own scripts with stand-ins that record argv and environment.
 
     python tests/unit/cluster/seeds/extract.py DIRECTORY_OF_THE_SEEDS
 
-writes one JSON file a deployment beside itself. The documents are not part of the repository; these facts are. Only what a
-document leaves as a placeholder for its reader ("xxxx") is filled in here, as the document's text says.
+writes one JSON file a deployment beside itself. The documents are not part of the repository; these facts are. Only
+what a document leaves as a placeholder for its reader ("xxxx") is filled in here, as the document's text says.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def words(body: str) -> list[str]:
 
 
 def proxy_of(text: str, index: int = 0) -> list[str]:
-    return words([line for line in _proxies(text)][index])
+    return words(list(_proxies(text))[index])
 
 
 def _proxies(text: str) -> Iterator[str]:
