@@ -48,17 +48,24 @@ class Ledger:
     conflicts: list[Conflict] = field(default_factory=list)
     _ports: dict[str, dict[int, str]] = field(default_factory=dict)
     _devices: dict[str, dict[int, str]] = field(default_factory=dict)
+    _said: set[tuple[str, str]] = field(default_factory=set)
 
     def fix_port(self, node: str, port: int, owner: str, key: str) -> None:
         taken = self._ports.setdefault(node, {})
-        reason = reserved(self.deployment, node, port)
-        if port in taken:
-            reason = f"{owner} and {taken[port]} would both listen on port {port} of {node}"
-        elif port > 65535:
-            reason = f"{owner} on {node} goes beyond 65535"
-        if reason:
-            self._refuse(key, port, f"{owner}: {reason}" if not reason.startswith(owner) else reason, "give it another")
+        if port > 65535:
+            self._refuse_port(key, port, f"{owner} on {node} goes beyond 65535")
+        elif port in taken:
+            others = f"{owner} and {taken[port]}"
+            self._refuse_port(key, port, f"{others} would both listen on port {port} of {node}", f"{others} {node}")
+        elif reason := reserved(self.deployment, node, port):
+            self._refuse_port(key, port, f"{owner}: {reason}")
         taken[port] = owner
+
+    def _refuse_port(self, key: str, port: int, reason: str, once: str = "") -> None:
+        """Of ports in a row only the first."""
+        if (key, once or reason) not in self._said:
+            self._said.add((key, once or reason))
+            self._refuse(key, port, reason, "give it another")
 
     def choose_ports(self, nodes: Iterable[str], start: int, num: int, owner: str, key: str) -> int:
         """The first of `num` ports in a row, from `start` on, that are free on all of the nodes."""

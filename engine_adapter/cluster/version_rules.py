@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 
 from engine_adapter.cluster.allocation import Conflict
 from engine_adapter.cluster.deployment import Deployment
-from engine_adapter.cluster.errors import nearest
 from engine_adapter.cluster.versions import (
     KNOWN,
     NameKind,
@@ -28,12 +27,12 @@ def version_conflicts(deployment: Deployment) -> Iterator[Conflict]:
         return
     if connector(engine.kind, name, version) is None or name == "UCMConnector":
         reason = f"{engine.kind} {engine.engine_version} has no connector of this name that hands KV over"
-        yield Conflict("connector.name", name, reason, nearest(name, connector_names(engine.kind, version)))
+        yield Conflict("connector.name", name, reason, f"it has {', '.join(connector_names(engine.kind, version))}")
     for key, kind, known_as, value in _names(deployment):
         entry = misplaced(kind, known_as, engine.kind, version)
         if entry is not None:
-            reason = f"{engine.kind} {engine.engine_version} does not know it ({entry.span} does)"
-            yield Conflict(key, str(value), reason.replace("s does)", "s do)"), entry.instead)
+            reason = f"{engine.kind} {engine.engine_version} does not know it, but {entry.span}"
+            yield Conflict(key, str(value), reason.replace(", but no version", ", as no version does"), entry.instead)
 
 
 def _names(deployment: Deployment) -> Iterator[tuple[str, NameKind, str, object]]:
