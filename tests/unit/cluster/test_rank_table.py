@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from engine_adapter.cluster import cli
 from engine_adapter.cluster.deployment_plan import deployment_plan
 from engine_adapter.cluster.deployment_rules import load, parse
 from engine_adapter.cluster.rank_table import Entry, table
@@ -40,8 +41,8 @@ SSH = '#!/bin/bash\necho "$3" >> "$SSH_LOG"\nexport NODE="${3##*.}"\nexec bash -
 class Tools:
     """A directory of stand-ins, and the environment to run in."""
 
-    def __init__(self, place: Path) -> None:
-        self.place = place
+    def __init__(self, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.place, self.monkeypatch, self.capsys = place, monkeypatch, capsys
         (place / "bin").mkdir()
         for name, text in (("hccn_tool", HCCN_TOOL), ("npu-smi", NPU_SMI), ("ssh", SSH)):
             (place / "bin" / name).write_text(text)
@@ -58,17 +59,22 @@ class Tools:
         )
 
     def run(self, *words: str, **env: str) -> tuple[int, str, str]:
-        process = self.start(*words, **env)
-        out, err = process.communicate(timeout=120)
-        return process.returncode, out, err
+        """In this process: a node of its own is only needed where there are several."""
+        for name, value in self.env(**env).items():
+            self.monkeypatch.setenv(name, value)
+        self.monkeypatch.setattr(sys, "argv", ["pd-cluster", "ranktable", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = self.capsys.readouterr()
+        return int(ended.value.code or 0), out, err
 
 
 ROOT = DIRECTORY.parents[1]
 
 
 @pytest.fixture
-def tools(tmp_path: Path) -> Tools:
-    return Tools(tmp_path)
+def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Tools:
+    return Tools(tmp_path, monkeypatch, capsys)
 
 
 def free_port() -> int:
