@@ -158,7 +158,7 @@ class Store(Section):
 
 class Proxy(Section):
     node: Host
-    host: Text | None = None
+    host: Host | None = None
     """To listen on; the node's address if not said."""
     port: Port = 8000
     args: Args = {}

@@ -10,6 +10,7 @@ from engine_adapter.cluster.processes import DeploymentPlan, File, Process
 from engine_adapter.cluster.shell_words import command_lines, environment_lines
 
 READY = r"""ready() {  # NAME URL: wait until it answers
+  command -v curl > /dev/null || { echo "curl is needed on this node, to see when $1 is ready" >&2; exit 1; }
   until case "$2" in
     tcp://*) host="${2#tcp://}" port="${2##*:}"; host="${host%:*}"; host="${host#[}"
       (: > "/dev/tcp/${host%]}/$port") 2> /dev/null ;;
@@ -37,10 +38,11 @@ def script(plan: DeploymentPlan, source: str, node: str | None = None) -> str:
 
 def _head(plan: DeploymentPlan, source: str, node: str | None) -> str:
     usage = "bash SCRIPT" if node else "bash SCRIPT ADDRESS"
+    shown = source.replace("\n", " ")
     what = f"node {node}" if node else f"{len(plan.nodes)} nodes"
     lines = [
         "#!/bin/bash",
-        f"# {plan.name}: {what}, {len(plan.of_node(node) if node else plan.processes)} processes; from {source}",
+        f"# {plan.name}: {what}, {len(plan.of_node(node) if node else plan.processes)} processes; from {shown}",
         f"# Runs in the current directory, where files and logs go: {usage} [check | request | bench]",
         "set -u",
         f"DEPLOYMENT={shlex.quote(source)}",
@@ -62,7 +64,9 @@ def _node(plan: DeploymentPlan, source: str, address: str) -> Iterator[str]:
         lines += [*_file(template.file), ""]
         calls |= {name: ["bash", template.file.path, *words] for name, words in template.arguments}
     for process in processes:
-        lines += [f"ready {name} {plan.named(name).ready_url}" for name in process.after if name not in waited]
+        lines += [
+            f"ready {name} {shlex.quote(plan.named(name).ready_url)}" for name in process.after if name not in waited
+        ]
         waited.update(process.after)
         if process.name in calls:
             lines.append(f"{shlex.join(calls[process.name])} > {process.name}.log 2>&1 &")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,24 @@ def test_the_comment_says_every_difference_and_nothing_else(name: str) -> None:
     assert not unsaid, "differs from the seed without a word:\n" + "\n".join(unsaid)
     idle = [str(line) for line in lines if not any(line.covers(it) for it in found)]
     assert not idle, "said to differ and does not:\n" + "\n".join(idle)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_node_is_looked_at_as_the_document_does(name: str) -> None:
+    """And with what another document adds: the TLS switch."""
+    plan = deployment_plan(load(DEPLOYMENTS / f"{name}.toml"))
+    wanted = json.loads((SEEDS / f"{name}.json").read_text()).get("checks", [])
+    for checks in plan.checks:
+        assert {_commands_in(line) for line in wanted} <= {_commands_in(line) for line in checks.lines}
+
+
+def _commands_in(line: str) -> str:
+    """Without what bash does not care for; a loop over two chips is two commands."""
+    line = line.replace("for c in 0 1; do npu-smi info -t spod-info -i $i -c $c; done", BOTH_CHIPS)
+    return re.sub(r"\s*;\s*", ";", line)
+
+
+BOTH_CHIPS = "npu-smi info -t spod-info -i $i -c 0;npu-smi info -t spod-info -i $i -c 1"
 
 
 def test_the_facts_are_those_of_the_documents() -> None:

@@ -5,6 +5,7 @@ set -u
 DEPLOYMENT=configs/deployments/qwen2.5-vl-1p1d.toml
 
 ready() {  # NAME URL: wait until it answers
+  command -v curl > /dev/null || { echo "curl is needed on this node, to see when $1 is ready" >&2; exit 1; }
   until case "$2" in
     tcp://*) host="${2#tcp://}" port="${2##*:}"; host="${host%:*}"; host="${host#[}"
       (: > "/dev/tcp/${host%]}/$port") 2> /dev/null ;;

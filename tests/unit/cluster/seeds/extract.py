@@ -118,10 +118,18 @@ def request_of(text: str) -> list[str]:
     return words(body)
 
 
+def checks_of(text: str) -> list[str]:
+    """The look at a node's NPU network, a line each, without pings to addresses only the reader knows."""
+    lines = [line for body in (*bodies(text, "hccn"), *bodies(text, "spod-info")) for line in body.splitlines()]
+    wanted = re.compile(r"\s*(for i in .*(hccn_tool|npu-smi)|cat /etc/hccn.conf)")
+    return list(dict.fromkeys(" ".join(line.split()) for line in lines if wanted.match(line) and "x.x.x.x" not in line))
+
+
 def seed_000(text: str) -> dict[str, Facts]:
     prefill, decode = (ran_script(body) for body in bodies(text, "vllm serve"))
     processes = {"prefill-0": prefill, "decode-0": decode}
-    return {"qwen2.5-vl-1p1d": {"processes": processes, "proxy": proxy_of(text), "request": request_of(text)}}
+    common = {"proxy": proxy_of(text), "request": request_of(text), "checks": checks_of(text)}
+    return {"qwen2.5-vl-1p1d": {"processes": processes, **common}}
 
 
 def seed_001(text: str) -> dict[str, Facts]:
@@ -148,6 +156,7 @@ def seed_002(text: str) -> dict[str, Facts]:
             "processes": processes,
             "proxy": proxy_of(text),
             "request": request_of(text),
+            "checks": checks_of(text),
         }
     }
 
@@ -155,7 +164,9 @@ def seed_002(text: str) -> dict[str, Facts]:
 def seed_003(text: str) -> dict[str, Facts]:
     deployment, rest = text.split("## Example Proxy for Deployment")
     layerwise, pull = deployment.split("### Non-layerwise")
+    a3 = text.split("::::{tab-item} A3")[1].split("::::{tab-item} A2")[0]
     common = {"request": request_of(text), "bench": words(bodies(rest, "ais_bench --models")[0])}
+    common["checks"] = checks_of(a3)
     (model,) = bodies(rest, "VLLMCustomAPIChatStream")
     common["bench_model"] = _python_fields(model)
     facts = {
