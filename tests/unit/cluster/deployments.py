@@ -62,6 +62,10 @@ def made_up(draw: st.DrawFn) -> Deployment:
             first = draw(st.integers(0, num_nodes - nodes_each))
             spec: dict[str, Any] = {"role": role, "nodes": addresses[first : first + nodes_each]}
             spec |= {"count": draw(st.integers(1, 2))}
+            if hardware != "cpu" and draw(st.booleans()):
+                first_device = draw(st.integers(0, 4))
+                num_devices = spec["count"] * max(1, dp // nodes_each) * tp
+                spec["devices"] = list(range(first_device, first_device + num_devices))
             spec |= draw(st.sampled_from([{}, {}, {"port": 9000}, {"kv_port": 40000}, {"dp_rpc_port": 13000}]))
             instances.append(spec)
     said: dict[str, Any] = {
