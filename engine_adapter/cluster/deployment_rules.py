@@ -42,6 +42,8 @@ def wrong_with(deployment: Deployment) -> list[str]:
 
 
 def _conflicts(deployment: Deployment) -> Iterator[Conflict]:
+    if "\\u0000" in deployment.model_dump_json():
+        yield Conflict("the file", "...", "it has a zero byte, which no command line takes", "remove \\u0000")
     yield from _nodes(deployment)
     yield from version_rules.version_conflicts(deployment)
     yield from _computed(deployment)

@@ -163,6 +163,10 @@ WRONG = {
     "a word that is not known": (
         ('role = "decode"', 'role = "decoder"'), "instance[1].role = 'decoder' is not known; did you mean \"decode\"?",
     ),
+    "a zero byte": (
+        ("[decode]\n", '[decode]\nenv = { A = "\\u0000" }\n'),
+        "the file = ...: it has a zero byte, which no command line takes; remove \\u0000",
+    ),
     "a date where JSON is meant": (
         ("[decode]\n", "[decode]\nargs = { x = 2026-01-01 }\n"),
         "decode.args.x = datetime.date(2026, 1, 1): input was not a valid JSON value",
@@ -191,6 +195,17 @@ def test_every_mistake_is_said_at_once() -> None:
     wanted = ['unknown key "decode.nonsense"; known here: args, dp, dp_mode, env, ep, pp, tp', "engine.env.VLLM_USE_V1"]
     wanted += ["store.directory", "decode.tp", "instance[0].kv_port"]
     assert keys == wanted
+
+
+def test_keys_that_vllm_0_32_dropped() -> None:
+    text = SMALL.replace("vllm-ascend", "vllm").replace("MooncakeConnectorV1", "NixlConnector")
+    text = text.replace('" }, {', '", hardware = "gpu" }, {').replace('2" }]', '2", hardware = "gpu" }]')
+    text = text.replace('"NixlConnector" }', '"NixlConnector", config = { kv_parallel_size = 1 } }')
+    parse(text.replace("0.11.0", "0.23.0"), "FILE")
+    assert refused(text.replace("0.11.0", "0.32.0")) == [
+        "connector.config.kv_parallel_size = 1: vllm 0.32.0 does not know it, but versions before 0.32.0; "
+        "leave it out: vLLM refuses unknown keys"
+    ]
 
 
 def test_one_engine_of_torch_takes_one_device() -> None:
