@@ -45,7 +45,7 @@ COMPUTED_VARIABLES = (
 
 
 def engine_argv(deployment: Deployment, where: Topology, group: Group, placement: Placement, node: Node) -> list[str]:
-    args = merged_args(deployment, group)
+    args = merged_args(deployment, group, node)
     if deployment.engine.kind == "torch":
         return [*_torch(deployment, group, placement, node), *flags(args)]
     words = ["vllm", "serve", deployment.model.path]
@@ -57,12 +57,12 @@ def engine_argv(deployment: Deployment, where: Topology, group: Group, placement
     return [*words, *flags({**computed, **rest, **kv})]
 
 
-def merged_args(deployment: Deployment, group: Group) -> Args:
+def merged_args(deployment: Deployment, group: Group, node: Node) -> Args:
     """Engine's over role's defaults, the role's over those, the instance's over all."""
     defaults = {} if deployment.engine.kind == "torch" else ROLE_ARGS[group.role]
     layers = (deployment.engine.args, deployment.role(group.role).args, group.spec.args)
     return {
-        "host": "0.0.0.0",
+        "host": "::" if ":" in node.address else "0.0.0.0",
         **defaults,
         **{plain(key): value for layer in layers for key, value in layer.items()},
     }

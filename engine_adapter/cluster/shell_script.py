@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Iterable, Iterator
 
@@ -139,7 +138,8 @@ def _quoted(words: Iterable[str]) -> list[str]:
 
 
 def _identifier(address: str) -> str:
-    return re.sub(r"[^A-Za-z0-9]", "_", address)
+    """Of a function: no address has an underscore of its own."""
+    return address.replace("-", "__").replace(":", "_x").replace(".", "_")
 
 
 def unique(files: Iterable[File]) -> tuple[File, ...]:

@@ -181,6 +181,14 @@ def test_quotes_in_a_file_stay_data() -> None:
     assert shlex.split(served.removesuffix(" \\"))[3] == evil
 
 
+def test_a_node_may_have_an_ipv6_address() -> None:
+    plan = deployment_plan(parse(SMALL.replace("10.0.0.", "fd00::"), "f"))
+    assert plan.processes[0].serves == "[fd00::1]:13700"
+    assert _value(plan.processes[0], "--host") == "::"
+    assert _values(plan.proxy, "--prefiller-hosts") == ["fd00::1"]
+    assert "ready decode-0 'http://[fd00::2]:13700/health'" in script(plan, "f", "fd00::1")
+
+
 def test_an_engine_of_torch_has_its_sidecar_beside_it() -> None:
     text = SMALL.replace("vllm-ascend", "torch").replace("MooncakeConnectorV1", "BatonConnector").replace("tp = 2", "")
     text = text.replace('address = "10.0.0.1"', 'address = "10.0.0.1", hardware = "cpu"')
