@@ -27,7 +27,9 @@ def version_conflicts(deployment: Deployment) -> Iterator[Conflict]:
         return
     if connector(engine.kind, name, version) is None or name == "UCMConnector":
         reason = f"{engine.kind} {engine.engine_version} has no connector of this name that hands KV over"
-        yield Conflict("connector.name", name, reason, f"it has {', '.join(connector_names(engine.kind, version))}")
+        yield Conflict(
+            "connector.name", name, reason, f"it has {', '.join(connector_names(engine.kind, version)) or 'none'}"
+        )
     for key, kind, known_as, value in _names(deployment):
         entry = misplaced(kind, known_as, engine.kind, version)
         if entry is not None:

@@ -71,8 +71,9 @@ _STOCK = "vllm.distributed.kv_transfer.kv_connector.v1."
 _P2P = _ASCEND + "kv_transfer.kv_p2p."
 
 CONNECTORS: tuple[ConnectorSpan, ...] = (
-    ConnectorSpan(
-        "vllm-ascend", "LLMDataDistCMgrConnector", Span(until=(0, 12, 0)), _ASCEND + "llmdatadist_c_mgr_connector"
+    *(
+        ConnectorSpan("vllm-ascend", "LLMDataDistCMgrConnector", span, _ASCEND + "llmdatadist_c_mgr_connector")
+        for span in (Span(until=(0, 9, 2)), Span((0, 10, 0), (0, 12, 0)))
     ),
     ConnectorSpan("vllm-ascend", "MooncakeConnectorV1", Span((0, 10, 1), (0, 14, 0)), _ASCEND + "mooncake_connector"),
     ConnectorSpan("vllm-ascend", "MooncakeConnectorV1", Span((0, 14, 0)), _P2P + "mooncake_connector"),
@@ -134,14 +135,14 @@ NAMES: tuple[NameSpan, ...] = (
     NameSpan(
         "environment",
         "VLLM_LLMDD_RPC_PORT",
-        Span(until=(0, 10, 0)),
+        Span(until=(0, 10, 1)),
         "leave it out: it is computed (VLLM_ASCEND_LLMDD_RPC_PORT)",
     ),
     NameSpan(
         "environment",
         "VLLM_ASCEND_LLMDD_RPC_PORT",
-        Span((0, 10, 0), (0, 12, 0)),
-        "leave it out: it is computed (VLLM_LLMDD_RPC_PORT before 0.10.0)",
+        Span((0, 10, 1), (0, 12, 0)),
+        "leave it out: it is computed (VLLM_LLMDD_RPC_PORT before 0.10.1)",
     ),
     NameSpan(
         "environment",
@@ -187,16 +188,16 @@ NAMES: tuple[NameSpan, ...] = (
             ),
             ("torchair_graph_config.enable_multistream_shared_expert", Span(NEVER, NEVER), _LEAVE),
             ("ascend_scheduler_config", Span(until=(0, 12, 0)), _LEAVE),
-            ("chunked_prefill_for_mla", Span((0, 10, 0), (0, 13, 0)), _LEAVE),
-            ("enable_weight_nz_layout", Span(until=(0, 10, 0)), _LEAVE),
-            ("enable_prefill_optimizations", Span(until=(0, 10, 0)), _LEAVE),
-            ("enable_shared_expert_dp", Span((0, 10, 0)), _LEAVE),
+            ("chunked_prefill_for_mla", Span((0, 9, 2), (0, 13, 0)), _LEAVE),
+            ("enable_weight_nz_layout", Span(until=(0, 9, 2)), _LEAVE),
+            ("enable_prefill_optimizations", Span(until=(0, 9, 2)), _LEAVE),
+            ("enable_shared_expert_dp", Span((0, 10, 1)), _LEAVE),
             ("multistream_overlap_shared_expert", Span((0, 11, 0)), _LEAVE),
             ("recompute_scheduler_enable", Span((0, 11, 0)), _LEAVE),
             ("lm_head_tensor_parallel_size", Span(NEVER, NEVER), "write lmhead_tensor_parallel_size"),
             (
                 "lmhead_tensor_parallel_size",
-                Span((0, 10, 0), (0, 12, 0)),
+                Span((0, 10, 1), (0, 12, 0)),
                 "write finegrained_tp_config = { lmhead_tensor_parallel_size = ... }",
             ),
             ("finegrained_tp_config", Span((0, 12, 0)), _LEAVE),
@@ -217,4 +218,4 @@ def belongs(kind: NameKind, name: str, engine: str, version: Version) -> bool:
 
 
 def llmdatadist_port_variable(version: Version) -> str:
-    return "VLLM_LLMDD_RPC_PORT" if version < (0, 10, 0) else "VLLM_ASCEND_LLMDD_RPC_PORT"
+    return "VLLM_LLMDD_RPC_PORT" if version < (0, 10, 1) else "VLLM_ASCEND_LLMDD_RPC_PORT"

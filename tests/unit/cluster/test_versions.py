@@ -54,6 +54,7 @@ def test_vllm_0_32_takes_no_kv_parallel_size(version: str, known: bool) -> None:
 
 def test_connectors_come_and_go() -> None:
     assert connector_names("vllm-ascend", (0, 9, 1)) == ["LLMDataDistCMgrConnector"]
+    assert connector_names("vllm-ascend", (0, 9, 2)) == []
     assert "LLMDataDistCMgrConnector" in connector_names("vllm-ascend", (0, 11, 0))
     assert "LLMDataDistCMgrConnector" not in connector_names("vllm-ascend", (0, 12, 0))
     assert "MooncakeLayerwiseConnector" not in connector_names("vllm-ascend", (0, 10, 2))
