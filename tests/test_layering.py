@@ -105,6 +105,7 @@ PURE = {
     "sidecar/layout.py",
     "sidecar/leases.py",
     "sidecar/protocol.py",
+    "sidecar/reshard.py",
     "sidecar/spans.py",
     "sidecar/transfer.py",
 }
