@@ -151,25 +151,31 @@ class SidecarClient:
     def pull(
         self,
         pull_id: str,
-        source: PullSource,
+        source: PullSource | Sequence[PullSource],
         local_block_ids: Sequence[int],
         *,
         first_block: int = 0,
         deadline_s: float = 30.0,
+        stage_layers: Sequence[int] = (),
     ) -> None:
         """Fetch the lease's blocks from `first_block` on into `local_block_ids`; one PullEnded follows.
+
+        A producer of several ranks gives one lease a rank, all of them go into `source`, see protocol.Pull.
 
         Raises SidecarUnavailable, and then no event follows, or ValueError on a pull_id in use or a negative number.
         """
         ids = list(local_block_ids)
         if first_block < 0 or deadline_s < 0 or (ids and min(ids) < 0):
             raise ValueError("first_block, deadline_s and block ids cannot be negative")
-        payload = encode(Pull(pull_id, source, ids, first_block, deadline_s))
+        sources = (source,) if isinstance(source, PullSource) else tuple(source)
+        if not sources:
+            raise ValueError("there is no source to pull from")
+        payload = encode(Pull(pull_id, sources, ids, first_block, deadline_s, tuple(stage_layers)))
         with self._lock:
             self._check_alive()
             if pull_id in self._pulls:
                 raise ValueError(f"pull {pull_id!r} is open already")
-            self._pulls[pull_id] = source
+            self._pulls[pull_id] = sources[0]
         try:
             self._send_payload(payload)
         except SidecarUnavailable:

@@ -15,7 +15,7 @@ from sidecar.config import SidecarConfig
 from sidecar.connection import FrameConnection
 from sidecar.errors import FrameError, Refusal
 from sidecar.layout import layout_fault, mismatch
-from sidecar.leases import Claimant
+from sidecar.leases import Claimant, Reader
 from sidecar.metrics import SidecarMetrics
 from sidecar.offers import Offers
 from sidecar.protocol import (
@@ -147,7 +147,8 @@ class PeerSession:
         if isinstance(message, Claim):
             if self._mismatch:
                 raise Refusal("incompatible", self._mismatch)
-            lease, lasts_s = offers.claim(message.transfer_id, message.token, self._claimant)
+            reader = Reader(message.group, message.reader, message.num_readers)
+            lease, lasts_s = offers.claim(message.transfer_id, message.token, self._claimant, reader)
             return Claimed(message.call_id, list(lease.block_ids), lease.num_tokens, lasts_s)
         if isinstance(message, Heartbeat):
             offers.heartbeat(message.transfer_id, message.token, self._claimant)

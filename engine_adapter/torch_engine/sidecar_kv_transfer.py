@@ -79,11 +79,12 @@ class SidecarKvTransfer:
 
     def start_pull(self, request_id: str, params: dict[str, Any], local_block_ids: list[int], first_block: int) -> None:
         """Fetch the lease's blocks from `first_block` on into `local_block_ids`; one PullResult follows, always."""
-        self._link.pull(request_id, _source(params), local_block_ids, first_block, self._pull_timeout_s)
+        self._link.pull(request_id, _sources(params), local_block_ids, first_block, self._pull_timeout_s)
 
     def drop(self, params: dict[str, Any]) -> None:
         """Tell the producer that nobody will read this KV."""
-        self._link.drop(_source(params))
+        for source in _sources(params):
+            self._link.drop(source)
 
     def revoke(self, request_id: str) -> None:
         """Take an offer back whose answer never left."""
@@ -132,9 +133,9 @@ def _parse(params: dict[str, Any]) -> RemotePrefill:
         raise EngineRequestError(str(error), "BadRequestError", 400) from error
 
 
-def _source(params: dict[str, Any]) -> PullSource:
+def _sources(params: dict[str, Any]) -> list[PullSource]:
     remote = _parse(params)
-    return pull_source(remote.sources[0], len(remote.block_ids))
+    return [pull_source(source, len(remote.block_ids)) for source in remote.sources]
 
 
 def _result(event: PullEnded) -> PullResult:
