@@ -18,57 +18,22 @@ from sidecar.errors import Refusal
 from sidecar.layout import KvLayout, Plane, mismatch
 from sidecar.reshard import Selection, Source, reshard_between, select_sources
 from sidecar.spans import Spans, check_spans, plan_spans
-
-CELLS = 3
-"""Numbers in a cell."""
-TOKEN_MAJOR = ("kv", "token", "head")
-HEAD_MAJOR = ("head", "kv", "token")
-WHOLE_POOL = ("layer", "kv", "token", "head")
-MIXED = ("token", "layer", "head", "kv")
-NUM_TOKENS = 8
-Numbers = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+from tests.unit.sidecar.cut_layouts import (
+    CELLS,
+    HEAD_MAJOR,
+    MIXED,
+    NUM_TOKENS,
+    TOKEN_MAJOR,
+    WHOLE_POOL,
+    Numbers,
+    content,
+    rank_layout,
+)
 
 
 def degrees(heads: int) -> list[int]:
     """Tensor-parallel sizes up to 16 that `heads` can be dealt to."""
     return [tp for tp in range(1, 17) if heads % tp == 0 or tp % heads == 0]
-
-
-@lru_cache(maxsize=100_000)
-def rank_layout(
-    axes: tuple[str, ...], block_size: int, heads: int, tp: int, rank: int, stages: tuple[int, ...] = (1,)
-) -> KvLayout:
-    """One rank's pool with a gap between blocks; without a layer axis a plane a layer."""
-    pp_rank, tp_rank = divmod(rank, tp)
-    layers, mine = stages[pp_rank], max(1, heads // tp)
-    sizes = {"layer": layers, "kv": 2, "token": block_size, "head": mine}
-    block = CELLS * int(np.prod([sizes[axis] for axis in axes]))
-    blocks = NUM_TOKENS // block_size + 2
-    stride = block if rank % 2 else block + 2
-    count = 1 if "layer" in axes else layers
-    planes = tuple(Plane(index * blocks * stride, stride, block) for index in range(count))
-    return KvLayout(
-        blocks, block_size, planes, layers, mine, CELLS, "float32", "m", "plain", axes, tp_rank, tp, heads,
-        pp_rank, stages,
-    )  # fmt: skip
-
-
-def content(layout: KvLayout, block_ids: list[int]) -> tuple[Numbers, Numbers]:
-    """Where in the pool the tokens' cells lie, and what belongs there, each in the order layer, kv, token, head."""
-    shape = (layout.num_layers, 2, len(block_ids) * layout.block_size, layout.num_kv_heads, CELLS)
-    where = np.zeros(shape, np.int64)
-    step = layout.planes[0].block_bytes
-    index = dict(zip(("layer", "kv", "token", "head"), np.indices(shape[:4], sparse=True), strict=True))
-    blocks = np.array(block_ids)[index["token"] // layout.block_size]
-    for axis, size in zip(layout.axes, layout.axis_sizes, strict=True):
-        step //= size
-        where += ((index[axis] % layout.block_size if axis == "token" else index[axis]) * step)[..., None]
-    where += (blocks * layout.planes[0].stride_bytes)[..., None] + np.arange(CELLS)
-    if "layer" not in layout.axes:
-        where += np.array([plane.offset for plane in layout.planes])[index["layer"]][..., None]
-    heads, layers = index["head"] + layout.heads.start, index["layer"] + layout.layers.start
-    means = (((layers * 2 + index["kv"]) * NUM_TOKENS + index["token"]) * 16 + heads)[..., None] * CELLS
-    return where, 1 + means + np.arange(CELLS)
 
 
 def block_ids_of(layout: KvLayout, seed: int) -> list[int]:
