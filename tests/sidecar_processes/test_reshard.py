@@ -190,6 +190,12 @@ def test_a_reader_that_never_comes_costs_a_lease_s_time_and_no_more(directory: P
         assert late.reason == "expired"
 
 
+@pytest.fixture(scope="module")
+def two_to_one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Ranks, Ranks]]:
+    with cluster(tmp_path_factory.mktemp("t"), cut(2, HEAD_MAJOR), cut(1, HEAD_MAJOR)) as ranks:
+        yield ranks
+
+
 @pytest.mark.parametrize(
     ("mix", "said"),
     [
@@ -201,27 +207,27 @@ def test_a_reader_that_never_comes_costs_a_lease_s_time_and_no_more(directory: P
     ids=["swapped", "twice", "one missing", "one too many"],
 )
 def test_leases_that_would_leave_a_hole_are_refused_and_stay(
-    directory: Path, mix: Callable[[list[PullSource]], list[PullSource]], said: str
+    two_to_one: tuple[Ranks, Ranks], mix: Callable[[list[PullSource]], list[PullSource]], said: str
 ) -> None:
-    with cluster(directory, cut(2, HEAD_MAJOR), cut(1, HEAD_MAJOR)) as (producer, consumer):
-        offers, sources = producer.offer(LEASE)
-        (ended,) = consumer.pull(mix(sources), [1, 2, 3, 4, 5, 6])
-        assert (ended.ok, ended.reason) == (False, "incompatible") and said in ended.message
-        assert consumer.pull(sources, [1, 2, 3, 4, 5, 6])[0].ok
-        assert producer.outcomes(offers) == ["consumed"] * 2
+    producer, consumer = two_to_one
+    offers, sources = producer.offer(LEASE)
+    (ended,) = consumer.pull(mix(sources), [1, 2, 3, 4, 5, 6])
+    assert (ended.ok, ended.reason) == (False, "incompatible") and said in ended.message
+    assert consumer.pull(sources, [1, 2, 3, 4, 5, 6])[0].ok
+    assert producer.outcomes(offers) == ["consumed"] * 2
 
 
-def test_one_lease_that_fails_ends_the_pull_once_and_leaves_the_others_whole(directory: Path) -> None:
-    with cluster(directory, cut(2, HEAD_MAJOR), cut(1, HEAD_MAJOR)) as (producer, consumer):
-        offers, sources = producer.offer(LEASE)
-        wrong = [sources[0], msgspec.structs.replace(sources[1], token="0" * 32)]
-        (ended,) = consumer.pull(wrong, [1, 2, 3, 4, 5, 6])
-        assert (ended.reason, ended.peer) == ("wrong_token", f"p@{producer.sidecars[1].listen}")
-        assert consumer.engines[0].count(ended.pull_id) == 1
-        before = [engine.pool[:] for engine in consumer.engines]
-        assert consumer.pull(sources, [1, 2, 3, 4, 5, 6])[0].ok  # what was copied was given back, not consumed
-        check_pools(consumer, [1, 2, 3, 4, 5, 6], before)
-        assert producer.outcomes(offers) == ["consumed"] * 2
+def test_one_lease_that_fails_ends_the_pull_once_and_leaves_the_others_whole(two_to_one: tuple[Ranks, Ranks]) -> None:
+    producer, consumer = two_to_one
+    offers, sources = producer.offer(LEASE)
+    wrong = [sources[0], msgspec.structs.replace(sources[1], token="0" * 32)]
+    (ended,) = consumer.pull(wrong, [1, 2, 3, 4, 5, 6])
+    assert (ended.reason, ended.peer) == ("wrong_token", f"p@{producer.sidecars[1].listen}")
+    assert consumer.engines[0].count(ended.pull_id) == 1
+    before = [engine.pool[:] for engine in consumer.engines]
+    assert consumer.pull(sources, [1, 2, 3, 4, 5, 6])[0].ok  # what was copied was given back, not consumed
+    check_pools(consumer, [1, 2, 3, 4, 5, 6], before)
+    assert producer.outcomes(offers) == ["consumed"] * 2
 
 
 @pytest.mark.parametrize("abandoned", [True, False], ids=["abandoned", "a producer's rank dies"])
