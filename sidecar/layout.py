@@ -145,8 +145,8 @@ def _parallel_fault(layout: KvLayout) -> str:
     size, heads, stages = layout.tp_size, layout.model_heads, layout.stage_layers
     if not 0 <= layout.tp_rank < size or size > MAX_RANKS:
         return f"tp_rank is {layout.tp_rank} of tp_size {size}"
-    if size > 1 and layout.total_kv_heads < 1:
-        return f"total_kv_heads is {layout.total_kv_heads}, with tp_size {size} it must be at least 1"
+    if layout.total_kv_heads < (size > 1):
+        return f"total_kv_heads is {layout.total_kv_heads}, with tp_size {size} it must be at least {int(size > 1)}"
     if heads % size and size % heads:
         return f"total_kv_heads {heads} and tp_size {size}: neither divides the other"
     if len(layout.heads) != layout.num_kv_heads:

@@ -23,6 +23,9 @@ from sidecar.spans import Destination, Spans, check_spans
 from sidecar.transfer import Happening, Progress, State
 from sidecar.transport.contract import COPIED
 
+MAX_PLANNED_AT_ONCE = 20_000
+"""Pieces planned on the event loop: some 10 ms. More are planned in a thread, so that other pulls' leases live on."""
+
 _T = TypeVar("_T")
 
 
@@ -71,23 +74,30 @@ class Reading:
             self._waiter.set_exception(self._interruption)
 
     async def copy(self) -> None:
-        """Everything up to the release. Raises Refusal, with the lease given back or dropped."""
+        """Everything up to the release; the lease is kept alive until then. Raises Refusal, having let it go."""
         link, claimed, destination = await self._claim()
         self._link = link
+        link.readers.add(self)
         try:
-            spans = self._plan(link, claimed, destination)
+            num_blocks = len(self._request.local_block_ids)
+            if link.reshard is not None and link.reshard.pieces(num_blocks) > MAX_PLANNED_AT_ONCE:
+                spans = await asyncio.to_thread(self._plan, link, claimed, destination)
+            else:
+                spans = self._plan(link, claimed, destination)
             if spans:
                 await self._copy(link, spans)
         except Refusal:
             self._fail(link)
+            raise
+        except Exception:
+            link.readers.discard(self)
             raise
         self.num_bytes = spans.num_bytes
         self.progress.step(Happening.COPIED)
 
     async def confirm(self) -> None:
         """After `copy`: release the lease as consumed. Raises Refusal if it was not valid until now."""
-        link = self._link
-        assert link is not None
+        link = self._leave()
         try:
             await self._wait(link.release(self.source, "consumed"))
         except Refusal:
@@ -97,13 +107,18 @@ class Reading:
 
     def give_back(self) -> None:
         """After `copy`, instead of `confirm`: what was copied is of no use, another may claim the lease."""
-        link = self._link
-        assert link is not None
+        link = self._leave()
         self.progress.step(Happening.FAILED)
         if self.unwanted:
             self._consumer.drop(self.source)
         elif not link.control.closed:
             link.release(self.source, "returned")
+
+    def _leave(self) -> Link:
+        """No more heartbeats: the lease is let go next."""
+        assert self._link is not None
+        self._link.readers.discard(self)
+        return self._link
 
     async def _wait(self, awaited: asyncio.Future[_T]) -> _T:
         """The result of `awaited`, which goes on undisturbed if this reading is interrupted. Raises Interrupted."""
@@ -207,7 +222,6 @@ class Reading:
         if link.control.closed:
             raise PeerLost(f"the connection to {link.name} ended")
         copy = link.memory.read(spans)
-        link.readers.add(self)
         try:
             outcome = await self._wait(copy.ended)
         except Interrupted:
@@ -219,14 +233,13 @@ class Reading:
                 await copy.ended
             self.progress.step(Happening.STOPPED)
             raise
-        finally:
-            link.readers.discard(self)
         if outcome != COPIED:
             await peers.cut(link, outcome)
             raise Refusal("transport", outcome)
 
     def _fail(self, link: Link) -> None:
         """After the claim: give the lease back, or drop it if nobody wants it."""
+        link.readers.discard(self)
         state = self.progress.state
         if state is not State.ENDED:
             self.progress.step(Happening.FAILED)

@@ -7,10 +7,11 @@ consumer's ranks, and one request after the other, spread over all of them.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain, product
+from itertools import pairwise, product
 from operator import sub
 
 from sidecar.errors import Refusal
@@ -128,6 +129,11 @@ class Reshard:
             for theirs, ours in _plane_pairs(producer, consumer)
         )
 
+    def pieces(self, num_blocks: int) -> int:
+        """How many pieces so many of the consumer's blocks are put together from, before neighbours are joined."""
+        units = num_blocks * self._consumer.block_size // self.unit_tokens
+        return units * sum(len(plane.remote) for plane in self.planes)
+
     def plan(self, lease_block_ids: Sequence[int], local_block_ids: Sequence[int], first_block: int) -> Spans:
         """Spans that fill local_block_ids[i] with the tokens of the consumer's block number first_block + i.
 
@@ -140,18 +146,16 @@ class Reshard:
         units = range(first, min(first + len(local_block_ids) * ours_per, len(lease_block_ids) * theirs_per))
         theirs = [(lease_block_ids[unit // theirs_per], unit % theirs_per) for unit in units]
         ours = [(local_block_ids[(unit - first) // ours_per], unit % ours_per) for unit in units]
-        remote: list[int] = []
-        local: list[int] = []
-        lengths: list[int] = []
+        remote, local, lengths = array("q"), array("q"), array("q")
         for plane in self.planes:
             from_at = _places(plane.theirs, plane.remote_unit, theirs)
             to_at = _places(plane.ours, plane.local_unit, ours)
             if len(plane.remote) == 1:
                 _join(from_at, to_at, plane, remote, local, lengths)
             else:
-                remote += [at + offset for at in from_at for offset in plane.remote]
-                local += [at + offset for at in to_at for offset in plane.local]
-                lengths += [plane.length] * (len(from_at) * len(plane.remote))
+                remote.extend([at + offset for at in from_at for offset in plane.remote])
+                local.extend([at + offset for at in to_at for offset in plane.local])
+                lengths.extend([plane.length] * (len(from_at) * len(plane.remote)))
         return Spans(remote, local, lengths)
 
     def _check(self, lease: Sequence[int], local: Sequence[int], first_block: int) -> None:
@@ -240,8 +244,9 @@ def _places(plane: Plane, unit_bytes: int, units: list[tuple[int, int]]) -> list
 
 
 def _join(
-    from_at: list[int], to_at: list[int], plane: PlanePieces, remote: list[int], local: list[int], lengths: list[int]
-) -> None:
+    from_at: list[int], to_at: list[int], plane: PlanePieces,
+    remote: array[int], local: array[int], lengths: array[int],
+) -> None:  # fmt: skip
     """One piece a unit: those that follow each other in both pools are one span."""
     if not from_at:
         return
@@ -249,6 +254,6 @@ def _join(
     steps = zip(map(sub, from_at[1:], from_at), map(sub, to_at[1:], to_at), strict=True)
     breaks = (index for index, (theirs, ours) in enumerate(steps, 1) if theirs != length or ours != length)
     starts = [0, *breaks]
-    remote += [from_at[start] + plane.remote[0] for start in starts]
-    local += [to_at[start] + plane.local[0] for start in starts]
-    lengths += [(end - start) * length for start, end in zip(starts, chain(starts[1:], [len(from_at)]), strict=True)]
+    remote.extend([from_at[start] + plane.remote[0] for start in starts])
+    local.extend([to_at[start] + plane.local[0] for start in starts])
+    lengths.extend([(end - start) * length for start, end in pairwise([*starts, len(from_at)])])

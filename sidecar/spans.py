@@ -37,6 +37,10 @@ class Spans:
     def num_bytes(self) -> int:
         return sum(self.lengths)
 
+    def part(self, first: int, end: int) -> Spans:
+        """Those from number `first` to before `end`."""
+        return Spans(self.remote[first:end], self.local[first:end], self.lengths[first:end])
+
     def surely_within(self, remote_bytes: int, local_bytes: int) -> bool:
         """Whether the longest span would fit at the last offset of either side, and so every one does."""
         longest = max(self.lengths)

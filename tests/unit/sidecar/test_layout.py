@@ -86,6 +86,7 @@ def test_what_a_rank_holds() -> None:
         ({"tp_size": 0}, "tp_size is 0"),
         ({"tp_rank": 2}, "tp_rank is 2 of tp_size 2"),
         ({"total_kv_heads": 0}, "total_kv_heads is 0"),
+        ({"total_kv_heads": -4, "tp_size": 1, "tp_rank": 0}, "total_kv_heads is -4"),
         ({"total_kv_heads": 7}, "total_kv_heads 7 and tp_size 2: neither divides"),
         ({"total_kv_heads": 4}, "num_kv_heads is 4, of 4 over 2 ranks it must be 2"),
         ({"pp_rank": 2}, "pp_rank is 2"),
