@@ -256,3 +256,23 @@ def test_nothing_writes_after_a_pull_that_ended_in_the_middle(directory: Path, a
             eventually(lambda: producer.sidecars[0].metric('baton_sidecar_leases{state="offered"}') == 1)
         time.sleep(0.5)
         assert engine.pool[:] == now and engine.count("slow") == 1
+
+
+def test_another_decoder_takes_over_what_one_has_read_in_part(directory: Path) -> None:
+    blocks = list(range(BLOCKS))
+    with (
+        cluster(directory, cut(1, HEAD_MAJOR), cut(2, HEAD_MAJOR), *SLOW_COPY) as (producer, dying),
+        Ranks(directory, "e", "shm", cut(1, TOKEN_MAJOR)) as other,
+    ):
+        (offer,), sources = producer.offer(blocks)
+        assert dying.engines[0].pull(sources[0], blocks, "request", deadline_s=60.0).ok
+        before = dying.engines[1].pool[:]
+        dying.engines[1].client.pull("request", sources, blocks)
+        eventually(lambda: dying.engines[1].pool[:] != before)
+        assert other.engines[0].pull(sources, blocks).reason == "wrong_engine"  # while one reads
+        dying.sidecars[1].kill()
+        eventually(lambda: producer.sidecars[0].metric('baton_sidecar_leases{state="offered"}') == 1)
+        pools = [engine.pool[:] for engine in other.engines]
+        assert other.pull(sources, blocks)[0].ok
+        check_pools(other, blocks, pools)
+        assert producer.outcomes([offer]) == ["consumed"]

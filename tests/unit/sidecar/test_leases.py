@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 import pytest
@@ -264,3 +265,56 @@ def test_a_reader_of_nonsense_is_refused(reader: Reader) -> None:
     leases = offered()
     assert refused(lambda: leases.claim("t", "secret", ALICE, 0.0, reader)) == "invalid"
     assert leases.count(State.OFFERED) == 1
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_whatever_readers_do_a_lease_ends_once_and_never_before_all_of_a_group_have_read(seed: int) -> None:
+    """Against a model that only remembers who has confirmed a read, and for which request."""
+    dice = random.Random(seed)
+    leases = offered(ttl_s=dice.uniform(1, 30))
+    groups = [
+        (engine, f"request-{number}", dice.randint(1, 3)) for number, engine in enumerate(("alice", "alice", "bob"))
+    ]
+    reading: dict[int, tuple[tuple[str, str, int], int]] = {}
+    have_read: dict[tuple[str, str, int], set[int]] = {group: set() for group in groups}
+    now, ended = 0.0, []
+    for connection in range(80):
+        now += dice.choice((0.0, 0.2, 2.0))
+        group = dice.choice(groups)
+        index = dice.randrange(group[2])
+        act = dice.choice(("claim", "claim", "consume", "consume", "give_back", "heartbeat", "lost", "expire"))
+        try:
+            if act == "claim":
+                leases.claim("t", "secret", Claimant(group[0], connection), now, Reader(group[1], index, group[2]))
+                assert {other for other, _ in reading.values()} <= {group}, "two requests read at once"
+                for other in groups:
+                    have_read[other] = have_read[other] - {index} if other == group else set()
+                reading = {held: taken for held, taken in reading.items() if taken[1] != index}
+                reading[connection] = (group, index)
+            elif act == "expire":
+                leases.expire(now)
+            elif reading:
+                held = dice.choice(list(reading))
+                claimant = Claimant(reading[held][0][0], held)
+                if act == "lost":
+                    leases.connection_lost(held, now)
+                else:
+                    getattr(leases, act)("t", "secret", claimant, now)
+                if act == "consume":
+                    have_read[reading[held][0]].add(reading[held][1])
+                if act != "heartbeat":
+                    del reading[held]
+        except Refusal as refusal:
+            assert refusal.reason in ("wrong_engine", "expired", "released")
+        ended += leases.take_ended()
+        if ended:
+            break
+        assert len(leases) == 1 and leases.count(State.CLAIMED) == bool(reading)
+    if not ended:
+        leases.expire(now + 100.0)
+        ended += leases.take_ended()
+        assert ended == [("t", State.EXPIRED)]
+    [(_, state)] = ended
+    complete = any(len(read) == group[2] for group, read in have_read.items())
+    assert (state is State.CONSUMED) == complete
+    assert len(leases) == 0 and leases.next_expiry() is None
