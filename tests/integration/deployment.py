@@ -123,6 +123,8 @@ class Deployment:
     num_decode: int = 1
     transport: str = "auto"
     engine_args: list[str] = field(default_factory=list)
+    decode_args: list[str] = field(default_factory=list)
+    """For the decoders, after `engine_args`."""
     proxy_args: list[str] = field(default_factory=list)
     instances: list[Instance] = field(default_factory=list)
     url: str = ""
@@ -186,7 +188,7 @@ class Deployment:
             name,
             [str(BIN / "pd-engine"), "serve", "--model", str(self.model), "--served-model-name", "tiny", "--role", role,
              "--port", str(port), "--sidecar", str(socket_path), "--engine-id", name, "--dtype", "float32",
-             "--num-threads", "1", *self.engine_args],
+             "--num-threads", "1", *self.engine_args, *(self.decode_args if role == "decode" else [])],
             f"{url}/health",
             self._directory / f"{name}.log",
         )  # fmt: skip
