@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import monotonic
+from typing import Any
 
 from proxy.config import Address, ProxyConfig
 from proxy.errors import ProxyError
@@ -127,7 +128,7 @@ class Membership:
             if self.waiting.get(key) is waiting:
                 del self.waiting[key]
             if self._fleet.find(key[0], instance.address) is not instance:
-                instance.pool.close()
+                instance.close()
 
     def _admit(self, instance: Instance) -> None:
         self._fleet.admit(instance)
@@ -271,6 +272,18 @@ class Membership:
             self.remove(role, address, Source.LEASE)
         return held
 
+    # --- for another worker process
+
+    def memory(self) -> list[list[list[Any]]]:
+        """What is remembered of those that are not members: who is barred until when (None: for good), who moved."""
+        barred = [[*_plain(key), None if until == math.inf else until] for key, until in self._barred.items()]
+        return [barred, [[*_plain(key), to.value] for key, to in self._moved.items()]]
+
+    def remember(self, memory: list[list[list[Any]]]) -> None:
+        barred, moved = memory
+        self._barred = {_key(*key): math.inf if until is None else until for *key, until in barred}
+        self._moved = {_key(*key): Role(to) for *key, to in moved}
+
     # --- time
 
     def tick(self, now: float) -> None:
@@ -318,3 +331,12 @@ class Membership:
     def stop(self) -> None:
         for key in list(self.waiting):
             self._stop_waiting(key)
+
+
+def _plain(key: Key) -> list[Any]:
+    role, address = key
+    return [role.value, *address]
+
+
+def _key(role: str, host: str, port: int) -> Key:
+    return Role(role), Address(host, port)

@@ -19,6 +19,8 @@ from aiohttp import web
 from proxy.errors import BadRequest, ProxyError
 
 PATH = "/v1/metaserver"
+WORKER = "worker"  # in the query of the URL: whose request it is, where there are several worker processes
+Forward = Callable[[int, dict[str, Any]], Awaitable[None]]
 StartPrefill = Callable[[dict[str, dict[str, Any]]], Awaitable[None]]
 
 
@@ -72,6 +74,9 @@ class Metaserver:
         self._expected: dict[str, Handoff] = {}
         self.url = ""
         self.calls = calls
+        self.worker = -1
+        self.forward: Forward | None = None
+        """Hands a call to the worker whose it is. Raises ProxyError as `post` does."""
 
     @property
     def num_expected(self) -> int:
@@ -95,6 +100,15 @@ class Metaserver:
     async def serve(self, request: web.Request) -> web.Response:
         """Raises ProxyError: 404 for an id that is not expected, 502 if the prefill failed."""
         child_id, params = self._read(await request.read())
+        worker = request.query.get(WORKER, "")
+        if self.forward is not None and worker.isdecimal() and int(worker) != self.worker:
+            await self.forward(int(worker), params)
+        else:
+            await self.post(child_id, params)
+        return web.Response(body=b'{"status":"ok"}', content_type="application/json")
+
+    async def post(self, child_id: str, params: dict[str, Any]) -> None:
+        """A decoder's call. Raises ProxyError as `serve` does."""
         handoff = self._expected.get(child_id)
         if handoff is None:
             self.calls["unknown"] += 1
@@ -106,7 +120,6 @@ class Metaserver:
             self.calls["failed"] += 1
             raise ProxyError(502, f"The prefill failed: {failure}.", error_type="upstream_error")
         self.calls["ok"] += 1
-        return web.Response(body=b'{"status":"ok"}', content_type="application/json")
 
     @staticmethod
     def _read(body: bytes) -> tuple[str, dict[str, Any]]:

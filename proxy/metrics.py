@@ -78,6 +78,10 @@ class ProxyMetrics(Collector):
     def exposition(self) -> bytes:
         return generate_latest(self._registry)
 
+    def collected(self) -> Iterable[Metric]:
+        """Every family as it stands now: what other worker processes add theirs to."""
+        return self._registry.collect()
+
     def collect(self) -> Iterator[Metric]:
         yield _counters(
             "pd_proxy_requests", "Requests that ended", ["route", "mode", "status", "outcome"], self.requests.items()

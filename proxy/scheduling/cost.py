@@ -36,4 +36,4 @@ def cost_of(call: ApiCall) -> Cost:
 
 def step_tokens(load: InstanceLoad, reservation: Reservation) -> float:
     """What a step of the decoder has cost [tokens], on average from `reservation` until now, when it ends."""
-    return DECODE_STEP_TOKENS + (reservation.ahead + reservation.num_tokens + load.num_tokens) / 2
+    return DECODE_STEP_TOKENS + (reservation.ahead + reservation.num_tokens + load.num_tokens + load.others_tokens) / 2
