@@ -38,7 +38,7 @@ from proxy.legs import Legs
 from proxy.load_ledger import settle_speeds
 from proxy.membership import Membership
 from proxy.metaserver import PATH as METASERVER_PATH
-from proxy.metaserver import WORKER, Metaserver
+from proxy.metaserver import Metaserver
 from proxy.metrics import ProxyMetrics
 from proxy.pass_through import PassThrough
 from proxy.reclaim import Reclaimer
@@ -121,6 +121,8 @@ class ProxyApp:
             self.metaserver,
             crew,
         )
+        if crew is not None:
+            self._join(crew, instances)
         self._runner = web.AppRunner(
             control.application(),
             access_log=None,
@@ -132,8 +134,6 @@ class ProxyApp:
         self._servers: list[asyncio.Server | Acceptor] = []
         self._ticker: asyncio.Task[None] | None = None
         self.addresses: list[Address] = []
-        if crew is not None:
-            self._join(crew, instances)
 
     def _join(self, crew: Crew, instances: InstancesApi) -> None:
         """What the other workers may ask of this one."""
@@ -186,7 +186,7 @@ class ProxyApp:
             self._servers.append(await self._listen(one))
         self.metaserver.url = metaserver_url(self.config, self.addresses[0].port)
         if crew is not None:
-            self.metaserver.url += f"?{WORKER}={crew.worker}"
+            self.metaserver.url += f"/{crew.worker}"
         self.contract_finder.start()
         self.prober.follow()
         self.admission.tick()

@@ -106,7 +106,8 @@ class BoardRow:
     # --- instances
 
     def load_of(self, role: str, key: str) -> SharedLoad:
-        return SharedLoad(self, self._join(_tag(f"{role} {key}")))
+        tag = _tag(f"{role} {key}")
+        return SharedLoad(self, self._join(tag), tag)
 
     def _join(self, tag: int) -> int:
         board = self.board
@@ -199,10 +200,11 @@ class BoardRow:
 class SharedLoad(InstanceLoad):
     """An `InstanceLoad` that the other workers see."""
 
-    __slots__ = ("_at", "_cells", "_row", "_slot", "others_at")
+    __slots__ = ("_at", "_cells", "_row", "_slot", "_tag", "others_at")
 
-    def __init__(self, row: BoardRow, slot: int) -> None:
+    def __init__(self, row: BoardRow, slot: int, tag: int) -> None:
         super().__init__()
+        self._tag = tag
         board = row.board
         self._row = row
         self._slot = slot
@@ -216,6 +218,13 @@ class SharedLoad(InstanceLoad):
             self.others_at = ()
             self._cells, self._at = [0] * FIGURES, 0
             self._row.leave(self._slot)
+
+    def is_used_elsewhere(self) -> bool:
+        """Whether another worker has not let go of the instance yet."""
+        row, board = self._row, self._row.board
+        if board.cells[board.tag_cell(self._slot)] != self._tag:
+            return False
+        return any(board.cells[board.figures_cell(self._slot, one) + PRESENT] for one in row.others)
 
     def changed(self) -> None:
         cells, at = self._cells, self._at

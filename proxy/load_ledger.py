@@ -80,6 +80,9 @@ class InstanceLoad:
     def changed(self) -> None:
         """Told after what a policy holds has changed."""
 
+    def is_used_elsewhere(self) -> bool:
+        return False
+
     def leave(self) -> None:
         """Its instance is none of ours any more."""
 

@@ -19,7 +19,6 @@ from aiohttp import web
 from proxy.errors import BadRequest, ProxyError
 
 PATH = "/v1/metaserver"
-WORKER = "worker"  # in the query of the URL: whose request it is, where there are several worker processes
 Forward = Callable[[int, dict[str, Any]], Awaitable[None]]
 StartPrefill = Callable[[dict[str, dict[str, Any]]], Awaitable[None]]
 
@@ -74,9 +73,10 @@ class Metaserver:
         self._expected: dict[str, Handoff] = {}
         self.url = ""
         self.calls = calls
-        self.worker = -1
+        self.worker: int | None = None
+        """Of several worker processes. The URL ends in its number then, so that any of them knows whose a call is."""
         self.forward: Forward | None = None
-        """Hands a call to the worker whose it is. Raises ProxyError as `post` does."""
+        """Hands a call to another worker. Raises ProxyError as `post` does."""
 
     @property
     def num_expected(self) -> int:
@@ -95,14 +95,15 @@ class Metaserver:
             handoff.end()
 
     def routes(self) -> list[web.RouteDef]:
-        return [web.post(PATH, self.serve)]
+        with_worker = PATH + r"/{worker:\d{1,4}}"
+        return [web.post(PATH, self.serve), *([web.post(with_worker, self.serve)] if self.worker is not None else [])]
 
     async def serve(self, request: web.Request) -> web.Response:
         """Raises ProxyError: 404 for an id that is not expected, 502 if the prefill failed."""
         child_id, params = self._read(await request.read())
-        worker = request.query.get(WORKER, "")
-        if self.forward is not None and worker.isdecimal() and int(worker) != self.worker:
-            await self.forward(int(worker), params)
+        worker = int(request.match_info.get("worker", -1))
+        if self.forward is not None and worker not in (-1, self.worker):
+            await self.forward(worker, params)
         else:
             await self.post(child_id, params)
         return web.Response(body=b'{"status":"ok"}', content_type="application/json")
