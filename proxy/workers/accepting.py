@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 STEP_BACK_S = 0.002  # how long the others have; long beside the tens of microseconds that it takes one that is idle
 AGAIN_S = 0.1  # after there was no descriptor left
-AHEAD = 1  # connections more than another's that are no reason to step back
+AHEAD_SHIFT = 3  # an eighth more than another has is no reason to step back
 
 
 class Connections(set[ClientConnection]):
@@ -82,7 +82,8 @@ class Acceptor:
 
     def _accept(self) -> None:
         """One connection, then whoever else is woken may have the next."""
-        if not self._stepped_back and self._connections.num > self._fewest() + AHEAD:
+        fewest = self._fewest()
+        if not self._stepped_back and self._connections.num > fewest + (fewest >> AHEAD_SHIFT):
             self._stepped_back = True
             self._pause(STEP_BACK_S)
             return

@@ -7,17 +7,17 @@ from typing import Any
 
 Json = dict[str, Any]
 
-# The least far gone wins: an instance is gone when it is gone in every worker.
-_STATES = ("active", "draining", "serving_kv", "waiting", "gone")
+# An instance is a member when it is one in every worker, and gone when it is gone in every worker.
+_STATES = ("active", "draining", "serving_kv", "gone")
 
 
 def joined(shows: Sequence[Json]) -> Json:
     """`shows[0]` is the answering worker's own; what is not listed here is as it says."""
     whole = dict(shows[0])
-    whole["instances"] = _by_address((show["instances"] for show in shows), _instance)
-    members = {(one["role"], one["address"]) for one in whole["instances"]}
-    waiting = _by_address((show["waiting"] for show in shows), lambda same: same[0])
-    whole["waiting"] = [one for one in waiting if (one["role"], one["address"]) not in members]
+    whole["waiting"] = _by_address((show["waiting"] for show in shows), lambda same: same[0])
+    waiting = {(one["role"], one["address"]) for one in whole["waiting"]}
+    members = _by_address((show["instances"] for show in shows), _instance)
+    whole["instances"] = [one for one in members if (one["role"], one["address"]) not in waiting]
     for key in ("num_in_flight", "num_queued", "num_reservations", "kv_ledger", "num_reclaims_open"):
         whole[key] = _sum([show[key] for show in shows])
     return whole
