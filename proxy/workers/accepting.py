@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import ssl
 from collections.abc import Callable
 
 from proxy.frontend import ClientConnection
@@ -56,12 +57,14 @@ class Acceptor:
         connections: Connections,
         row: BoardRow,
         loop: asyncio.AbstractEventLoop,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self._listener = listener
         self._make_protocol = make_protocol
         self._connections = connections
         self._row = row
         self._loop = loop
+        self._tls = tls
         self._handle: asyncio.TimerHandle | None = None
         self._stepped_back = False
         self._beginning: set[asyncio.Task[None]] = set()
@@ -106,7 +109,7 @@ class Acceptor:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
-            await self._loop.connect_accepted_socket(self._make_protocol, sock)
+            await self._loop.connect_accepted_socket(self._make_protocol, sock, ssl=self._tls)
         except OSError:
             sock.close()
 

@@ -23,7 +23,7 @@ from proxy.workers.seat import Seat
 log = logging.getLogger(__name__)
 
 Json = dict[str, Any]
-SCRAPE_TIMEOUT_S = 2.0
+SHOW_TIMEOUT_S = 2.0
 SNAPSHOT_TIMEOUT_S = 3.0
 TELL_TOTALS_S = 5.0  # a worker that is killed takes with it what it counted since, where no scrape has seen it
 
@@ -106,21 +106,24 @@ class Crew:
     async def exposition(self) -> bytes:
         """The metrics of all, added up."""
         own = self._collect()  # told to the parent, and shown: the same, or a later scrape might show less
-        replies = await self.peers.ask("metrics", None, own, timeout_s=SCRAPE_TIMEOUT_S)
+        replies = await self._ask_awake("metrics", own)
         others = [orjson.loads(one.body) for one in replies.of if not one.error]
-        kept = metrics_sum.read_kept(replies.parent, replies.failed)
+        kept = metrics_sum.read_kept(replies.parent, set(self.row.others) - replies.answered)
         num_serving = self.row.board.num_workers - len(self.missing())
         return metrics.exposition(metrics_sum.joined([orjson.loads(own), *others, *kept]), num_serving)
 
     async def instances(self) -> Json:
-        replies = await self.peers.ask("instances")
+        replies = await self._ask_awake("instances")
         whole = instances_sum.joined([self._show(), *(one.fields for one in replies.of if not one.error)])
-        whole["workers"] = {
-            "serving": self.row.board.num_workers - len(self.missing()),
-            "missing": self.missing(),
-            "silent": replies.failed,
-        }
+        missing = self.missing()
+        silent = set(self.row.others) - replies.answered - set(missing)
+        num_serving = self.row.board.num_workers - len(missing)
+        whole["workers"] = {"serving": num_serving, "missing": missing, "silent": sorted(silent)}
         return whole
+
+    async def _ask_awake(self, call: str, body: bytes = b"") -> Replies:
+        """Who looks at the proxy does not wait for a worker that is stuck."""
+        return await self.peers.ask(call, None, body, to=self.row.awake(), timeout_s=SHOW_TIMEOUT_S)
 
     # --- doing in all
 

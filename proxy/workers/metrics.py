@@ -37,7 +37,7 @@ def exposition(families: Iterable[Family], num_serving: int) -> bytes:
     for name, kind, text, samples in families:
         metric = Metric(name, text, kind)
         for sample, labels, value in samples:
-            metric.add_sample(sample, labels, math.nan if value is None else value)  # JSON has no NaN
+            metric.add_sample(sample, labels, math.nan if value is None else value)
         metrics.append(metric)
     workers = GaugeMetricFamily("pd_proxy_workers_serving", "Worker processes that serve")
     workers.add_metric([], num_serving)

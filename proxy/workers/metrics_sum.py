@@ -51,15 +51,17 @@ def joined(expositions: Iterable[list[Family]]) -> list[Family]:
             _, rows = families.setdefault(name, ([name, kind, text], {}))
             for sample, labels, value in samples:
                 key = (sample, *sorted(labels.items()))
-                row = rows.get(key)
-                if row is None:
-                    rows[key] = ([sample, labels], [value])
-                else:
-                    row[1].append(value)
+                found = rows.setdefault(key, ([sample, labels], []))[1]
+                if value is not None:  # JSON has no NaN
+                    found.append(value)
     return [
-        [*head, [[*named, _JOIN[how(head[0], head[1], named[0])](values)] for named, values in rows.values()]]
+        [*head, [[*named, _join(how(head[0], head[1], named[0]), values)] for named, values in rows.values()]]
         for head, rows in families.values()
     ]
+
+
+def _join(rule: str, values: list[float]) -> float | None:
+    return _JOIN[rule](values) if values else None
 
 
 def additive(exposition: list[Family]) -> list[Family]:

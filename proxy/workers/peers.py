@@ -37,6 +37,10 @@ class Replies:
     of: list[Reply]
 
     @property
+    def answered(self) -> set[int]:
+        return {one.worker for one in self.of if not one.error}
+
+    @property
     def failed(self) -> dict[int, str]:
         return {one.worker: one.error for one in self.of if one.error}
 
