@@ -34,7 +34,10 @@ WORKER_CELLS = 8
 SERVING, CONNECTIONS, WAITING, HEAD_SINCE, BEAT = range(5)
 STALE_NS = 2_000_000_000  # a worker that has not stirred for so long is not waited for; it stirs four times a second
 
-_READ = struct.Struct("@5q")
+# Native sizes, so that each value is copied in one piece.
+_READ = struct.Struct("@5q").unpack_from
+_WRITE = struct.Struct("@4q").pack_into
+_WRITE_ONE = struct.Struct("@q").pack_into
 
 
 class HasLoad(Protocol):
@@ -151,7 +154,7 @@ class BoardRow:
 
     def look(self, instances: Iterable[HasLoad]) -> None:
         """Bring `others_*` and `last_pick` of their loads up to date: called before a choice."""
-        read, memory = _READ.unpack_from, self.board.memory
+        memory = self.board.memory
         for one in instances:
             load = one.load
             if not isinstance(load, SharedLoad):
@@ -159,7 +162,7 @@ class BoardRow:
             tokens = requests = kv_tokens = policy_load = 0
             last_pick = load.last_pick
             for at in load.others_at:
-                more_tokens, more_requests, more_kv, more_policy_load, pick = read(memory, at)
+                more_tokens, more_requests, more_kv, more_policy_load, pick = _READ(memory, at)
                 tokens += more_tokens
                 requests += more_requests
                 kv_tokens += more_kv
@@ -200,7 +203,7 @@ class BoardRow:
 class SharedLoad(InstanceLoad):
     """An `InstanceLoad` that the other workers see."""
 
-    __slots__ = ("_at", "_cells", "_row", "_slot", "_tag", "others_at")
+    __slots__ = ("_at", "_memory", "_row", "_slot", "_tag", "others_at")
 
     def __init__(self, row: BoardRow, slot: int, tag: int) -> None:
         super().__init__()
@@ -208,15 +211,15 @@ class SharedLoad(InstanceLoad):
         board = row.board
         self._row = row
         self._slot = slot
-        self._cells: memoryview[int] | list[int] = board.cells
-        self._at = board.figures_cell(slot, row.worker)
+        self._memory: mmap.mmap | bytearray = board.memory
+        self._at = board.figures_cell(slot, row.worker) * CELL_BYTES
         self.others_at = tuple(board.figures_cell(slot, one) * CELL_BYTES for one in row.others)
 
     def leave(self) -> None:
         """Work that is still open is counted on, for nobody to see."""
         if self.others_at:
             self.others_at = ()
-            self._cells, self._at = [0] * FIGURES, 0
+            self._memory, self._at = bytearray(FIGURES * CELL_BYTES), 0
             self._row.leave(self._slot)
 
     def is_used_elsewhere(self) -> bool:
@@ -227,15 +230,12 @@ class SharedLoad(InstanceLoad):
         return any(board.cells[board.figures_cell(self._slot, one) + PRESENT] for one in row.others)
 
     def changed(self) -> None:
-        cells, at = self._cells, self._at
-        cells[at] = self.num_tokens
-        cells[at + REQUESTS] = self.num_requests
-        cells[at + KV_TOKENS] = self.kv_tokens
-        cells[at + POLICY_LOAD] = self.policy_load
+        _WRITE(self._memory, self._at, self.num_tokens, self.num_requests, self.kv_tokens, self.policy_load)
 
     def picked(self) -> None:
         """In the order of picks by all workers: the clock is one for all processes."""
-        self.last_pick = self._cells[self._at + LAST_PICK] = monotonic_ns()
+        self.last_pick = now = monotonic_ns()
+        _WRITE_ONE(self._memory, self._at + LAST_PICK * CELL_BYTES, now)
 
     def reserve(self, num_tokens: int, kv_tokens: int = 0) -> Reservation:
         self.num_tokens += num_tokens
@@ -257,7 +257,7 @@ class SharedLoad(InstanceLoad):
         """The work before it may have been another worker's."""
         ends = (self._row.board.cells[at // CELL_BYTES + LAST_END] for at in self.others_at)
         super().observe_queue(num_tokens, max(began, max(ends, default=0) / 1e9), now)
-        self._cells[self._at + LAST_END] = int(now * 1e9)
+        _WRITE_ONE(self._memory, self._at + LAST_END * CELL_BYTES, int(now * 1e9))
 
 
 class SharedReservation(Reservation):
