@@ -287,14 +287,17 @@ class Membership:
     # --- for another worker process
 
     def memory(self) -> list[list[list[Any]]]:
-        """What is remembered of those that are not members: who is barred until when (None: for good), who moved."""
+        """What is remembered beside the members: who is barred until when (None: for good), who moved, who leaves as
+        soon as there is another."""
         barred = [[*_plain(key), None if until == math.inf else until] for key, until in self._barred.items()]
-        return [barred, [[*_plain(key), to.value] for key, to in self._moved.items()]]
+        moved = [[*_plain(key), to.value] for key, to in self._moved.items()]
+        return [barred, moved, [_plain(key) for key in self._to_replace]]
 
     def remember(self, memory: list[list[list[Any]]]) -> None:
-        barred, moved = memory
+        barred, moved, to_replace = memory
         self._barred = {_key(*key): math.inf if until is None else until for *key, until in barred}
         self._moved = {_key(*key): Role(to) for *key, to in moved}
+        self._to_replace = {_key(*key) for key in to_replace}
 
     # --- time
 

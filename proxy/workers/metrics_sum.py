@@ -3,18 +3,19 @@
 | kind | joined by |
 |---|---|
 | counter, histogram, summary | the sum; what a worker that died had counted stays in it |
-| gauge | the sum, but for names with one of the endings below |
+| gauge | as it is declared, or by the end of its name as below, else the sum |
 | others | the first that is there |
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import orjson
 
 Family = list[Any]  # [name, kind, text, [[sample name, {label: value}, value], ...]], as it travels
+NOTHING: Mapping[str, str] = {}
 ADDITIVE = frozenset({"counter", "histogram", "summary"})
 
 # What every worker sees of the same thing is not to be added up. By the end of a gauge's name.
@@ -32,18 +33,20 @@ _JOIN: dict[str, Callable[[list[float]], float]] = {
 }
 
 
-def how(name: str, kind: str, sample: str) -> str:
-    """How a sample of a family is joined: a key of `_JOIN`."""
+def how(name: str, kind: str, sample: str, declared: Mapping[str, str] = NOTHING) -> str:
+    """How a sample of a family is joined: a key of `_JOIN`. `declared` has it for some gauges, by their names."""
     if sample.endswith("_created"):
         return "min"
     if kind in ADDITIVE:
         return "sum"
     if kind != "gauge":
         return "first"
+    if name in declared:
+        return declared[name]
     return next((rule for endings, rule in GAUGE_ENDINGS if name.endswith(endings)), "sum")
 
 
-def joined(expositions: Iterable[list[Family]]) -> list[Family]:
+def joined(expositions: Iterable[list[Family]], declared: Mapping[str, str] = NOTHING) -> list[Family]:
     """In the order in which families and samples are seen first."""
     families: dict[str, tuple[Family, dict[tuple[Any, ...], tuple[list[Any], list[float]]]]] = {}
     for exposition in expositions:
@@ -55,7 +58,7 @@ def joined(expositions: Iterable[list[Family]]) -> list[Family]:
                 if value is not None:  # JSON has no NaN
                     found.append(value)
     return [
-        [*head, [[*named, _join(how(head[0], head[1], named[0]), values)] for named, values in rows.values()]]
+        [*head, [[*named, _join(how(head[0], head[1], named[0], declared), values)] for named, values in rows.values()]]
         for head, rows in families.values()
     ]
 

@@ -71,6 +71,7 @@ def test_one_workers_text_is_what_it_would_say_alone() -> None:
 )
 def test_how_a_sample_is_joined(name: str, kind: str, sample: str, rule: str) -> None:
     assert how(name, kind, sample) == rule
+    assert how(name, kind, sample, {"a_healthy": "mean"}) == ("mean" if name == "a_healthy" else rule)
 
 
 def test_what_a_dead_worker_had_counted_stays_and_its_gauges_go() -> None:

@@ -47,7 +47,7 @@ async def test_a_successor_knows_what_became_of_the_members() -> None:
     }
     assert new.membership.leases == old.membership.leases and len(new.membership.leases) == 2
     assert new.membership.waiting.keys() == old.membership.waiting.keys()
-    assert new.membership.memory() == old.membership.memory() == [[["decode", "127.0.0.1", 3003, None]], []]
+    assert new.membership.memory() == old.membership.memory() == [[["decode", "127.0.0.1", 3003, None]], [], []]
     new.membership.add(decode, Address("127.0.0.1", 3003), Source.KUBERNETES)
     assert new.fleet.find(decode, Address("127.0.0.1", 3003)) is None, "an operator took it out"
     for one in (old, new):
