@@ -41,10 +41,12 @@ from proxy.metaserver import PATH as METASERVER_PATH
 from proxy.metaserver import Metaserver
 from proxy.metrics import ProxyMetrics
 from proxy.pass_through import PassThrough
+from proxy.prefix_board import SharedPrefixes
 from proxy.reclaim import Reclaimer
 from proxy.reload import reload
 from proxy.report import Reporter
 from proxy.scheduling import make_policy
+from proxy.scheduling.prefix_affinity import PrefixAffinity
 from proxy.upstream_pool import SWEEP_S
 from proxy.workers.accepting import Acceptor, Connections
 from proxy.workers.crew import Crew
@@ -123,6 +125,9 @@ class ProxyApp:
         )
         if crew is not None:
             self._join(crew, instances)
+            for role, policy in policies.items():
+                if isinstance(policy, PrefixAffinity):
+                    policy.share(SharedPrefixes(crew.seat.prefixes[role.value], crew.row))
         self._runner = web.AppRunner(
             control.application(),
             access_log=None,

@@ -141,7 +141,8 @@ class Fleet:
 
     def create(self, role: Role, address: Address, source: Source, name: Address | None = None) -> Instance:
         """An instance that is not a member yet."""
-        load = self.board.load_of(role.value, str(canonical(address))) if self.board is not None else None
+        board, key = self.board, str(canonical(address))
+        load = board.load_of(role.value, key, str(address)) if board is not None else None
         return Instance(role, address, self._config, self._loop, source, name, load)
 
     def admit(self, instance: Instance) -> None:

@@ -106,11 +106,20 @@ class BoardRow:
         self._num_users: dict[int, int] = {}
         """By slot: loads of ours in it. A waiting instance and a member that leaves may share one."""
 
+        self.names: dict[int, str] = {}
+        """By slot: what this worker calls the instance."""
+        self.slots: dict[tuple[str, str], int] = {}
+        """By role and that name."""
+
     # --- instances
 
-    def load_of(self, role: str, key: str) -> SharedLoad:
+    def load_of(self, role: str, key: str, name: str = "") -> SharedLoad:
+        """`key` is one for all spellings of its address, `name` the one that is used here."""
         tag = _tag(f"{role} {key}")
-        return SharedLoad(self, self._join(tag), tag)
+        slot = self._join(tag)
+        self.names[slot] = name or key
+        self.slots[role, name or key] = slot
+        return SharedLoad(self, slot, tag)
 
     def _join(self, tag: int) -> int:
         board = self.board
@@ -141,6 +150,9 @@ class BoardRow:
         self._num_users[slot] -= 1
         if not self._num_users[slot]:
             del self._num_users[slot]
+            del self.names[slot]
+            for key in [key for key, at in self.slots.items() if at == slot]:
+                del self.slots[key]
             self.board.clear(self.board.figures_cell(slot, self.worker))
 
     @contextmanager

@@ -23,6 +23,7 @@ import uvloop
 from proxy.config import Address, ProxyConfig
 from proxy.errors import StartError
 from proxy.load_board import LoadBoard
+from proxy.prefix_board import PrefixBoard
 from proxy.workers.broker import Broker
 from proxy.workers.child import Child
 from proxy.workers.frames import Message
@@ -47,6 +48,7 @@ class Supervisor:
         self._listeners = listeners
         self._serve = serve
         self._board = LoadBoard(config.workers)
+        self._prefixes = {role: PrefixBoard() for role in ("prefill", "decode")}
         self._selector = selectors.DefaultSelector()
         self._children = {number: Child(number) for number in range(config.workers)}
         self._broker = Broker(self._children, self._selector)
@@ -82,6 +84,8 @@ class Supervisor:
                 os.kill(child.pid, signal.SIGKILL)
                 os.waitpid(child.pid, 0)
         self._board.close()
+        for one in self._prefixes.values():
+            one.close()
 
     # --- one turn
 
@@ -142,7 +146,8 @@ class Supervisor:
                     one.close()
             self._selector.close()
             gc.freeze()
-            seat = Seat(child.number, self._listeners, theirs, self._board.row(child.number), replaces)
+            row = self._board.row(child.number)
+            seat = Seat(child.number, self._listeners, theirs, row, self._prefixes, replaces)
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(self._serve(seat))
             status = 0
