@@ -12,7 +12,10 @@ from proxy.scheduling.prefix_affinity import PrefixAffinity
 from tests.unit.proxy.scheduling.fleet import Stub, StubAsk
 
 _CHANCE = random.Random(1)
-KEYS = tuple(_CHANCE.getrandbits(64) - (1 << 63) for _ in range(200))  # as `hash` makes them
+_MADE = [_CHANCE.getrandbits(64) - (1 << 63) for _ in range(200)]
+KEYS = tuple({key & ((1 << CELL_BITS) - 1): key for key in _MADE}.values())[
+    :160
+]  # as `hash` makes them, no two in one cell
 
 
 @pytest.fixture
