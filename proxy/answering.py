@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from proxy import http1
+from proxy import http1, server_timing
 from proxy.answer import Answer
 from proxy.errors import ProxyError
 from proxy.flow import Flow
@@ -13,13 +13,18 @@ SMALL_BYTES = 16384  # below it, joining head and body costs less than a second 
 def send_whole(flow: Flow, answer: Answer) -> None:
     flow.status = answer.status
     body = answer.body
-    head = answer.head.rebuilt(flow.request_id, http1.content_length_line(len(body)), flow.close)
+    head = answer.head.rebuilt(flow.request_id, _lines_for(flow, len(body)), flow.close)
     if len(body) < SMALL_BYTES:
         flow.client.write(head + body)
     else:
         flow.client.write(head)
         flow.client.write(body)
     flow.client.answered(close=flow.close)
+
+
+def _lines_for(flow: Flow, num_bytes: int) -> bytes:
+    framing = http1.content_length_line(num_bytes)
+    return framing + server_timing.line(flow) if flow.head.server_timing else framing
 
 
 def send_error(flow: Flow, error: ProxyError) -> None:
@@ -35,6 +40,7 @@ def send_error(flow: Flow, error: ProxyError) -> None:
             request_id=flow.request_id,
             close=flow.close,
             retry_after_s=error.retry_after_s,
+            more_lines=server_timing.line(flow),
         )
     )
     flow.client.answered(close=flow.close)

@@ -39,7 +39,7 @@ from proxy.load_ledger import settle_speeds
 from proxy.membership import Membership
 from proxy.metaserver import PATH as METASERVER_PATH
 from proxy.metaserver import Metaserver
-from proxy.metrics import ProxyMetrics
+from proxy.metrics import ProxyMetrics, Readings
 from proxy.pass_through import PassThrough
 from proxy.prefix_board import SharedPrefixes
 from proxy.reclaim import Reclaimer
@@ -81,11 +81,12 @@ class ProxyApp:
         self.bootstrap = Bootstrap(config, loop)
         self.fleet = Fleet(config, loop, crew.row if crew is not None else None)
         self.kv_ledger = KvLedger()
-        self.metrics = ProxyMetrics(self.fleet, self.kv_ledger, self.num_in_flight, self.num_waiting)
+        self.metrics = ProxyMetrics(self.fleet, self.kv_ledger, self._readings())
         self.metaserver = Metaserver(config.metaserver_wait_s, loop, self.metrics.metaserver_calls)
         self.reclaimer = Reclaimer(config, self.fleet, self.kv_ledger, loop)
-        self._access_log = AccessLog(log.isEnabledFor(logging.INFO))
-        reporter = Reporter(self.metrics, self._access_log)
+        wants_lines = log.isEnabledFor(logging.INFO) or "access_log" in config.model_fields_set
+        self._access_log = AccessLog(config.access_log if wants_lines else "off")
+        self._reporter = reporter = Reporter(self.metrics, self._access_log)
         policies = {role: make_policy(config.policy_of(role), role) for role in Role}
         legs = Legs(
             config, contract, policies, self.fleet, self.kv_ledger, self.reclaimer, reporter, self.bootstrap,
@@ -98,7 +99,7 @@ class ProxyApp:
         self.membership = Membership(config, self.fleet, self.kv_ledger, self.prober, loop)
         self._names = NameWatcher(self.fleet, self.membership, config.dns_refresh_interval, loop, resolve)
         self._pods = PodWatcher(config, self.membership, loop) if config.discover == "k8s" else None
-        self._pass_through = PassThrough(config, self.fleet, self.metrics, bearer_line)
+        self._pass_through = PassThrough(config, self.fleet, reporter, bearer_line)
         self.contract_finder = ContractFinder(
             config, self.fleet, self.bootstrap, self.dispatcher.speak, loop, bearer_line
         )
@@ -159,6 +160,15 @@ class ProxyApp:
         crew.does("snapshot", snapshot)
         self.metaserver.worker, self.metaserver.forward = crew.worker, forward
 
+    def _readings(self) -> Readings:
+        return Readings(
+            self.num_in_flight,
+            self.num_waiting,
+            lambda: len(self.connections),
+            lambda role: sum(one.instance.role is role for one in self.membership.waiting.values()),
+            lambda: self.admission.num_rejected,
+        )
+
     def num_in_flight(self) -> int:
         return len(self.dispatcher.open) + self._pass_through.num_open
 
@@ -183,7 +193,7 @@ class ProxyApp:
         server = self._runner.server
         assert server is not None
         control = control_protocols(server, self._loop)
-        self._services = Services(self.config, self._loop, self.dispatcher.serve, control, self.metrics.refused)
+        self._services = Services(self.config, self._loop, self.dispatcher.serve, control, self._reporter.refused)
         if crew is not None:
             self._services.connections = Connections(crew.row)
         for one in sockets:
@@ -214,8 +224,10 @@ class ProxyApp:
 
     async def _tick(self) -> None:
         while True:
+            due = monotonic() + TICK_S
             await asyncio.sleep(TICK_S)
             now = monotonic()
+            self.metrics.loop_lag.observe(max(0.0, now - due))
             for instance in self.fleet.all:
                 instance.pool.sweep(now)
             for connection in list(self._services.connections):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import copy
 from collections.abc import Callable
+from time import monotonic
 
 from proxy import http1, sse
 from proxy.downstream import Relayed
@@ -237,6 +238,7 @@ class Family:
         data = http1.chunk(payload) if chunked else payload
         if not parent.headers_sent:
             parent.headers_sent = True
+            parent.first_event_at = monotonic()
             parent.status = 200
             parent.close = parent.close or not chunked
             parent.client.relay_from(self)

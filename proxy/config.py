@@ -23,6 +23,8 @@ Seconds = Annotated[float, Field(gt=0, le=86400)]
 Bytes = Annotated[int, Field(ge=1)]
 WILDCARDS = frozenset(("", "0.0.0.0", "::"))
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
+AccessLogForm = Literal["text", "json", "off"]
+ServerTiming = Literal["asked", "always", "off"]
 
 
 _SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
@@ -55,6 +57,13 @@ class ProxyConfig(BaseModel):
     waiting_retry_interval: float = Field(10, gt=0, description="seconds between probes of an added instance")
     workers: int = Field(1, ge=1, le=64, description="processes that serve on one port; each takes up to one core")
     log_level: LogLevel = Field("INFO", description="DEBUG, INFO, WARNING, ERROR or CRITICAL")
+    access_log: AccessLogForm = Field(
+        "text", description="a line a request on stderr: text (key=value), json or off; by default off above INFO"
+    )
+    server_timing: ServerTiming = Field(
+        "asked", description="Server-Timing on answers: asked (by the header X-Server-Timing: 1), always or off"
+    )
+    server_timing_instances: bool = Field(False, description="name the prefiller and the decoder in Server-Timing")
 
     contract: str = Field(
         AUTO, description="KV hand-off contract, auto asks the instances: " + ", ".join([AUTO, *CONTRACTS])

@@ -17,6 +17,7 @@ from proxy.instances_api import InstancesApi
 from proxy.metaserver import Metaserver
 from proxy.metrics import CONTENT_TYPE, ProxyMetrics
 from proxy.pass_through import PassThrough
+from proxy.status_page import status_page
 from proxy.workers.crew import Crew
 
 MODELS_TIMEOUT_S = 3.0
@@ -51,6 +52,8 @@ class ControlApi:
         app.on_response_prepare.append(close_after)
         app.add_routes(
             [
+                web.get("/", status_page),
+                web.get("/status", status_page),
                 web.get("/health", self.health),
                 web.get("/ping", self.health),
                 web.post("/ping", self.health),

@@ -12,6 +12,7 @@ import logging
 import uuid
 from time import monotonic
 
+from proxy import server_timing
 from proxy.admission import Admission
 from proxy.answer import Answer
 from proxy.answering import send_error, send_whole
@@ -53,6 +54,7 @@ class Dispatcher:
         self._reporter = reporter
         self._relayer = Relayer(config, legs, self._tell, reporter)
         self._loop = loop
+        self._timing = server_timing.levels(config.server_timing, config.server_timing_instances)
         self._bearer_line = bearer_line
         self._ids = itertools.count(1)
         self._id_prefix = uuid.uuid4().hex[:20]
@@ -68,6 +70,7 @@ class Dispatcher:
 
     def serve(self, client: ClientConnection, head: RequestHead, body: bytes) -> asyncio.Task[None]:
         request_id = head.request_id or f"{self._id_prefix}-{next(self._ids):x}"
+        head.server_timing = self._timing[head.server_timing]
         flow = self._flow(client, head, request_id)
         task = self._start(flow, body)
         if self._config.total_timeout_s:
@@ -105,12 +108,15 @@ class Dispatcher:
                 answer = await relayer.whole(flow, answer)
             if answer.complete and not (answer.head.event_stream and relayer.must_look(flow, answer)):
                 flow.outcome = "ok"
-                send_whole(flow, told_of_prompt(flow, answer))
+                answer = told_of_prompt(flow, answer)
+                self._reporter.whole(flow, answer)
+                send_whole(flow, answer)
             else:
                 await relayer.relay(flow, answer)
         except asyncio.CancelledError:
             if flow not in self._out_of_time_flows or flow.client.transport.is_closing():
-                flow.outcome = "client_gone"
+                if flow.outcome != "ok":  # or it has all of its answer, and its children are only being ended
+                    flow.outcome = "client_gone"
                 raise
             send_error(flow, ProxyError(504, "Not answered in time (--total-timeout-s).", error_type="timeout"))
         except PassOn as passed:

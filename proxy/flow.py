@@ -14,6 +14,7 @@ from proxy.openai_api import ApiCall
 from proxy.retry import Budget
 from proxy.scheduling import Prefix
 from proxy.scheduling.cost import Cost
+from proxy.scheduling.policy import Reason
 from proxy.scheduling.prefix_affinity import prefix_of
 from proxy.scheduling.session import session_key_of
 
@@ -34,6 +35,7 @@ class Flow:
         "cost",
         "decode_hold",
         "decode_load",
+        "decode_reason",
         "decoder",
         "dispatched",
         "divided",
@@ -45,10 +47,12 @@ class Flow:
         "is_child",
         "leg_id",
         "num_chunks",
+        "num_output_tokens",
         "outcome",
         "prefill_attempts",
         "prefill_hold",
         "prefill_load",
+        "prefill_reason",
         "prefilled",
         "prefilled_at",
         "prefiller",
@@ -111,6 +115,10 @@ class Flow:
         self.prefilled_at = 0.0
         self.first_event_at = 0.0
         self.num_chunks = 0
+        self.num_output_tokens: int | None = None
+        """Of an answer that came whole, looked up for the access log only."""
+        self.prefill_reason: Reason | None = None
+        self.decode_reason: Reason | None = None
         self._prefix: Prefix | None = None
         self.prompt_tokens: int | None = None
         """As the first prefill's answer counts them."""

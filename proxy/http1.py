@@ -20,11 +20,11 @@ LAST_CHUNK = b"0\r\n\r\n"
 MAX_REQUEST_ID_CHARS = 256
 MAX_CHUNK_LINE_BYTES = 4096
 
-# Never passed on to an instance: hop-by-hop fields (RFC 9110 section 7.6.1), what we set ourselves, and
-# Accept-Encoding, because an answer has to be looked into until its first event.
+# Never passed on to an instance: hop-by-hop fields (RFC 9110 section 7.6.1), what we set ourselves, what is said to us
+# (X-Server-Timing), and Accept-Encoding, because an answer has to be looked into until its first event.
 NOT_FORWARDED = frozenset(
     b"connection keep-alive proxy-connection proxy-authenticate proxy-authorization te trailer upgrade "
-    b"transfer-encoding content-length host expect accept-encoding".split()
+    b"transfer-encoding content-length host expect accept-encoding x-server-timing".split()
 )
 NOT_RETURNED = frozenset(b"connection keep-alive proxy-connection upgrade trailer x-request-id".split())
 
@@ -56,6 +56,7 @@ class RequestHead:
         "path",
         "query",
         "request_id",
+        "server_timing",
         "target",
         "version",
     )
@@ -76,6 +77,8 @@ class RequestHead:
         self.authorization = False
         self.host_seen = False
         self.request_id: str | None = None
+        self.server_timing = 0
+        """How much of it is told: what the client asked for, and then what it gets (`server_timing.py`)."""
         self.keep_alive = False
         self.complete = False
 
@@ -120,6 +123,8 @@ class RequestHead:
             self.host_seen = True
         elif lower == b"expect" and value.lower() == b"100-continue":
             self.expects_continue = True
+        elif lower == b"x-server-timing":
+            self.server_timing = int(value not in (b"", b"0"))
 
     def on_headers_complete(self) -> None:
         self.complete = True
@@ -230,7 +235,13 @@ def content_length_line(num_bytes: int) -> bytes:
 
 
 def simple_response(
-    status: int, body: bytes, *, request_id: str = "", close: bool = False, retry_after_s: int | None = None
+    status: int,
+    body: bytes,
+    *,
+    request_id: str = "",
+    close: bool = False,
+    retry_after_s: int | None = None,
+    more_lines: bytes = b"",
 ) -> bytes:
     """A whole JSON answer of our own."""
     lines = [status_line(status), b"Content-Type: application/json\r\n", content_length_line(len(body))]
@@ -240,7 +251,7 @@ def simple_response(
         lines.append(b"Retry-After: %d\r\n" % retry_after_s)
     if close:
         lines.append(b"Connection: close\r\n")
-    return b"".join([*lines, b"\r\n", body])
+    return b"".join([*lines, more_lines, b"\r\n", body])
 
 
 def chunk(payload: bytes) -> bytes:

@@ -6,6 +6,7 @@ import asyncio
 import enum
 import ipaddress
 import math
+from collections import Counter
 
 from proxy.config import Address, ProxyConfig
 from proxy.health import Health
@@ -57,6 +58,7 @@ class Instance:
         "address",
         "drain_by",
         "enabled",
+        "failures",
         "health",
         "key",
         "load",
@@ -87,6 +89,7 @@ class Instance:
         self.num_probes = 0
         self.health = Health(config.health_max_failures, config.health_max_request_failures)
         self.load = load or InstanceLoad()
+        self.failures: Counter[str] = Counter()
         self.pool = UpstreamPool(address, config, loop)
         if name is not None:  # a server that tells virtual hosts apart knows itself by its name
             self.pool.host_line = UpstreamPool(name, config, loop).host_line

@@ -140,11 +140,13 @@ class InstancesApi:
             "enabled": one.enabled,
             "healthy": one.health.healthy,
             "num_failures": one.health.num_failures,
+            "num_failed_legs": sum(one.failures.values()),
             "last_error": one.health.last_error,
             "kv_held": held[one.key] if one.role is Role.PREFILL else 0,
             "load": {
                 "num_requests": one.load.num_requests,
                 "num_tokens": one.load.num_tokens,
+                "queue_s": round(one.load.num_tokens / one.load.speed, 4),
                 "kv_tokens": one.load.kv_tokens,
                 "max_kv_tokens": one.load.max_kv_tokens or None,
                 "max_streams": one.load.max_streams or None,

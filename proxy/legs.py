@@ -60,6 +60,7 @@ class Legs:
         self.reporter = reporter
         self.bootstrap = bootstrap
         self.metaserver = metaserver
+        self._explains = reporter.explains
         self._policies = policies
         self._fleet = fleet
         self._reclaimer = reclaimer
@@ -182,6 +183,12 @@ class Legs:
     def _choose(self, role: Role, flow: Flow, fit: Sequence[Instance], num_tokens: int) -> Instance:
         policy = self._policies[role]
         instance = policy.pick(fit, num_tokens, flow)
+        if self._explains:
+            reason = policy.reason(fit, instance, num_tokens)
+            if role is Role.PREFILL:
+                flow.prefill_reason = reason
+            else:
+                flow.decode_reason = reason
         if policy.holds:
             flow.hold(role, policy.hold(instance.load, flow))
         self._fleet.picked(instance)

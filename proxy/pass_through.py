@@ -23,8 +23,8 @@ from yarl import URL
 from proxy.config import ProxyConfig
 from proxy.errors import BadRequest, ProxyError, TooLarge
 from proxy.instance import Fleet, Instance, Role
-from proxy.metrics import ProxyMetrics
 from proxy.openai_api import BYTES_PER_TOKEN
+from proxy.report import Reporter
 from proxy.route_memory import RouteMemory
 
 log = logging.getLogger(__name__)
@@ -75,10 +75,10 @@ class _Body:
 
 
 class PassThrough:
-    def __init__(self, config: ProxyConfig, fleet: Fleet, metrics: ProxyMetrics, own_bearer: bytes) -> None:
+    def __init__(self, config: ProxyConfig, fleet: Fleet, reporter: Reporter, own_bearer: bytes) -> None:
         self._config = config
         self._fleet = fleet
-        self._metrics = metrics
+        self._reporter = reporter
         self._own_authorization = own_bearer.decode("latin-1").partition(":")[2].strip()
         self._memory = RouteMemory()
         self._session: aiohttp.ClientSession | None = None
@@ -105,7 +105,7 @@ class PassThrough:
 
     async def serve(self, request: web.Request) -> web.StreamResponse:
         self.num_open += 1
-        status, outcome = 0, "client_gone"
+        status, outcome, began = 0, "client_gone", monotonic()
         try:
             answer = await self._serve(request)
             status = answer.status
@@ -116,7 +116,8 @@ class PassThrough:
             raise
         finally:
             self.num_open -= 1
-            self._metrics.requests["passed", "whole", status, outcome] += 1
+            given = request.headers.get("X-Request-Id", "")
+            self._reporter.passed(given, status, outcome, monotonic() - began)
 
     async def _serve(self, request: web.Request) -> web.StreamResponse:
         body = await self._read(request)

@@ -13,7 +13,7 @@ from typing import Any
 
 import orjson
 
-from proxy import http1, sse
+from proxy import http1, server_timing, sse
 from proxy.answer import Answer
 from proxy.client_stream import ERROR, USAGE, ClientStream
 from proxy.config import ProxyConfig
@@ -70,6 +70,7 @@ class Relayer:
         stream, opening = self._open(flow, answer)
         while (reason := await self._relay_one(flow, answer, stream, opening)) is not None:
             decoders += 1
+            self._reporter.lost(flow, reason)
             rest = None
             if decoders <= self._config.max_continuations and may_continue(reason):
                 rest = await self._rest(flow, original, stream, reason)
@@ -98,12 +99,16 @@ class Relayer:
             max_event_bytes=config.max_first_event_bytes,
         )
         stream.cached_tokens = flow.cached_tokens
-        return stream, answer.head.rebuilt(flow.request_id, http1.CHUNKED_LINE if chunked else b"", flow.close)
+        lines = http1.CHUNKED_LINE if chunked else b""
+        if flow.head.server_timing:
+            lines += server_timing.line(flow)
+        return stream, answer.head.rebuilt(flow.request_id, lines, flow.close)
 
     async def _relay_one(self, flow: Flow, answer: Answer, stream: ClientStream, opening: bytes) -> str | None:
         """One decoder's part. Returns why it is not all, or None."""
         failure = None
         if answer.complete:
+            self._reporter.whole(flow, answer)
             if not flow.client.transport.is_closing():
                 stream.feed_whole(opening, answer.body)
         else:
@@ -187,6 +192,7 @@ class Relayer:
             if not is_recomputed(told):
                 return answer.with_body(orjson.dumps(told)) if so_far is not None else answer
             attempts += 1
+            self._reporter.lost(flow, GAVE_UP)
             if attempts > self._config.max_continuations:
                 raise ProxyError(
                     503, "The decode instances gave the answer up, over and over (--max-continuations).",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
 
 from proxy.access_log import AccessLog
+from proxy.answer import Answer
 from proxy.errors import Failure, UpstreamFailure
 from proxy.flow import Flow
 from proxy.instance import Instance
@@ -13,11 +15,18 @@ from proxy.retry import Action, Leg
 
 log = logging.getLogger(__name__)
 
+NOT_PICKED = (None, None, None)
+_OUTPUT_TOKENS = re.compile(rb'"\w+"\s*:\s*(\d+)')
+_USAGE_BYTES = 1024  # at the end of an answer: where engines write the usage
+
 
 class Reporter:
+    """`explains`: whether the access log wants to know why an instance was picked."""
+
     def __init__(self, metrics: ProxyMetrics, access_log: AccessLog) -> None:
         self._metrics = metrics
         self._access_log = access_log
+        self.explains = access_log.enabled
         self.recompute = metrics.recompute
         self.prefilled = metrics.prefill.observe
 
@@ -25,37 +34,93 @@ class Reporter:
         metrics = self._metrics
         if flow.outcome == "upstream_error" and flow.status < 500:  # the instance's word, but the client's fault
             flow.outcome = "client_error"
-        stream = flow.stream
-        route = "child" if flow.is_child else flow.route
+        stream, is_child = flow.stream, flow.is_child
+        route = "child" if is_child else flow.route
         metrics.requests[route, "stream" if stream else "whole", flow.status, flow.outcome] += 1
         arrived, first = flow.arrived, flow.first_event_at
         if flow.sent_at:
             metrics.queue.observe(flow.sent_at - arrived)
-        if first:
-            metrics.e2e.observe(now - arrived)
+        if first and stream:
             if flow.prefilled_at:
                 metrics.handoff.observe(first - flow.prefilled_at)
-            if stream:
+            if not is_child:
                 metrics.ttft.observe(first - arrived)
-                if flow.num_chunks > 1:
-                    metrics.tpot.observe((now - first) / flow.num_chunks)
+            if flow.num_chunks > 1:
+                metrics.tpot.observe((now - first) / flow.num_chunks)
+            metrics.stream_events += flow.num_chunks
+        if not is_child and (first or flow.outcome == "ok"):
+            metrics.e2e.observe(now - arrived)
+        if flow.prompt_tokens:
+            metrics.prompt_tokens += flow.prompt_tokens
+            metrics.cached_prompt_tokens += flow.cached_tokens or 0
         if self._access_log.enabled:
-            self._access_log.add(
-                f"request_id={flow.request_id} route={route} stream={stream:d} status={flow.status} "
-                f"outcome={flow.outcome} prefiller={flow.prefiller.key if flow.prefiller else '-'} "
-                f"decoder={flow.decoder.key if flow.decoder else '-'} retries={flow.budget.num_retries} "
-                f"prefill_ms={_ms(flow.sent_at, flow.prefilled_at)} first_ms={_ms(arrived, first)} "
-                f"total_ms={_ms(arrived, now)}"
+            self._note(flow, route, now)
+
+    def _note(self, flow: Flow, route: str, now: float) -> None:
+        arrived, sent, prefilled, first = flow.arrived, flow.sent_at, flow.prefilled_at, flow.first_event_at
+        call = getattr(flow, "call", None)  # there is none where the body could not be read
+        stream = flow.stream
+        self._access_log.add(
+            (
+                flow.request_id,
+                route,
+                self._access_log.word(call.fields.get("model") if call is not None else None),
+                1 if stream else 0,
+                flow.status,
+                flow.outcome,
+                flow.prompt_tokens or (call.num_prompt_tokens if call is not None else None),
+                flow.num_chunks or flow.num_output_tokens,
+                sent - arrived if sent else None,
+                prefilled - sent if prefilled else None,
+                first - prefilled if stream and first and prefilled else None,
+                first - arrived if stream and first else None,
+                now - arrived,
+                flow.prefiller.key if flow.prefiller is not None else None,
+                flow.decoder.key if flow.decoder is not None else None,
+                flow.budget.num_retries,
+                0 if flow.continuation is None else 1,
+                *(flow.prefill_reason or NOT_PICKED),
+                *(flow.decode_reason or NOT_PICKED),
             )
+        )
+
+    def whole(self, flow: Flow, answer: Answer) -> None:
+        """The answer came whole and is about to be sent."""
+        if self._access_log.enabled:
+            raw = answer.raw
+            flow.num_output_tokens = raw.count(b"\n\n") if answer.head.event_stream else output_tokens_of(raw)
+
+    def refused(self, status: int) -> None:
+        """A request that could not be read."""
+        self._metrics.refused(status)
+        self._brief(None, "none", status, "refused", None)
+
+    def passed(self, request_id: str, status: int, outcome: str, seconds: float) -> None:
+        """A request on a route that is not the proxy's own."""
+        self._metrics.requests["passed", "whole", status, outcome] += 1
+        self._brief(request_id, "passed", status, outcome, seconds)
+
+    def _brief(self, request_id: str | None, route: str, status: int, outcome: str, seconds: float | None) -> None:
+        log = self._access_log
+        if log.enabled:
+            known = (log.word(request_id), route, log.word(None), 0, status, outcome, *(None,) * 6, seconds)
+            log.add((*known, None, None, 0, 0, *NOT_PICKED, *NOT_PICKED))
 
     def failed(self, flow: Flow, leg: Leg, instance: Instance, failure: UpstreamFailure, action: Action) -> None:
-        self._metrics.retries[leg.value, failure.failure.value, action.value] += 1
+        kind = failure.failure.value
+        self._metrics.retries[leg.value, kind, action.value] += 1
+        instance.failures[kind] += 1
         level = logging.INFO if failure.failure is Failure.CLIENT_ERROR else logging.WARNING
         log.log(
             level,
             "event=leg_failed request_id=%s leg=%s instance=%s failure=%s action=%s reason=%r",
-            flow.request_id, leg.value, instance.key, failure.failure.value, action.value, failure.message,
+            flow.request_id, leg.value, instance.key, kind, action.value, failure.message,
         )  # fmt: skip
+
+    def lost(self, flow: Flow, reason: str) -> None:
+        """The decoder's part of the answer has ended before the answer has."""
+        if flow.decoder is not None and reason != Failure.OUT_OF_TIME:  # that is the request's own limit
+            flow.decoder.failures[reason] += 1
 
     def continuation(self, flow: Flow, reason: str, outcome: str, told: str) -> None:
         self._metrics.continuations[reason, outcome] += 1
@@ -81,5 +146,10 @@ class Reporter:
         )  # fmt: skip
 
 
-def _ms(start: float, end: float) -> str:
-    return f"{(end - start) * 1000:.1f}" if start and end else "-"
+def output_tokens_of(answer: bytes) -> int | None:
+    """How many tokens a whole answer has by its usage; None where it is not found near the end."""
+    at = answer.rfind(b'"completion_tokens"', -_USAGE_BYTES)
+    if at < 0:
+        at = answer.rfind(b'"output_tokens"', -_USAGE_BYTES)
+    found = _OUTPUT_TOKENS.match(answer, at) if at >= 0 else None
+    return int(found[1]) if found else None

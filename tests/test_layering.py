@@ -66,6 +66,7 @@ PURE = {
     "proxy/joining.py",
     "proxy/kv_ledger.py",
     "proxy/load_ledger.py",
+    "proxy/metric_families.py",
     "proxy/openai_api.py",
     "proxy/prompt_facts.py",
     "proxy/retry.py",

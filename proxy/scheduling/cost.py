@@ -34,6 +34,17 @@ def cost_of(call: ApiCall) -> Cost:
     return Cost(prompt + STEP_OVERHEAD_TOKENS, kv_tokens + num_streams * STREAM_TOKENS, kv_tokens)
 
 
+def fixed_tokens(role: str) -> int:
+    """What an instance of `role` does whatever is open on it, in tokens."""
+    return DECODE_STEP_TOKENS if role == "decode" else 0
+
+
+def expected_wait(role: str, load: InstanceLoad, num_tokens: int = 0) -> float:
+    """Seconds until the instance is through with what is open on it and `num_tokens` more (prefill), or that a step
+    over all of that takes (decode)."""
+    return (load.num_tokens + num_tokens + fixed_tokens(role)) / load.speed
+
+
 def step_tokens(load: InstanceLoad, reservation: Reservation) -> float:
     """What a step of the decoder has cost [tokens], on average from `reservation` until now, when it ends."""
     return DECODE_STEP_TOKENS + (reservation.ahead + reservation.num_tokens + load.num_tokens + load.others_tokens) / 2

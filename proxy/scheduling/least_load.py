@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from proxy.load_ledger import InstanceLoad
 from proxy.scheduling.candidate import Candidate, CandidateT
-from proxy.scheduling.cost import DECODE_STEP_TOKENS
+from proxy.scheduling.cost import fixed_tokens
 from proxy.scheduling.policy import Ask, Policy
 
 # Scores this close count as equal and the least recently picked wins: estimates are not better than that, and idle
@@ -31,17 +31,23 @@ class LeastLoad(Policy):
 
     def __init__(self, role: str, seed: int | None = None) -> None:
         super().__init__(role, seed)
-        self._fixed_tokens = DECODE_STEP_TOKENS if role == "decode" else 0
+        self._fixed_tokens = fixed_tokens(role)
         self._tolerance = DECODE_TOLERANCE if role == "decode" else PREFILL_TOLERANCE
+        self._scores: list[float] = []
 
     def pick(self, candidates: Sequence[CandidateT], num_tokens: int, ask: Ask) -> CandidateT:
         if len(candidates) == 1:
             return candidates[0]
         own = num_tokens + self._fixed_tokens
-        scores = [(one.load.num_tokens + one.load.others_tokens + own) / one.load.speed for one in candidates]
+        self._scores = scores = [
+            (one.load.num_tokens + one.load.others_tokens + own) / one.load.speed for one in candidates
+        ]
         bound = min(scores) * self._tolerance
         close = [one for one, score in zip(candidates, scores, strict=True) if score <= bound]
         return close[0] if len(close) == 1 else min(close, key=_last_pick)
+
+    def waits(self, candidates: Sequence[CandidateT], num_tokens: int) -> list[float]:
+        return self._scores
 
     def score(self, load: InstanceLoad, num_tokens: int) -> float:
         """Of one instance, for the policies that compare a few."""

@@ -63,13 +63,19 @@ class PrefixAffinity(Policy):
     def pick(self, candidates: Sequence[CandidateT], num_tokens: int, ask: Ask) -> CandidateT:
         prefix = ask.prefix
         picked = self._least_load.pick(candidates, num_tokens, ask)
+        self.decided_by = self._least_load.name
         owner, num_chunks = self._owner(candidates, prefix.keys)
         if owner is not None and owner is not picked:
             rest = max(num_tokens - int(num_chunks * prefix.chunk_tokens), 1)
             if self._least_load.score(owner.load, rest) <= self._least_load.score(picked.load, num_tokens):
                 picked = owner
+        if owner is picked:
+            self.decided_by = "prefix"
         self._sent_to.remember(self.role, prefix.keys, picked.key)
         return picked
+
+    def waits(self, candidates: Sequence[CandidateT], num_tokens: int) -> list[float]:
+        return self._least_load.waits(candidates, num_tokens)
 
     def _owner(self, candidates: Sequence[CandidateT], keys: Sequence[int]) -> tuple[CandidateT | None, int]:
         """Who has the longest beginning, of those offered, and how many chunks of it."""

@@ -32,6 +32,7 @@ class Session(Policy):
 
     def pick(self, candidates: Sequence[CandidateT], num_tokens: int, ask: Ask) -> CandidateT:
         key = ask.session_key
+        self.decided_by = self.name if key else self._fallback.name
         if not key:
             return self._fallback.pick(candidates, num_tokens, ask)
         session = _digest(key)

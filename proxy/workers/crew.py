@@ -15,6 +15,7 @@ import orjson
 
 from proxy.errors import ProxyError
 from proxy.load_board import SERVING
+from proxy.metric_families import FAMILIES
 from proxy.workers import instances_sum, metrics, metrics_sum
 from proxy.workers.frames import PARENT
 from proxy.workers.peers import ANSWER_TIMEOUT_S, Peers, Replies
@@ -23,6 +24,7 @@ from proxy.workers.seat import Seat
 log = logging.getLogger(__name__)
 
 Json = dict[str, Any]
+DECLARED = {name: str(one.merged) for name, one in FAMILIES.items()}
 SHOW_TIMEOUT_S = 2.0
 SNAPSHOT_TIMEOUT_S = 3.0
 TELL_TOTALS_S = 5.0  # a worker that is killed takes with it what it counted since, where no scrape has seen it
@@ -110,7 +112,7 @@ class Crew:
         others = [orjson.loads(one.body) for one in replies.of if not one.error]
         kept = metrics_sum.read_kept(replies.parent, set(self.row.others) - replies.answered)
         num_serving = self.row.board.num_workers - len(self.missing())
-        return metrics.exposition(metrics_sum.joined([orjson.loads(own), *others, *kept]), num_serving)
+        return metrics.exposition(metrics_sum.joined([orjson.loads(own), *others, *kept], DECLARED), num_serving)
 
     async def instances(self) -> Json:
         replies = await self._ask_awake("instances")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.vllm.servers import VLLM_VENV, Server, proxy_server, running, vllm_server
+from tests.vllm.servers import VLLM_VENV, Server, baton, proxy_server, running, vllm_server
 
 collect_ignore_glob = [] if VLLM_VENV else ["test_*.py"]
 
@@ -36,8 +36,8 @@ class Split:
 @pytest.fixture(scope="session")
 def split(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Split]:
     logs = tmp_path_factory.mktemp("logs")
-    prefiller = vllm_server("prefiller", model, logs, "kv_producer", role="prefill", lease_s=20)
-    decoder = vllm_server("decoder", model, logs, "kv_consumer", role="decode", pull_timeout_s=30)
+    prefiller = vllm_server("prefiller", model, logs, baton("kv_producer", role="prefill", lease_s=20))
+    decoder = vllm_server("decoder", model, logs, baton("kv_consumer", role="decode", pull_timeout_s=30))
     unsplit = vllm_server("unsplit", model, logs)
     proxy = proxy_server([prefiller], [decoder], logs)
     with running(prefiller, decoder, unsplit), running(proxy):

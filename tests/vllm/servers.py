@@ -15,7 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Server:
     port: int
     log: Path
     process: subprocess.Popen[bytes] | None = None
+    environment: dict[str, str] = field(default_factory=dict)
 
     @property
     def url(self) -> str:
@@ -51,7 +52,7 @@ class Server:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self.argv, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
-                env=os.environ | ENVIRONMENT,
+                env=os.environ | ENVIRONMENT | self.environment,
             )  # fmt: skip
 
     def wait_ready(self, path: str = "/health") -> None:
@@ -91,33 +92,39 @@ class Server:
         return metric(self.url, name, **labels)
 
 
-def vllm_server(name: str, model: Path, directory: Path, kv_role: str = "", num_ranks: int = 1, **extra: Any) -> Server:
-    """`kv_role` empty is an unsplit vLLM; `extra` goes into kv_connector_extra_config."""
+def vllm_server(
+    name: str, model: Path, directory: Path, kv_transfer: dict[str, Any] | None = None, *flags: str,
+    num_ranks: int = 1, **environment: str,
+) -> Server:  # fmt: skip
+    """Without `kv_transfer` (vLLM's --kv-transfer-config) it is an unsplit vLLM."""
     port = free_port()
     argv = [
         f"{VLLM_VENV}/bin/vllm", "serve", str(model), "--served-model-name", "m", "--host", "127.0.0.1",
         "--port", str(port), "--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "16",
         "--block-size", str(BLOCK_SIZE), "--num-gpu-blocks-override", "2048",
-        "--tensor-parallel-size", str(num_ranks),
+        "--tensor-parallel-size", str(num_ranks), *flags,
     ]  # fmt: skip
-    if kv_role:
-        config = {
-            "kv_connector": "BatonConnector",
-            "kv_connector_module_path": "engine_adapter.vllm_connector",
-            "kv_role": kv_role,
-            "engine_id": name,
-            "kv_connector_extra_config": extra,
-        }
-        argv += ["--kv-transfer-config", json.dumps(config)]
-    return Server(name, argv, port, directory / f"{name}.log")
+    if kv_transfer is not None:
+        argv += ["--kv-transfer-config", json.dumps({"engine_id": name, **kv_transfer})]
+    return Server(name, argv, port, directory / f"{name}.log", environment=environment)
 
 
-def proxy_server(prefillers: list[Server], decoders: list[Server], directory: Path) -> Server:
+def baton(kv_role: str, **extra: Any) -> dict[str, Any]:
+    """Our connector, as --kv-transfer-config has it; `extra` goes into kv_connector_extra_config."""
+    return {
+        "kv_connector": "BatonConnector",
+        "kv_connector_module_path": "engine_adapter.vllm_connector",
+        "kv_role": kv_role,
+        "kv_connector_extra_config": extra,
+    }
+
+
+def proxy_server(prefillers: list[Server], decoders: list[Server], directory: Path, *flags: str) -> Server:
     port = free_port()
     argv = [
         str(Path(sys.executable).parent / "pd-proxy"), "--port", str(port),
         "--prefiller-hosts", *["127.0.0.1"] * len(prefillers), "--prefiller-ports", *[str(p.port) for p in prefillers],
-        "--decoder-hosts", *["127.0.0.1"] * len(decoders), "--decoder-ports", *[str(d.port) for d in decoders],
+        "--decoder-hosts", *["127.0.0.1"] * len(decoders), "--decoder-ports", *[str(d.port) for d in decoders], *flags,
     ]  # fmt: skip
     return Server("proxy", argv, port, directory / "proxy.log")
 

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.vllm.servers import Ask, eventually, proxy_server, running, vllm_server
+from tests.vllm.servers import Ask, baton, eventually, proxy_server, running, vllm_server
 from tests.vllm.test_split import LENGTHS, prompt
 
 pytestmark = pytest.mark.timeout(600)
 
 
 def test_two_ranks_answer_what_they_do_unsplit(model: Path, tmp_path: Path) -> None:
-    prefiller = vllm_server("prefiller-tp2", model, tmp_path, "kv_producer", num_ranks=2)
-    decoder = vllm_server("decoder-tp2", model, tmp_path, "kv_consumer", num_ranks=2)
+    prefiller = vllm_server("prefiller-tp2", model, tmp_path, baton("kv_producer"), num_ranks=2)
+    decoder = vllm_server("decoder-tp2", model, tmp_path, baton("kv_consumer"), num_ranks=2)
     proxy = proxy_server([prefiller], [decoder], tmp_path)
     with running(prefiller, decoder), running(proxy):
         for number, length in enumerate(LENGTHS):

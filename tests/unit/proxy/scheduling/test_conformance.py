@@ -9,6 +9,7 @@ import pytest
 
 from proxy.load_ledger import InstanceLoad
 from proxy.scheduling import POLICIES, Policy, Prefix, make_policy
+from proxy.scheduling.cost import expected_wait
 from tests.unit.proxy.scheduling.fleet import Chooser, Stub, StubAsk, fleet
 
 POLICY = pytest.mark.parametrize("name", POLICIES)
@@ -147,3 +148,23 @@ def test_what_it_holds_is_given_back_once(name: str, role: str) -> None:
     for hold in (*holds, *holds):
         hold.release()
     assert load.policy_load == 0
+
+
+@POLICY
+@ROLE
+def test_it_says_why(name: str, role: str) -> None:
+    policy, some, rng = make_policy(name, role, seed=9), fleet(4), random.Random(10)
+    for number, one in enumerate(some):
+        one.load.reserve(100 * number)
+    for _ in range(50):
+        num_tokens, ask = some_ask(rng)
+        picked = policy.pick(some, num_tokens, ask)
+        decided_by, wait_s, next_wait_s = policy.reason(some, picked, num_tokens)
+        waits = {one.key: expected_wait(role, one.load, num_tokens) for one in some}
+        assert decided_by in (name, "least_load", "prefix")
+        assert wait_s == waits.pop(picked.key) and next_wait_s == min(waits.values())
+    num_tokens, ask = some_ask(rng)
+    picked = policy.pick(some[:1], num_tokens, ask)
+    assert policy.reason(some[:1], picked, num_tokens) == (
+        "only_one", expected_wait(role, picked.load, num_tokens), None,
+    )  # fmt: skip
