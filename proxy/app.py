@@ -10,6 +10,7 @@ import signal
 import socket
 from collections.abc import Callable
 from time import monotonic
+from typing import Any
 
 from aiohttp import web
 
@@ -40,14 +41,22 @@ from proxy.metaserver import PATH as METASERVER_PATH
 from proxy.metaserver import Metaserver
 from proxy.metrics import ProxyMetrics, Readings
 from proxy.pass_through import PassThrough
+from proxy.prefix_board import SharedPrefixes
 from proxy.reclaim import Reclaimer
 from proxy.reload import reload
 from proxy.report import Reporter
 from proxy.scheduling import make_policy
+from proxy.scheduling.prefix_affinity import PrefixAffinity
 from proxy.upstream_pool import SWEEP_S
+from proxy.workers.accepting import Acceptor, Connections
+from proxy.workers.crew import Crew
+from proxy.workers.metrics import dump
+from proxy.workers.seat import Seat
+from proxy.workers.snapshot import restore, taken
 
 log = logging.getLogger(__name__)
 
+FORWARD_TIMEOUT_S = 5.0  # for another worker to answer a decoder's call, beyond --metaserver-wait-s
 TICK_S = SWEEP_S  # of the one coarse timer: overdue and idle connections, the access log, speeds, drained instances
 SPEED_DRIFT_A_TICK = 0.03  # the outdated speed of an idle instance is half forgotten after about 6 s
 
@@ -55,15 +64,22 @@ SPEED_DRIFT_A_TICK = 0.03  # the outdated speed of an idle instance is half forg
 class ProxyApp:
     """`start()`, then `drain()`, then `stop()`. `addresses` is where it listens."""
 
-    def __init__(self, config: ProxyConfig, loop: asyncio.AbstractEventLoop, resolve: Resolve = look_up) -> None:
+    def __init__(
+        self,
+        config: ProxyConfig,
+        loop: asyncio.AbstractEventLoop,
+        resolve: Resolve = look_up,
+        crew: Crew | None = None,
+    ) -> None:
         self.config = config
+        self._crew = crew
         self._read = config  # as the file and the flags had it last
         self._loop = loop
         bearer = os.environ.get("OPENAI_API_KEY")
         bearer_line = f"Authorization: Bearer {bearer}\r\n".encode("latin-1") if bearer else b""
         contract = CONTRACTS["pull" if config.contract == AUTO else config.contract]()
         self.bootstrap = Bootstrap(config, loop)
-        self.fleet = Fleet(config, loop)
+        self.fleet = Fleet(config, loop, crew.row if crew is not None else None)
         self.kv_ledger = KvLedger()
         self.metrics = ProxyMetrics(self.fleet, self.kv_ledger, self._readings())
         self.metaserver = Metaserver(config.metaserver_wait_s, loop, self.metrics.metaserver_calls)
@@ -87,24 +103,32 @@ class ProxyApp:
         self.contract_finder = ContractFinder(
             config, self.fleet, self.bootstrap, self.dispatcher.speak, loop, bearer_line
         )
+        instances = InstancesApi(
+            self.fleet,
+            self.membership,
+            self.kv_ledger,
+            self.reclaimer,
+            self.admission,
+            self.num_in_flight,
+            self.contract_finder,
+            crew,
+        )
         control = ControlApi(
             self.fleet,
             self.metrics,
             self.num_in_flight,
             bearer_line,
-            InstancesApi(
-                self.fleet,
-                self.membership,
-                self.kv_ledger,
-                self.reclaimer,
-                self.admission,
-                self.num_in_flight,
-                self.contract_finder,
-            ),
+            instances,
             FanOut(self.fleet, bearer_line),
             self._pass_through,
             self.metaserver,
+            crew,
         )
+        if crew is not None:
+            self._join(crew, instances)
+            for role, policy in policies.items():
+                if isinstance(policy, PrefixAffinity):
+                    policy.share(SharedPrefixes(crew.seat.prefixes[role.value], crew.row))
         self._runner = web.AppRunner(
             control.application(),
             access_log=None,
@@ -113,9 +137,28 @@ class ProxyApp:
             auto_decompress=False,
         )
         self._services: Services
-        self._servers: list[asyncio.Server] = []
+        self._servers: list[asyncio.Server | Acceptor] = []
         self._ticker: asyncio.Task[None] | None = None
         self.addresses: list[Address] = []
+
+    def _join(self, crew: Crew, instances: InstancesApi) -> None:
+        """What the other workers may ask of this one."""
+        crew.shows(lambda: dump(self.metrics.collected()), instances.shown)
+        for verb, change in instances.verbs.items():
+            crew.does(f"instances/{verb}", change)
+
+        async def post(params: dict[str, Any]) -> None:
+            await self.metaserver.post(params["request_id"], params)
+
+        async def forward(worker: int, params: dict[str, Any]) -> None:
+            await crew.elsewhere(worker, "metaserver", params, self.config.metaserver_wait_s + FORWARD_TIMEOUT_S)
+
+        async def snapshot(_: None) -> dict[str, Any]:
+            return taken(self._read, self.fleet, self.membership)
+
+        crew.does("metaserver", post)
+        crew.does("snapshot", snapshot)
+        self.metaserver.worker, self.metaserver.forward = crew.worker, forward
 
     def _readings(self) -> Readings:
         return Readings(
@@ -139,20 +182,26 @@ class ProxyApp:
 
     async def start(self) -> None:
         """Raises StartError if it cannot listen; nothing is left open then."""
-        sockets = listening_sockets(self.config.host, self.config.port, self.config.listen_backlog)
+        crew = self._crew
+        if crew is None:
+            sockets = listening_sockets(self.config.host, self.config.port, self.config.listen_backlog)
+        else:
+            sockets = crew.seat.listeners
+            if crew.seat.replaces and (known := await crew.snapshot()) is not None:
+                self._read = restore(known, self.config, self.fleet, self.membership)
         await self._runner.setup()
         server = self._runner.server
         assert server is not None
         control = control_protocols(server, self._loop)
         self._services = Services(self.config, self._loop, self.dispatcher.serve, control, self._reporter.refused)
+        if crew is not None:
+            self._services.connections = Connections(crew.row)
         for one in sockets:
-            self._servers.append(
-                await self._loop.create_server(
-                    lambda: ClientConnection(self._services), sock=one, backlog=self.config.listen_backlog
-                )
-            )
             self.addresses.append(Address(*one.getsockname()[:2]))
+            self._servers.append(await self._listen(one))
         self.metaserver.url = metaserver_url(self.config, self.addresses[0].port)
+        if crew is not None:
+            self.metaserver.url += f"/{crew.worker}"
         self.contract_finder.start()
         self.prober.follow()
         self.admission.tick()
@@ -161,6 +210,17 @@ class ProxyApp:
         if self._pods is not None:
             self._pods.start()
         self._ticker = self._loop.create_task(self._tick())
+
+    async def _listen(self, one: socket.socket) -> asyncio.Server | Acceptor:
+        connections = self._services.connections
+        if self._crew is None or not isinstance(connections, Connections):
+            return await self._loop.create_server(self._connection, sock=one, backlog=self.config.listen_backlog)
+        acceptor = Acceptor(one, self._connection, connections, self._crew.row, self._loop)
+        acceptor.start()
+        return acceptor
+
+    def _connection(self) -> ClientConnection:
+        return ClientConnection(self._services)
 
     async def _tick(self) -> None:
         while True:
@@ -177,6 +237,8 @@ class ProxyApp:
             self.membership.tick(now)
             self.admission.tick()
             self._access_log.flush()
+            if self._crew is not None:
+                self._crew.row.beat()
 
     async def drain(self) -> bool:
         """Take no more connections and wait for what is in flight. Returns whether all of it ended in time."""
@@ -271,16 +333,54 @@ async def run(config: ProxyConfig, reread: Callable[[], ProxyConfig]) -> None:
     loop.add_signal_handler(signal.SIGHUP, app.reload, reread)
     await app.start()
     print("ready", " ".join(f"listen={address}" for address in app.addresses), flush=True)
+    log_ready(config)
+    await told.wait()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.remove_signal_handler(number)
+        signal.signal(number, lambda *_: os._exit(1))
+    await _end(app)
+
+
+def log_ready(config: ProxyConfig) -> None:
     log.info(
         "event=ready contract=%s prefill_policy=%s decode_policy=%s prefillers=%s decoders=%s",
         config.contract, config.policy_of(Role.PREFILL), config.policy_of(Role.DECODE),
         ",".join(map(str, config.prefillers)), ",".join(map(str, config.decoders)),
     )  # fmt: skip
-    await told.wait()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.remove_signal_handler(number)
-        signal.signal(number, lambda *_: os._exit(1))
-    log.info("event=draining in_flight=%d timeout_s=%s", app.num_in_flight(), config.drain_timeout_s)
+
+
+async def _end(app: ProxyApp) -> None:
+    log.info("event=draining in_flight=%d timeout_s=%s", app.num_in_flight(), app.config.drain_timeout_s)
     in_time = await app.drain()
     await app.stop()
     log.info("event=stopped drained=%s", in_time)
+
+
+async def run_worker(seat: Seat, config: ProxyConfig, reread: Callable[[], ProxyConfig]) -> None:
+    """One of several: serve until SIGTERM, or until the parent is gone, then drain. The parent says when to reload."""
+    loop = asyncio.get_running_loop()
+    told = asyncio.Event()
+    loop.add_signal_handler(signal.SIGTERM, told.set)
+    crew = Crew(seat, loop)
+    await crew.peers.connect()
+    try:
+        app = ProxyApp(config, loop, crew=crew)
+
+        async def reload(_: None) -> None:
+            app.reload(reread)
+
+        crew.does("reload", reload)
+        await app.start()
+    except StartError as error:
+        crew.peers.tell_parent("failed", str(error))
+        await asyncio.sleep(0)
+        crew.peers.close()
+        raise
+    crew.serve()
+    await asyncio.wait(
+        [loop.create_task(told.wait()), loop.create_task(crew.peers.parent_is_gone.wait())],
+        return_when=asyncio.FIRST_COMPLETED,
+    )
+    crew.leaving()
+    await _end(app)
+    crew.stop()

@@ -9,17 +9,18 @@ import importlib.metadata
 import logging
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import uvloop
 
 from proxy.access_log import LogFormat
-from proxy.app import run
+from proxy.app import listening_sockets, log_ready, run, run_worker
 from proxy.config import ProxyConfig, load_config, nearest
 from proxy.errors import ConfigError, StartError
 from proxy.long_body import keep_freed_memory
+from proxy.workers.supervisor import Supervisor
 
 # The seeds write these in the singular too.
 SINGULAR = {
@@ -94,11 +95,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     gc.freeze()
     gc.set_threshold(GC_ALLOCATIONS, 20, 50)
     try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(run(config, lambda: read_config(words)))
+        serve(config, lambda: read_config(words))
     except StartError as error:
         print(f"pd-proxy: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def serve(config: ProxyConfig, reread: Callable[[], ProxyConfig]) -> None:
+    """Until told to stop. Several workers have a parent, one has none. Raises StartError."""
+    if config.workers == 1:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(run(config, reread))
+        return
+    listeners = listening_sockets(config.host, config.port, config.listen_backlog)
+    supervisor = Supervisor(config, listeners, lambda seat: run_worker(seat, config, reread))
+    log_ready(config)
+    if status := supervisor.run():
+        sys.exit(status)
 
 
 if __name__ == "__main__":

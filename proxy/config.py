@@ -55,7 +55,7 @@ class ProxyConfig(BaseModel):
     retry_delay: float = Field(0.001, ge=0, le=60, description="seconds before the first retry, doubled for each next")
     max_waiting_retries: int = Field(3, ge=1, description="probes before an added instance that is down is dropped")
     waiting_retry_interval: float = Field(10, gt=0, description="seconds between probes of an added instance")
-    workers: int = Field(1, ge=1, description="processes (only 1 so far)")
+    workers: int = Field(1, ge=1, le=64, description="processes that serve on one port; each takes up to one core")
     log_level: LogLevel = Field("INFO", description="DEBUG, INFO, WARNING, ERROR or CRITICAL")
     access_log: AccessLogForm = Field(
         "text", description="a line a request on stderr: text (key=value), json or off; by default off above INFO"
@@ -275,8 +275,6 @@ def _check(config: ProxyConfig) -> None:
     for name, value, known in choices:
         if value not in known:
             raise ConfigError(f"--{name} {value}: not one of {', '.join(known)}{nearest(value, list(known))}")
-    if config.workers > 1:
-        raise ConfigError("--workers: only 1 is supported so far; start one proxy a core behind a balancer instead")
     _ = config.prefillers, config.decoders  # raise where hosts and ports do not fit together
     check_contract(config)
 

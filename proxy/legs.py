@@ -172,7 +172,10 @@ class Legs:
         return self._choose(role, flow, self._candidates(role, flow), num_tokens)
 
     def _candidates(self, role: Role, flow: Flow) -> Sequence[Instance]:
-        fit = candidates(self._fleet.members[role], flow.avoid, monotonic())
+        fleet = self._fleet
+        if fleet.board is not None:
+            fleet.board.look(fleet.members[role])
+        fit = candidates(fleet.members[role], flow.avoid, monotonic())
         if not fit:
             raise NoInstance(role.value, "none is enabled")
         return fit

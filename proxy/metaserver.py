@@ -19,6 +19,7 @@ from aiohttp import web
 from proxy.errors import BadRequest, ProxyError
 
 PATH = "/v1/metaserver"
+Forward = Callable[[int, dict[str, Any]], Awaitable[None]]
 StartPrefill = Callable[[dict[str, dict[str, Any]]], Awaitable[None]]
 
 
@@ -72,6 +73,10 @@ class Metaserver:
         self._expected: dict[str, Handoff] = {}
         self.url = ""
         self.calls = calls
+        self.worker: int | None = None
+        """Of several worker processes. The URL ends in its number then, so that any of them knows whose a call is."""
+        self.forward: Forward | None = None
+        """Hands a call to another worker. Raises ProxyError as `post` does."""
 
     @property
     def num_expected(self) -> int:
@@ -90,11 +95,21 @@ class Metaserver:
             handoff.end()
 
     def routes(self) -> list[web.RouteDef]:
-        return [web.post(PATH, self.serve)]
+        with_worker = PATH + r"/{worker:\d{1,4}}"
+        return [web.post(PATH, self.serve), *([web.post(with_worker, self.serve)] if self.worker is not None else [])]
 
     async def serve(self, request: web.Request) -> web.Response:
         """Raises ProxyError: 404 for an id that is not expected, 502 if the prefill failed."""
         child_id, params = self._read(await request.read())
+        worker = int(request.match_info.get("worker", -1))
+        if self.forward is not None and worker not in (-1, self.worker):
+            await self.forward(worker, params)
+        else:
+            await self.post(child_id, params)
+        return web.Response(body=b'{"status":"ok"}', content_type="application/json")
+
+    async def post(self, child_id: str, params: dict[str, Any]) -> None:
+        """A decoder's call. Raises ProxyError as `serve` does."""
         handoff = self._expected.get(child_id)
         if handoff is None:
             self.calls["unknown"] += 1
@@ -106,7 +121,6 @@ class Metaserver:
             self.calls["failed"] += 1
             raise ProxyError(502, f"The prefill failed: {failure}.", error_type="upstream_error")
         self.calls["ok"] += 1
-        return web.Response(body=b'{"status":"ok"}', content_type="application/json")
 
     @staticmethod
     def _read(body: bytes) -> tuple[str, dict[str, Any]]:

@@ -176,7 +176,7 @@ class PassThrough:
             raise ProxyError(
                 503, "No instance is enabled.", error_type="ServiceUnavailableError", retry_after_s=1
             )  # fmt: skip
-        fit.sort(key=lambda one: (not one.health.healthy, one.load.num_requests, one.load.last_pick))
+        fit.sort(key=lambda one: (not one.health.healthy, one.load.all_requests, one.load.last_pick))
         best = [next((one for one in fit if one.role is role), None) for role in Role]
         first = sorted((one for one in best if one is not None), key=fit.index)
         for instance in [*first, *(one for one in fit if one not in first)]:
