@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from proxy.continuation import Continuation
 from proxy.downstream import Downstream
@@ -17,6 +17,9 @@ from proxy.scheduling.cost import Cost
 from proxy.scheduling.policy import Reason
 from proxy.scheduling.prefix_affinity import prefix_of
 from proxy.scheduling.session import session_key_of
+
+if TYPE_CHECKING:
+    from proxy.keep_alive import KeepAlive
 
 
 class Flow:
@@ -45,6 +48,7 @@ class Flow:
         "head",
         "headers_sent",
         "is_child",
+        "keep_alive",
         "leg_id",
         "num_chunks",
         "num_output_tokens",
@@ -107,6 +111,8 @@ class Flow:
         self.prefill_attempts = 0
         self.avoid: set[Instance] = set()
         self.headers_sent = False
+        self.keep_alive: KeepAlive | None = None
+        """Who tells the client that its stream will come; None if nobody does, or when the stream has begun."""
         self.is_child = False
         self.stream = False
         self.status = 0
@@ -170,6 +176,11 @@ class Flow:
         elif num_prompt_tokens is not None and self.prompt_tokens is not None:
             self.continuation.recount(num_prompt_tokens - self.prompt_tokens)
             self.call = self.continuation.call
+
+    def stop_keep_alive(self) -> None:
+        if self.keep_alive is not None:
+            self.keep_alive.stop()
+            self.keep_alive = None
 
     def release_loads(self) -> None:
         if self.prefill_load is not None:

@@ -58,9 +58,9 @@ class Relayer:
     def must_look(self, flow: Flow, answer: Answer) -> bool:
         """Whether an answer that came whole cannot be passed on as it is."""
         raw = answer.raw
-        if not answer.head.event_stream or RECOMPUTED in raw:
-            return RECOMPUTED in raw
-        return ERROR in raw or (flow.cached_tokens is not None and USAGE in raw)
+        if RECOMPUTED in raw:
+            return True
+        return answer.head.event_stream and (ERROR in raw or (flow.cached_tokens is not None and USAGE in raw))
 
     # --- streams
 
@@ -88,6 +88,8 @@ class Relayer:
     def _open(self, flow: Flow, answer: Answer) -> tuple[ClientStream, bytes]:
         chunked = flow.head.version == "1.1"
         flow.close = flow.close or not chunked
+        is_told = flow.headers_sent  # a keep-alive was
+        flow.stop_keep_alive()
         flow.headers_sent = True
         flow.status = answer.head.status
         call, config = flow.call, self._config
@@ -99,6 +101,8 @@ class Relayer:
             max_event_bytes=config.max_first_event_bytes,
         )
         stream.cached_tokens = flow.cached_tokens
+        if is_told:
+            return stream, b""
         lines = http1.CHUNKED_LINE if chunked else b""
         if flow.head.server_timing:
             lines += server_timing.line(flow)
