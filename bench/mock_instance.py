@@ -337,7 +337,7 @@ class MockInstance:
     ) -> None:
         self.counts["prefills"] += 1
         ledger, request_id = self.ledger, request.request_id
-        ledger.check_prefill(_limited(request, fields), request_id)
+        ledger.check_prefill(_limited(request, fields), request_id, can_force=request.path != "/v1/messages")
         delay_s = self._shape(fields, "prefill_s", self.pace.prefill_s)
 
         def answer() -> None:
@@ -449,11 +449,27 @@ class MockInstance:
             body = other_apis.whole(api, script, request.request_id, self.model, num_cached)
             self._answer(connection, json_response(200, body))
             return
-        told = other_apis.events(api, script, request.request_id, self.model)
+        num_cached = self._shape(fields, "decoder_cached_tokens", 0)
+        told = other_apis.events(api, script, request.request_id, self.model, num_cached)
         if fault is not None:
+            self._break_named(connection, api, told, fault)
+            return
+        self._answer(connection, STREAM_HEAD + b"".join(map(chunk, told)) + LAST_CHUNK)
+
+    def _break_named(self, connection: Connection, api: str, told: list[bytes], fault: Fault) -> None:
+        """A stream of named events that its opening, and `after` more, are all of."""
+        if fault.kind in ("error_event", "error_event_mid"):
             after = 0 if fault.kind == "error_event" else fault.after
             told = [*told[: 2 + after], other_apis.error_event(api, fault.message)]
-        self._answer(connection, STREAM_HEAD + b"".join(map(chunk, told)) + LAST_CHUNK)
+            self._answer(connection, STREAM_HEAD + b"".join(map(chunk, told)) + LAST_CHUNK)
+            return
+        connection.send(STREAM_HEAD + b"".join(map(chunk, told[: 2 + fault.after])))
+        if fault.kind == "reset_mid":
+            asyncio.get_running_loop().call_later(0.1, connection.reset)
+        elif fault.kind == "close_mid":
+            connection.close()
+        elif fault.kind == "garbage_mid":
+            asyncio.get_running_loop().call_later(0.1, connection.send, GARBAGE_CHUNK)
 
     def _fail_within(self, connection: Connection, response: bytes, fault: Fault) -> None:
         """A fault in the course of an answer that is not streamed."""

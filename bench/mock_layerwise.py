@@ -137,7 +137,9 @@ class LayerwiseInstance(MockInstance):
             ledger.check(not waiting.pushed, f"prefill: {request_id} is prefilled twice")
         else:
             self.counts["prefilled_for_nobody"] += 1
-        body = json_response(200, whole_answer(scripts_of(fields, 1)[0], chat, answer_id(chat, request_id), self.model))
+        first, num_cached = scripts_of(fields, 1)[0], self._shape(fields, "cached_tokens", 0)
+        told = whole_answer(first, chat, answer_id(chat, request_id), self.model, num_cached_tokens=num_cached)
+        body = json_response(200, told)
 
         def finish() -> None:
             if connection.gone:
@@ -146,7 +148,7 @@ class LayerwiseInstance(MockInstance):
                 self._fail_within(connection, body, fault)
                 return
             self._push(request_id, scripts_of(fields)[0])
-            self._answer(connection, body)
+            _after(self._shape(fields, "answer_s", 0), lambda: self._answer(connection, body))
 
         _after(self._shape(fields, "prefill_s", self.pace.prefill_s), finish)
 

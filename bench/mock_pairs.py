@@ -96,7 +96,9 @@ class PairInstance(MockInstance):
             return
         script = scripts_of(fields)[0]
         first = scripts_of(fields, 1)[0]
-        body = json_response(200, whole_answer(first, chat, answer_id(chat, request.request_id), self.model))
+        num_cached = self._shape(fields, "cached_tokens", 0)
+        told = whole_answer(first, chat, answer_id(chat, request.request_id), self.model, num_cached_tokens=num_cached)
+        body = json_response(200, told)
 
         def finish() -> None:
             if connection.gone:
@@ -116,7 +118,7 @@ class PairInstance(MockInstance):
                 self.meetings.arrive(meeting, kv)
             else:
                 self.meetings.arrive(meeting, kv)
-                self._answer(connection, body)
+                _after(self._shape(fields, "answer_s", 0), lambda: self._answer(connection, body))
 
         _after(self._shape(fields, "prefill_s", self.pace.prefill_s), finish)
 

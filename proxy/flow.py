@@ -19,6 +19,7 @@ from proxy.scheduling.prefix_affinity import prefix_of
 from proxy.scheduling.session import session_key_of
 
 if TYPE_CHECKING:
+    from proxy.client_stream import ClientStream
     from proxy.keep_alive import KeepAlive
 
 
@@ -62,6 +63,7 @@ class Flow:
         "prefiller",
         "promised",
         "prompt_tokens",
+        "relayed",
         "request_id",
         "route",
         "scored_prompt",
@@ -129,6 +131,8 @@ class Flow:
         self.prompt_tokens: int | None = None
         """As the first prefill's answer counts them."""
         self.continuation: Continuation | None = None
+        self.relayed: ClientStream | None = None
+        """The client's stream, once it has begun."""
 
     @property
     def kv(self) -> dict[str, Any] | None:
@@ -168,11 +172,13 @@ class Flow:
             self.decode_hold = hold
 
     def note_prefill_usage(self, num_prompt_tokens: int | None, num_cached_tokens: int) -> None:
-        """What a prefill's answer counted. Of a continuation's it says how much was generated before. Raises NotExact
-        if nothing is left to generate."""
+        """What a prefill's answer counted. Of a continuation's, where it comes before the decoder is asked, it says how
+        much was generated before. Raises NotExact if nothing is left to generate."""
         if self.continuation is None:
             self.prompt_tokens = num_prompt_tokens
             self.cached_tokens = num_cached_tokens
+            if self.relayed is not None:  # the legs run at once, and the decoder was quicker
+                self.relayed.cached_tokens = num_cached_tokens
         elif num_prompt_tokens is not None and self.prompt_tokens is not None:
             self.continuation.recount(num_prompt_tokens - self.prompt_tokens)
             self.call = self.continuation.call

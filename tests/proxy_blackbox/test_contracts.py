@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from bench.mock_answers import script_of
 from tests.proxy_blackbox.contracts import CONTRACTS, begun, leave, proxy_for
 from tests.proxy_blackbox.harness import CHAT, COMPLETIONS, Engines, Proxy, body_of, eventually, settled, text_for
 
@@ -63,6 +64,33 @@ def test_a_stream_whose_decoder_is_lost_is_gone_on_with(proxy: Proxy, engines: E
     engines.fault("decode", kind, shared=True, after=3)
     served(proxy, path, True)
     assert engines.count("decode", "decodes") == 2
+
+
+@STREAM
+@pytest.mark.parametrize("answer_s", [0, 0.05], ids=["prompt", "late"])
+def test_usage_says_what_the_prefiller_found_cached(proxy: Proxy, stream: bool, answer_s: float) -> None:
+    """Also where both legs run at once, and the prefiller's answer comes when the client has its first token."""
+    mock = {"cached_tokens": 3, "decoder_cached_tokens": 77, "interval_s": 0.02, "answer_s": answer_s}
+    more = {"stream_options": {"include_usage": True}} if stream else {}
+    answer = proxy.post(CHAT, body_of(CHAT, num_tokens=20, stream=stream, mock=mock, **more))
+    usage = answer.events[-2]["usage"] if stream else answer.json["usage"]
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 3}
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_usage_of_what_was_gone_on_with_is_the_whole_answers(proxy: Proxy, engines: Engines, path: str) -> None:
+    engines.fault("decode", "reset_mid", shared=True, after=3)
+    fields = body_of(
+        path, num_tokens=9, stream=True, stream_options={"include_usage": True},
+        mock={"cached_tokens": 3, "decoder_cached_tokens": 77, "interval_s": 0.01},
+    )  # fmt: skip
+    answer = proxy.post(path, fields)
+    assert (answer.text, engines.count("decode", "decodes")) == (text_for(fields), 2)
+    num_prompt = script_of(fields).num_prompt_tokens
+    assert answer.events[-2]["usage"] == {
+        "prompt_tokens": num_prompt, "completion_tokens": 9, "total_tokens": num_prompt + 9,
+        "prompt_tokens_details": {"cached_tokens": 3},
+    }  # fmt: skip
 
 
 def test_a_request_goes_with_one_id(proxy: Proxy, engines: Engines) -> None:
