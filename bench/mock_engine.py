@@ -53,6 +53,7 @@ class MockFleet:
         self.options = options
         self.meetings = Meetings(self.ledger)
         self.decodes = Decodes(self.ledger)
+        self.gauges: dict[str, float] = {}
         self.pace = Pace(options.prefill_s, options.first_token_s, options.interval_s)
         self.instances = [
             *(self._instance(port, "prefill") for port in options.prefill_ports),
@@ -134,6 +135,8 @@ class MockFleet:
             return json_response(200, orjson.dumps({"object": "list", "data": [card]}))
         if path == "/metrics":
             lines = f"# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running {len(instance.running)}\n"
+            for name, value in self.gauges.items():
+                lines += f"{name} {value}\n"
             return json_response(200, lines.encode(), "text/plain; version=0.0.4")
         if path == "/mock/state":
             states = [i.state() for i in self.instances]
@@ -164,6 +167,7 @@ class MockFleet:
         elif path == "/mock/config":
             self.ledger.flavour = fields.pop("flavour", self.ledger.flavour)
             self.options.num_tokens = fields.pop("num_tokens", self.options.num_tokens)
+            self.gauges = fields.pop("gauges", self.gauges)
             self.pace = replace(self.pace, **fields)
             for instance in self.instances:
                 instance.pace, instance.num_tokens = self.pace, self.options.num_tokens
@@ -191,7 +195,9 @@ class MockFleet:
         self.ledger.handed_out.clear()
         self.ledger.counts.clear()
         self.ledger.violations.clear()
-        self._post("/mock/config", {**asdict(Pace()), "flavour": self.options.flavour, "num_tokens": None})
+        self._post(
+            "/mock/config", {**asdict(Pace()), "flavour": self.options.flavour, "num_tokens": None, "gauges": {}}
+        )
 
     def _named(self, fields: dict[str, Any]) -> list[MockInstance]:
         found = [i for i in self.instances if i.port == fields.get("port") or i.role == fields.get("role")]

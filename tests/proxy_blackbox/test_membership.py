@@ -51,6 +51,21 @@ def test_nothing_is_lost_while_instances_come_and_go_under_load(start_proxy: Sta
             becomes(proxy, role, port, "active")
 
 
+def test_the_capacity_of_one_that_is_added_is_known_at_once(start_proxy: StartProxy, engines: Engines) -> None:
+    """Not after the next round of reading: until then it would count as having room always."""
+    proxy = start_proxy("--capacity-interval-s", "3600", "--waiting-retry-interval", "0.1")
+    added = engines.decode[1]
+    change(proxy, "remove", type="decode", instances=at(added))
+    becomes(proxy, "decode", added, None)
+    info = 'vllm:cache_config_info{block_size="16",num_gpu_blocks="100"}'
+    engines.configure(gauges={info: 1, "vllm:num_requests_waiting": 7})
+    change(proxy, "add", type="decode", instances=at(added))
+    becomes(proxy, "decode", added, "active")
+    eventually(lambda: shown(proxy, "decode", added)["load"]["max_kv_tokens"] != 1600, "its capacity is not known")
+    assert shown(proxy, "decode", added)["queue"] == {"num_open": 0, "num_waiting": 7}
+    assert shown(proxy, "decode", engines.decode[0])["queue"]["num_waiting"] is None
+
+
 def test_one_that_is_leaving_can_be_added_again(start_proxy: StartProxy, engines: Engines) -> None:
     """The example proxy ignores the add of a tainted node (2.1: "Tainted nodes cannot be re-added")."""
     proxy = start_proxy()
