@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
-from tests.proxy_blackbox.contracts import SHORT_TIMEOUTS, begun, leave, proxy_for
+from tests.proxy_blackbox.contracts import SHORT_TIMEOUTS, begun, leave
 from tests.proxy_blackbox.harness import (
     CHAT,
     COMPLETIONS,
@@ -27,27 +27,7 @@ from tests.proxy_blackbox.harness import (
     text_for,
 )
 
-METASERVER = "/v1/metaserver"
-
-
-@pytest.fixture(scope="module")
-def fleet() -> Iterator[Engines]:
-    started = Engines(2, 2, "--contract", "layerwise")
-    yield started
-    started.process.stop()
-
-
-@pytest.fixture(scope="module")
-def _shared_proxy(fleet: Engines) -> Iterator[Proxy]:
-    started = proxy_for(fleet, "layerwise")
-    yield started
-    started.stop()
-
-
-@pytest.fixture
-def engines(fleet: Engines) -> Engines:
-    fleet.reset()
-    return fleet
+METASERVER, CONTRACT = "/v1/metaserver", "layerwise"
 
 
 def test_the_decoder_goes_first_and_its_post_reaches_the_prefiller(proxy: Proxy, engines: Engines) -> None:

@@ -5,37 +5,19 @@ After each test loads, connections and both KV ledgers are empty, and no engine 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from bench.mock_answers import script_of
-from tests.proxy_blackbox.contracts import CONTRACTS, begun, leave, proxy_for
-from tests.proxy_blackbox.harness import CHAT, COMPLETIONS, Engines, Proxy, body_of, eventually, settled, text_for
+from tests.proxy_blackbox.contracts import CONTRACTS, begun, leave
+from tests.proxy_blackbox.harness import CHAT, COMPLETIONS, Engines, Proxy, body_of, eventually, text_for
 
 STREAM = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 ROLE = pytest.mark.parametrize("role", ["prefill", "decode"])
 
 
 @pytest.fixture(scope="module", params=CONTRACTS)
-def _started(request: pytest.FixtureRequest) -> Iterator[tuple[Engines, Proxy]]:
-    engines = Engines(2, 2, "--contract", request.param)
-    proxy = proxy_for(engines, request.param)
-    yield engines, proxy
-    proxy.stop()
-    engines.process.stop()
-
-
-@pytest.fixture
-def engines(_started: tuple[Engines, Proxy]) -> Engines:
-    _started[0].reset()
-    return _started[0]
-
-
-@pytest.fixture
-def proxy(_started: tuple[Engines, Proxy], engines: Engines) -> Iterator[Proxy]:
-    yield _started[1]
-    settled(_started[1], engines)
+def contract(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 def served(proxy: Proxy, path: str, stream: bool, **more: object) -> None:
