@@ -58,16 +58,18 @@ class MockFleet:
         self.instances = [
             *(self._instance(port, "prefill") for port in options.prefill_ports),
             *(self._instance(port, "decode") for port in options.decode_ports),
+            *(self._instance(port, "prefill", host) for host, port in map(_address, options.prefill_at)),
+            *(self._instance(port, "decode", host) for host, port in map(_address, options.decode_at)),
             *(self._instance(port, options.role) for port in options.port),
         ]
         self.control = self._instance(options.control_port, "control")
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def _instance(self, port: int, role: str) -> MockInstance:
+    def _instance(self, port: int, role: str, host: str = "") -> MockInstance:
         options = self.options
         given = (
-            options.host, port, role, self.ledger, options.model, self.pace, not options.no_record, self._control,
-            options.num_tokens,
+            host or options.host, port, role, self.ledger, options.model, self.pace, not options.no_record,
+            self._control, options.num_tokens,
         )  # fmt: skip
         if options.contract == "layerwise":
             return LayerwiseInstance(*given, decodes=self.decodes)
@@ -206,6 +208,11 @@ class MockFleet:
         return found
 
 
+def _address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
 def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(prog="python -m bench.mock_engine", description=__doc__.partition("\n")[0])
     options.add_argument("--host", default="127.0.0.1")
@@ -213,6 +220,8 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--role", choices=("prefill", "decode", "both"), default="both")
     options.add_argument("--prefill-ports", type=int, nargs="*", default=[])
     options.add_argument("--decode-ports", type=int, nargs="*", default=[])
+    options.add_argument("--prefill-at", nargs="*", default=[], help="host:port of prefillers on other addresses")
+    options.add_argument("--decode-at", nargs="*", default=[])
     options.add_argument("--control-port", type=int, default=0)
     options.add_argument("--model", default="mock")
     options.add_argument("--contract", choices=("pull", "layerwise", *PAIRS), default="pull")
@@ -229,7 +238,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     options = parser().parse_args()
-    if not (options.port or options.prefill_ports or options.decode_ports):
+    if not (options.port or options.prefill_ports or options.decode_ports or options.prefill_at or options.decode_at):
         parser().error("no instance: give --port, --prefill-ports or --decode-ports")
     uvloop.run(MockFleet(options).run())
 

@@ -195,7 +195,7 @@ class MockInstance:
             one.close()
         self._deaf.clear()
         loop = asyncio.get_running_loop()
-        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        listener = socket.socket(socket.AF_INET6 if ":" in self.host else socket.AF_INET, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((self.host, self.port))
         self.port = listener.getsockname()[1]
@@ -399,7 +399,8 @@ class MockInstance:
                 told = whole_answer_of_all(fields, num_tokens, chat, name, self.model)
             body = json_response(200, told)
             if fault is not None and fault.kind == "recomputed":
-                self._answer(connection, json_response(200, given_up(script, fault.after, chat, name, self.model)))
+                given = json_response(200, given_up(script, fault.after, chat, name, self.model))
+                _after(delay_s + interval_s * fault.after, lambda: self._answer(connection, given))
                 return
             answer = self._answer if fault is None else self._fail_within
             arguments = (connection, body) if fault is None else (connection, body, fault)

@@ -222,6 +222,33 @@ def test_ipv6_is_accepted_in_brackets(start_proxy: StartProxy) -> None:
     assert not _waiting(proxy)
 
 
+def test_ipv6_instances_are_added_serve_and_are_removed(start_proxy: StartProxy, engines: Engines) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("no IPv6 on this machine")
+    six = Engines(0, 0, "--prefill-at", "[::1]:0", "--decode-at", "[::1]:0")
+    try:
+        proxy = start_proxy("--waiting-retry-interval", "0.1")
+        added = {"prefill": f"[::1]:{six.prefill[0]}", "decode": f"[::1]:{six.decode[0]}"}
+        for role, address in added.items():
+            assert address in change(proxy, "add", type=role, instances=address).json["message"]
+        eventually(lambda: len(proxy.get("/instances").json["instances"]) < 6, "they did not join")
+        for role in added:
+            for port in getattr(engines, role):
+                change(proxy, "remove", type=role, instances=at(port))
+        eventually(lambda: len(proxy.get("/instances").json["instances"]) > 2, "the others did not go")
+        fields = body_of(CHAT, stream=True)
+        assert proxy.post(CHAT, fields).text == text_for(fields)
+        assert six.count("prefill", "prefills") == six.count("decode", "decodes") == 1
+        eventually(six.wrong, "KV was left")
+        for role, address in added.items():
+            reply = change(proxy, "remove", type=role, instances=[address]).json
+            assert address not in reply[f"current_{role}_instances"]
+    finally:
+        six.process.stop()
+
+
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
