@@ -248,7 +248,7 @@ class MockInstance:
             connection.answer(json_response(200, orjson.dumps({"tokens": tokens, "count": len(tokens)})))
             return
         if self.frozen:
-            self._held.append(lambda: None if connection.gone else self.handle(connection, request))
+            self._held.append(lambda: self.abandoned(request) if connection.gone else self.handle(connection, request))
             return
         if self.mute and request.path == "/health":
             return
@@ -282,6 +282,9 @@ class MockInstance:
             self._decode_other(connection, request, fields, api, fault)
         else:
             self._decode(connection, request, fields, chat, fault)
+
+    def abandoned(self, request: Request) -> None:
+        """A request is read whose client is gone: it was frozen meanwhile."""
 
     def finished(self, connection: Connection) -> None:
         self.counts["finished"] += 1

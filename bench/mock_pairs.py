@@ -230,6 +230,15 @@ class MooncakeInstance(PairInstance):
             _agree(check, meeting)
         return meeting
 
+    def abandoned(self, request: Request) -> None:
+        """As vLLM does since 0.32 (`notify_kv_transfer_request_rejected`): the prefiller is told all the same."""
+        params = orjson.loads(request.body or b"{}").get("kv_transfer_params") or {}
+        if self.role == "decode" and (name := params.get("transfer_id")):
+            meeting = self.meetings.named(name)
+            meeting.decoder_left = True
+            if meeting.kv is not None and meeting.start_decode is None:
+                self.ledger.release(meeting.kv)
+
 
 @dataclass(eq=False)
 class SglangInstance(PairInstance):
