@@ -16,6 +16,8 @@ from proxy.instance import Fleet, Instance, Role
 
 log = logging.getLogger(__name__)
 
+QUEUES_AFTER_S = 1.0  # capacities are read at once, for requests wait on them; queues are for operators, and can wait
+
 _CACHE_CONFIG = re.compile(rb"^vllm:cache_config_info\{([^}]*)\}", re.MULTILINE)
 _WAITING = re.compile(
     rb"^(?:vllm:num_requests_waiting|sglang:num_queue_reqs)(?:\{[^}]*\})? ([0-9.]+(?:e[+-]?[0-9]+)?)", re.MULTILINE
@@ -67,6 +69,8 @@ class CapacityReader:
         task.add_done_callback(self._reading.discard)
 
     async def _run(self) -> None:
+        await asyncio.gather(*(self._settle(one) for one in self._fleet.members[Role.DECODE]))
+        await asyncio.sleep(min(QUEUES_AFTER_S, self._config.capacity_interval_s))
         while True:
             await asyncio.gather(*(self._settle(one) for one in self._fleet.all))
             await asyncio.sleep(self._config.capacity_interval_s)
