@@ -6,7 +6,7 @@ from typing import Any
 
 import orjson
 
-from bench.mock_answers import CREATED, Script
+from bench.mock_answers import CREATED, Script, answer_id, whole_answer
 
 Json = dict[str, Any]
 PATHS = {"/v1/responses": "responses", "/v1/messages": "messages"}
@@ -75,6 +75,13 @@ def error_event(api: str, message: str) -> bytes:
     if api == "messages":
         return named_event("error", {"error": {"type": "api_error", "message": message}})
     return named_event("error", {"code": "500", "message": message, "param": None})
+
+
+def prefill_answer(path: str, script: Script, chat: bool, request_id: str, model: str, num_cached: int) -> bytes:
+    """What a prefiller answers whose KV goes another way than by its answer."""
+    if api := PATHS.get(path):
+        return whole(api, script, request_id, model, num_cached)
+    return whole_answer(script, chat, answer_id(chat, request_id), model, num_cached_tokens=num_cached)
 
 
 def named_event(kind: str, fields: Json) -> bytes:

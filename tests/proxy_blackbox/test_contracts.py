@@ -40,6 +40,24 @@ def test_an_answer_is_the_decoders_after_one_prefill(proxy: Proxy, engines: Engi
         assert all(one["body"]["model"] == "mock" for one in engines.requests(role))
 
 
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])
+@STREAM
+def test_the_other_apis_go_the_same_way(proxy: Proxy, engines: Engines, contract: str, path: str, stream: bool) -> None:
+    """But for layerwise, whose decoder calls under ids of /v1/responses that can't be foretold: it computes those."""
+    fields: dict[str, object] = {"model": "mock", "stream": stream, "mock": {"cached_tokens": 3}}
+    if path == "/v1/responses":
+        fields.update(input="Say it", max_output_tokens=5)
+    else:
+        fields.update(messages=[{"role": "user", "content": "Say it"}], max_tokens=5)
+    answer = proxy.post(path, fields)
+    script, alone = script_of(fields), contract == "layerwise" and path == "/v1/responses"
+    assert answer.status == 200 and all(script.token(at).encode() in answer.body for at in range(5))
+    assert engines.count("prefill", "prefills") == (0 if alone else 1)
+    assert engines.count("decode", "decodes") == 1
+    key = b"cached_tokens" if path == "/v1/responses" else b"cache_read_input_tokens"
+    assert b'"%b":%d' % (key, 0 if alone else 3) in answer.body
+
+
 @pytest.mark.parametrize("kind", ["reset_mid", "close_mid"])
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 def test_a_stream_whose_decoder_is_lost_is_gone_on_with(proxy: Proxy, engines: Engines, path: str, kind: str) -> None:
