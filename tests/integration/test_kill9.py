@@ -51,6 +51,8 @@ async def test_each_part_killed_in_turn_under_load(tiny_model: Path) -> None:
 
 
 LEASE_S = 3.0
+SETTLE_S = 30.0
+"""Generous, for a busy machine: what is tested is that nothing stays, and KV for no longer than its lease."""
 
 
 @pytest.mark.timeout(240)
@@ -64,14 +66,14 @@ async def test_the_proxy_killed_under_load_leaves_nothing_behind(tiny_model: Pat
             expected = [await ask(session, split.url, prompt, stream=False) for prompt in asked]
             for kill in (_kill_the_proxy, _kill_the_proxy_between_the_legs):
                 await kill(split, session, asked)
-                left = await asyncio.to_thread(split.settles, LEASE_S + BOUND_S)
+                left = await asyncio.to_thread(split.settles, LEASE_S + SETTLE_S)
                 assert left == {}, "left on the engines by a dead proxy"
                 split.proxy.start()
                 await asyncio.to_thread(split.proxy.wait_ready)
                 answers = await asyncio.gather(*(ask(session, split.url, prompt, stream=True) for prompt in asked[:6]))
                 assert answers == expected[:6]
                 assert metric(split.url, "pd_proxy_requests_total", outcome="ok") == 6
-        assert split.settles(within_s=BOUND_S) == {}
+        assert split.settles(within_s=SETTLE_S) == {}
 
 
 async def _kill_the_proxy(split: Deployment, session: aiohttp.ClientSession, asked: list[Prompt]) -> None:
@@ -84,7 +86,7 @@ async def _kill_the_proxy(split: Deployment, session: aiohttp.ClientSession, ask
     stop.set()
     split.proxy.kill9()
     killed = time.monotonic()
-    await asyncio.wait_for(asyncio.gather(*clients), BOUND_S)
+    await asyncio.wait_for(asyncio.gather(*clients), SETTLE_S)
     assert [one for one in outcomes if one.error and one.started <= killed <= one.ended], "nothing was in flight"
 
 
@@ -97,7 +99,7 @@ async def _kill_the_proxy_between_the_legs(
     try:
         request = asyncio.create_task(ask(session, split.url, asked[0], stream=False))
         sidecars = [prefiller.sidecar_url for prefiller in split.prefillers]
-        deadline = time.monotonic() + BOUND_S
+        deadline = time.monotonic() + SETTLE_S
         while not sum(metric(url, "baton_sidecar_leases", state="offered") for url in sidecars):
             assert time.monotonic() < deadline, "no KV was handed out"
             await asyncio.sleep(0.05)
