@@ -96,7 +96,7 @@ class ProxyApp:
         self.dispatcher = Dispatcher(config, legs, self.admission, reporter, loop, bearer_line)
         self._capacity_reader = CapacityReader(config, self.fleet, loop, bearer_line)
         self.prober = Prober(config, self.fleet, loop, bearer_line)
-        self.membership = Membership(config, self.fleet, self.kv_ledger, self.prober, loop)
+        self.membership = Membership(config, self.fleet, self.kv_ledger, self.prober, self._capacity_reader, loop)
         self._names = NameWatcher(self.fleet, self.membership, config.dns_refresh_interval, loop, resolve)
         self._pods = PodWatcher(config, self.membership, loop) if config.discover == "k8s" else None
         self._pass_through = PassThrough(config, self.fleet, reporter, bearer_line)

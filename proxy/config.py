@@ -115,9 +115,18 @@ class ProxyConfig(BaseModel):
     decoder_kv_overcommit: float = Field(
         1.0, gt=0, le=100, description="part of the KV its /metrics say that is reserved; above 1 counts on early ends"
     )
-    capacity_interval_s: Seconds = Field(10, description="between readings of the decoders' KV capacity")
+    capacity_interval_s: Seconds = Field(
+        10, description="between readings of instances' /metrics: KV capacity, own queue"
+    )
     max_queued_requests: int = Field(1024, ge=0, description="requests that may wait for a decoder; beyond it 429")
     queue_timeout_s: Seconds = Field(60, description="how long a request may wait for a decoder; after it 503")
+    keepalive_interval: float = Field(
+        0,
+        ge=0,
+        le=3600,
+        description="seconds between SSE comments to a client whose stream has not begun (queue, prefill); 0: none. "
+        "The first one commits the 200: what fails after it is told by an error event in the stream, not by a status",
+    )
 
     # answers that go on after a decoder is lost, or gave up the KV
     max_continuations: int = Field(

@@ -64,6 +64,7 @@ class Instance:
         "load",
         "name",
         "num_probes",
+        "num_waiting",
         "pool",
         "role",
         "source",
@@ -87,6 +88,8 @@ class Instance:
         self.enabled = True
         self.drain_by = math.inf
         self.num_probes = 0
+        self.num_waiting: int | None = None
+        """Requests in the engine's own queue, when it was last read; None where it doesn't say."""
         self.health = Health(config.health_max_failures, config.health_max_request_failures)
         self.load = load or InstanceLoad()
         self.failures: Counter[str] = Counter()

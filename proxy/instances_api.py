@@ -143,6 +143,7 @@ class InstancesApi:
             "num_failed_legs": sum(one.failures.values()),
             "last_error": one.health.last_error,
             "kv_held": held[one.key] if one.role is Role.PREFILL else 0,
+            "queue": {"num_open": one.num_open, "num_waiting": one.num_waiting},
             "load": {
                 "num_requests": one.load.num_requests,
                 "num_tokens": one.load.num_tokens,

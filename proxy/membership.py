@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
+from proxy.capacity import CapacityReader
 from proxy.config import Address, ProxyConfig
 from proxy.errors import ProxyError
 from proxy.health_probe import Prober
@@ -50,12 +51,19 @@ class Lease:
 
 class Membership:
     def __init__(
-        self, config: ProxyConfig, fleet: Fleet, ledger: KvLedger, prober: Prober, loop: asyncio.AbstractEventLoop
+        self,
+        config: ProxyConfig,
+        fleet: Fleet,
+        ledger: KvLedger,
+        prober: Prober,
+        capacity: CapacityReader,
+        loop: asyncio.AbstractEventLoop,
     ) -> None:
         self._config = config
         self._fleet = fleet
         self._ledger = ledger
         self._prober = prober
+        self._capacity = capacity
         self._loop = loop
         self.waiting: dict[Key, Waiting] = {}
         self.leases: dict[Key, Lease] = {}
@@ -142,6 +150,7 @@ class Membership:
     def _admit(self, instance: Instance) -> None:
         self._fleet.admit(instance)
         self._prober.follow()
+        self._capacity.read_soon(instance)
         log.info(
             "event=instance_added role=%s instance=%s source=%s",
             instance.role.value, instance.key, instance.source.value,

@@ -41,8 +41,10 @@ _FORCED: dict[str, dict[str, Any]] = {
     route: {"stream": False, "min_tokens": 1, **dict.fromkeys(limits, 1)} for route, limits in LIMITS.items()
 }
 _FORCED["responses"]["store"] = False
+del _FORCED["messages"]["min_tokens"]  # no field of that API: it has no way to force a token
 _HAS_FORMAT = {"responses": "text", "messages": "output_config"}  # what else these hold may shape the prompt
-_REWRITTEN = _NOT_FOR_ONE_TOKEN | {"n", "max_completion_tokens", "max_output_tokens", *_HAS_FORMAT.values()}
+_ONE = ("n", "max_completion_tokens", "max_output_tokens")
+_REWRITTEN = _NOT_FOR_ONE_TOKEN | {*_ONE, *_HAS_FORMAT.values()}
 _UNUSUAL = frozenset(
     (
         "n", "best_of", "seed", "use_beam_search", "prompt_embeds", "prompt_logprobs", "echo", "vllm_xargs",
@@ -226,14 +228,19 @@ def _prompts(prompt: Any, embeds: Any) -> tuple[int, int | None]:
     return len(prompt), None
 
 
-def one_token(call: ApiCall, kv_transfer_params: dict[str, Any]) -> dict[str, Any]:
-    """The call's fields for a leg that computes the prompt: one forced token, one choice, not streamed.
+def one_token(
+    call: ApiCall, kv_transfer_params: dict[str, Any] | None, *, every_choice: bool = False
+) -> dict[str, Any]:
+    """The call's fields for a leg that computes the prompt: one forced token, one choice (or `every_choice`, where each
+    has KV of its own), not streamed.
 
     `min_tokens` keeps the end token from being that token: an engine hands KV out only if the request ends by length
     (ascend-proxy.md 2.4)."""
-    fields = {**call.fields, **_FORCED[call.route], "kv_transfer_params": kv_transfer_params}
+    fields = {**call.fields, **_FORCED[call.route]}
+    if kv_transfer_params is not None:
+        fields["kv_transfer_params"] = kv_transfer_params
     if not _REWRITTEN.isdisjoint(call.fields):
-        for name in ("n", "max_completion_tokens", "max_output_tokens"):
+        for name in ("max_completion_tokens", "max_output_tokens") if every_choice else _ONE:
             if name in fields:
                 fields[name] = 1
         for name in _NOT_FOR_ONE_TOKEN:
@@ -261,9 +268,9 @@ def without_prompt_scores(call: ApiCall) -> ApiCall:
     )
 
 
-def one_token_body(call: ApiCall, kv_transfer_params: dict[str, Any]) -> Body:
+def one_token_body(call: ApiCall, kv_transfer_params: dict[str, Any] | None, *, every_choice: bool = False) -> Body:
     """`one_token` as JSON."""
-    return rewritten(call.body, call.fields, one_token(call, kv_transfer_params))
+    return rewritten(call.body, call.fields, one_token(call, kv_transfer_params, every_choice=every_choice))
 
 
 def spliced(body: bytes, fields: dict[str, Any], key: str, value: Any) -> Body:

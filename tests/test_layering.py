@@ -76,6 +76,7 @@ PURE = {
     "proxy/contracts/pair.py",
     "proxy/contracts/pull.py",
     "proxy/contracts/sglang.py",
+    "proxy/contracts/unanswered.py",
     "proxy/errors.py",
     "proxy/fair_queue.py",
     "proxy/health.py",

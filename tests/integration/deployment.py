@@ -92,6 +92,10 @@ class Command:
         self.process.kill()
         self.process.wait()
 
+    def signal(self, number: int) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+
     def stop(self) -> int | None:
         if self.process is None or self.process.poll() is not None:
             return None
@@ -211,7 +215,8 @@ class Deployment:
         )  # fmt: skip
 
     def left_over(self) -> dict[str, float]:
-        """Whatever is not at rest, by name: blocks, requests, leases, loads, ledger entries. Empty: settled."""
+        """Whatever is not at rest, by name: blocks, requests, leases, loads, ledger entries. Empty: settled. A proxy
+        that is dead has nothing."""
         found: dict[str, float] = {}
         for instance in self.instances:
             name = instance.engine.name
@@ -219,7 +224,8 @@ class Deployment:
                 found[f"{name} {gauge}"] = metric(instance.url, gauge)
             for state in ("offered", "claimed"):
                 found[f"{name} leases {state}"] = metric(instance.sidecar_url, "baton_sidecar_leases", state=state)
-        for key, value in flatten(get_json(f"{self.url}/instances")):
+        alive = self.proxy.process is not None and self.proxy.process.poll() is None
+        for key, value in flatten(get_json(f"{self.url}/instances")) if alive else []:
             if key.rsplit(".", 1)[-1] in PROXY_LOADS:
                 found[f"proxy {key}"] = value
         return {name: value for name, value in found.items() if value}
@@ -233,7 +239,17 @@ class Deployment:
 
 
 PROXY_LOADS = frozenset(
-    {"load_s", "load", "reservations", "in_flight", "kv_ledger_entries", "active_connections", "kv_held"}
+    {
+        "num_in_flight",
+        "num_queued",
+        "num_reservations",
+        "num_entries",
+        "num_reclaims_open",
+        "kv_held",
+        "num_requests",
+        "num_tokens",
+        "kv_tokens",
+    }
 )
 
 
