@@ -28,7 +28,7 @@ from proxy.dispatch import Dispatcher
 from proxy.drain import wait_until
 from proxy.errors import StartError
 from proxy.fan_out import FanOut
-from proxy.frontend import ClientConnection, Services
+from proxy.frontend import LINGER_S, ClientConnection, Services
 from proxy.health_probe import Prober
 from proxy.instance import Fleet, Role
 from proxy.instances_api import InstancesApi
@@ -172,6 +172,8 @@ class ProxyApp:
                 instance.pool.sweep(now)
             for connection in list(self._services.connections):
                 connection.check_idle(now)
+            for handed in list(self._services.handed_over):
+                handed.check_idle(now, LINGER_S)
             for role in Role:
                 settle_speeds((one.load for one in self.fleet.members[role]), SPEED_DRIFT_A_TICK)
             self.membership.tick(now)

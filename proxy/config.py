@@ -172,6 +172,19 @@ class ProxyConfig(BaseModel):
         5, ge=1, description="consecutive requests that fail on an instance (5xx, reset, no answer) before it is out"
     )
 
+    # what a hostile network may do (docs/security.md)
+    max_header_fields: int = Field(100, ge=1, le=10_000, description="header fields of a request; beyond it 431")
+    max_connections: int = Field(
+        10_000, ge=1, description="clients' connections open at once; beyond it only /health and /metrics answer"
+    )
+    header_read_timeout_s: Seconds = Field(10, description="for a client to send a request's head, from its first byte")
+    min_upload_bytes_per_s: int = Field(
+        256, ge=0, description="a request's body that comes more slowly for 10 s is given up; 0 is no limit"
+    )
+    client_write_timeout_s: Seconds = Field(
+        120, description="for a client that takes nothing of its answer, while some waits for it"
+    )
+
     def policy_of(self, role: str) -> str:
         """The name of the policy for `role`, "prefill" or "decode"."""
         return (self.decode_policy if role == "decode" else self.prefill_policy) or self.policy

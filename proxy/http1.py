@@ -12,21 +12,29 @@ from typing import Protocol
 
 import httptools
 
+from proxy.chunked_body import ChunkDecoder
 from proxy.errors import BadHead
 
 HEAD_END = b"\r\n\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 LAST_CHUNK = b"0\r\n\r\n"
 MAX_REQUEST_ID_CHARS = 256
-MAX_CHUNK_LINE_BYTES = 4096
 
-# Never passed on to an instance: hop-by-hop fields (RFC 9110 section 7.6.1), what we set ourselves, what is said to us
-# (X-Server-Timing), and Accept-Encoding, because an answer has to be looked into until its first event.
-NOT_FORWARDED = frozenset(
+# Never passed on to an instance: hop-by-hop fields (RFC 9110 section 7.6.1), what we set ourselves, and
+# Accept-Encoding, because an answer has to be looked into until its first event.
+HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-connection proxy-authenticate proxy-authorization te trailer upgrade "
-    b"transfer-encoding content-length host expect accept-encoding x-server-timing".split()
+    b"transfer-encoding".split()
 )
-NOT_RETURNED = frozenset(b"connection keep-alive proxy-connection upgrade trailer x-request-id".split())
+# Never passed on either: by these, proxies tell engines and their connectors where KV comes from and who computes.
+CONNECTOR_FIELDS = frozenset(
+    b"x-data-parallel-rank x-data-parallel-host-port x-prefiller-host-port x-prefiller-url x-decoder-host-port "
+    b"x-encoder-hosts-ports x-engine-id".split()
+)
+CONNECTOR_PREFIXES = (b"x-kv-", b"x-bootstrap-", b"x-disagg-", b"x-remote-")
+NOT_RETURNED = frozenset(b"keep-alive proxy-connection upgrade trailer x-request-id".split())
+_HOST_CHARS = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._~!$&'()*+,;=%:[]"
+_MAX_KNOWN_NAMES = 1000
 
 
 def status_line(status: int) -> bytes:
@@ -35,6 +43,41 @@ def status_line(status: int) -> bytes:
     except ValueError:
         phrase = "Unknown"
     return f"HTTP/1.1 {status} {phrase}\r\n".encode("latin-1")
+
+
+# What a request field is to us, by its name as the client spells it: clients send the same few again and again.
+(
+    _PASSED, _NOT_PASSED, _LENGTH, _CODING, _CONNECTION, _HOST, _EXPECT, _REQUEST_ID, _AUTHORIZATION, _CONTENT_CODING,
+    _SERVER_TIMING,
+) = range(11)  # fmt: skip
+_KINDS = {
+    b"content-length": _LENGTH,
+    b"transfer-encoding": _CODING,
+    b"connection": _CONNECTION,
+    b"host": _HOST,
+    b"expect": _EXPECT,
+    b"accept-encoding": _NOT_PASSED,
+    b"x-request-id": _REQUEST_ID,
+    b"authorization": _AUTHORIZATION,
+    b"x-server-timing": _SERVER_TIMING,
+    b"content-encoding": _CONTENT_CODING,
+}
+_KIND_OF: dict[bytes, int] = {}
+
+
+def is_for_connectors(lower: bytes) -> bool:
+    return lower in CONNECTOR_FIELDS or lower.startswith(CONNECTOR_PREFIXES)
+
+
+def _kind_of(name: bytes) -> int:
+    lower = name.lower()
+    kind = _KINDS.get(lower, _NOT_PASSED if lower in HOP_BY_HOP else _PASSED)
+    dashed = lower.replace(b"_", b"-")  # one name to servers that hand fields on as environment variables
+    if is_for_connectors(dashed) or (dashed != lower and (dashed in HOP_BY_HOP or dashed in _KINDS)):
+        kind = _NOT_PASSED
+    if len(_KIND_OF) < _MAX_KNOWN_NAMES:
+        _KIND_OF[name] = kind
+    return kind
 
 
 class RequestHead:
@@ -49,6 +92,7 @@ class RequestHead:
         "content_encoding",
         "content_length",
         "expects_continue",
+        "has_length",
         "host_seen",
         "keep_alive",
         "lines",
@@ -71,6 +115,7 @@ class RequestHead:
         self.lines: list[bytes] = []
         self.connection_tokens = b""
         self.content_length = 0
+        self.has_length = False
         self.content_encoding = b""
         self.chunked = False
         self.expects_continue = False
@@ -92,7 +137,9 @@ class RequestHead:
             pass  # the request asks for another protocol: it is ignored, as RFC 9110 section 7.8 allows
         except httptools.HttpParserError as error:
             cause = error.__context__
-            raise (cause if isinstance(cause, BadHead) else BadHead(f"Malformed HTTP request: {error}")) from None
+            if isinstance(cause, BadHead):
+                raise cause from None
+            raise BadHead(f"Malformed HTTP request: {error}", 505 if "HTTP version" in str(error) else 400) from None
         if self.complete:
             self._parser = None  # it holds our methods: a cycle a request would be work for the garbage collector
 
@@ -101,30 +148,52 @@ class RequestHead:
         self.target += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        lower = name.lower()
-        if lower not in NOT_FORWARDED:
-            if lower == b"x-request-id":
-                self.request_id = clean_request_id(value)
-                return
-            if lower == b"authorization":
-                self.authorization = True
-            elif lower == b"content-encoding":
-                self.content_encoding = value.lower()
+        kind = _KIND_OF.get(name)
+        if kind is None:
+            kind = _kind_of(name)
+        if kind is _PASSED:
             self.lines.append(b"%b: %b\r\n" % (name, value))
-        elif lower == b"content-length":
-            self.content_length = int(value)
-        elif lower == b"transfer-encoding":
-            if value.lower() != b"chunked":
-                raise BadHead("Only Transfer-Encoding: chunked is understood.", 501)
-            self.chunked = True
-        elif lower == b"connection":
-            self.connection_tokens += b"," + value.lower()
-        elif lower == b"host":
+        elif kind is not _NOT_PASSED:
+            self._special(kind, name, value.strip(b" \t"))
+
+    def _special(self, kind: int, name: bytes, value: bytes) -> None:
+        if kind is _HOST:
+            if self.host_seen or value.translate(None, _HOST_CHARS):
+                raise BadHead("There must be one valid Host header.")
             self.host_seen = True
-        elif lower == b"expect" and value.lower() == b"100-continue":
-            self.expects_continue = True
-        elif lower == b"x-server-timing":
+        elif kind is _LENGTH:
+            if self.has_length or self.chunked or not value.isdigit() or len(value) > 18:
+                raise BadHead("There must be one Content-Length, a number, and none beside Transfer-Encoding.")
+            self.content_length = int(value)
+            self.has_length = True
+        elif kind is _CODING:
+            self._coded(value.lower())
+        elif kind is _REQUEST_ID:
+            self.request_id = clean_request_id(value)
+        elif kind is _AUTHORIZATION:
+            if self.authorization:
+                raise BadHead("There must be one Authorization header.")
+            self.authorization = True
+            self.lines.append(b"%b: %b\r\n" % (name, value))
+        elif kind is _CONTENT_CODING:
+            self.content_encoding = value.lower()
+            self.lines.append(b"%b: %b\r\n" % (name, value))
+        elif kind is _CONNECTION:
+            self.connection_tokens += b"," + value.lower()
+        elif kind is _SERVER_TIMING:
             self.server_timing = int(value not in (b"", b"0"))
+        elif value.lower() == b"100-continue":
+            self.expects_continue = True
+        else:
+            raise BadHead("Only Expect: 100-continue is understood.", 417)
+
+    def _coded(self, value: bytes) -> None:
+        if self.chunked or self.has_length:
+            raise BadHead("There must be one Transfer-Encoding, and none beside Content-Length.")
+        if value != b"chunked":
+            ends_chunked = value.rpartition(b",")[2].strip(b" \t") == b"chunked"
+            raise BadHead("Only Transfer-Encoding: chunked is understood.", 501 if ends_chunked else 400)
+        self.chunked = True
 
     def on_headers_complete(self) -> None:
         self.complete = True
@@ -134,13 +203,10 @@ class RequestHead:
         self.version = parser.get_http_version()
         self.keep_alive = parser.should_keep_alive()  # only here: with the message's end the parser forgets
         target = self.target
+        if self.method == b"CONNECT":
+            raise BadHead("CONNECT is not served here.", 501)
         if not target.startswith(b"/"):  # absolute form (RFC 9112 section 3.2.2)
-            try:
-                parsed = httptools.parse_url(target)
-            except httptools.HttpParserInvalidURLError:
-                raise BadHead("Malformed request target.") from None
-            target = (parsed.path or b"/") + (b"?" + parsed.query if parsed.query else b"")
-            self.target = target
+            self.target = target = _origin_form(target)
         self.path, _, self.query = target.partition(b"?")
         if self.version not in ("1.1", "1.0"):
             raise BadHead("Only HTTP/1.1 and HTTP/1.0 are spoken here.", 505)
@@ -154,23 +220,38 @@ class RequestHead:
         """The header lines to pass on, each ended by CRLF, without what `Connection` names."""
         lines = self.lines
         if self.connection_tokens and self.connection_tokens not in (b",close", b",keep-alive"):
-            named = {token.strip() for token in self.connection_tokens.split(b",")}
+            named = self.named_by_connection
             lines = [line for line in lines if line.partition(b":")[0].lower() not in named]
         return b"".join(lines)
 
+    @property
+    def named_by_connection(self) -> set[bytes]:
+        return {token.strip() for token in self.connection_tokens.split(b",")}
+
+
+def _origin_form(target: bytes) -> bytes:
+    try:
+        parsed = httptools.parse_url(target)
+    except httptools.HttpParserInvalidURLError:
+        parsed = None
+    if parsed is None or (parsed.schema or b"").lower() not in (b"http", b"https") or not parsed.host:
+        raise BadHead("Malformed request target.")
+    return (parsed.path or b"/") + (b"?" + parsed.query if parsed.query else b"")
+
 
 def clean_request_id(value: bytes) -> str | None:
-    """The client's request id if it may be used as one (printable ASCII without blanks, bounded), else None."""
-    if not 0 < len(value) <= MAX_REQUEST_ID_CHARS or not value.isascii():
+    """The client's request id if it may be used as one (printable ASCII without blanks, bounded), else None.
+
+    vLLM's P2pNcclConnector reads the addresses of both sides out of the id, so a client's must not look like that."""
+    if not 0 < len(value) <= MAX_REQUEST_ID_CHARS or not value.isascii() or b"_addr_" in value:
         return None
     text = value.decode("ascii")
     return text if text.isprintable() and " " not in text else None
 
 
 # What a response field is to us, by its name as the engine spells it: engines send the same few again and again.
-_ORDINARY, _CONTENT_LENGTH, _TRANSFER_ENCODING, _DROPPED, _CONTENT_TYPE = range(5)
+_ORDINARY, _CONTENT_LENGTH, _TRANSFER_ENCODING, _DROPPED, _CONTENT_TYPE, _HOP = range(6)
 _SPECIAL: dict[bytes, int] = {}
-_MAX_KNOWN_NAMES = 1000
 
 
 def _classify(name: bytes) -> int:
@@ -180,6 +261,8 @@ def _classify(name: bytes) -> int:
         special = _DROPPED
     elif lower == b"content-type":
         special = _CONTENT_TYPE
+    elif lower == b"connection":
+        special = _HOP
     if len(_SPECIAL) < _MAX_KNOWN_NAMES:
         _SPECIAL[name] = special
     return special
@@ -188,7 +271,16 @@ def _classify(name: bytes) -> int:
 class ResponseHead:
     """One response's head: `status`, the fields that may be returned, and how the body is framed."""
 
-    __slots__ = ("chunked", "close_delimited", "content_length", "event_stream", "fields", "keep_alive", "status")
+    __slots__ = (
+        "chunked",
+        "close_delimited",
+        "content_length",
+        "event_stream",
+        "fields",
+        "keep_alive",
+        "named_by_connection",
+        "status",
+    )
 
     def __init__(self) -> None:
         self.status = 0
@@ -198,28 +290,44 @@ class ResponseHead:
         self.close_delimited = False
         self.event_stream = False
         self.keep_alive = True
+        self.named_by_connection = b""
 
     def add(self, name: bytes, value: bytes) -> None:
+        """Raises BadHead where the framing could be read in two ways."""
         special = _SPECIAL.get(name)
         if special is None:
             special = _classify(name)
         if special:
             if special == _CONTENT_LENGTH:
+                if self.content_length is not None or self.chunked or not (value := value.strip(b" \t")).isdigit():
+                    raise BadHead("no valid Content-Length")
                 self.content_length = int(value)
                 return
             if special == _TRANSFER_ENCODING:
-                self.chunked = value.lower().endswith(b"chunked")
+                if value.strip(b" \t").lower() != b"chunked" or self.chunked or self.content_length is not None:
+                    raise BadHead("a Transfer-Encoding other than chunked")
+                self.chunked = True
                 return
             if special == _DROPPED:
                 return
+            if special == _HOP:
+                self.named_by_connection += b"," + value.lower()
+                return
             self.event_stream = value[:17].lower() == b"text/event-stream"
         self.fields.append((name, value))
+
+    def _returned(self) -> list[tuple[bytes, bytes]]:
+        """The fields, without what `Connection` names."""
+        if self.named_by_connection in (b"", b",close", b",keep-alive"):
+            return self.fields
+        named = {token.strip() for token in self.named_by_connection.split(b",")}
+        return [field for field in self.fields if field[0].lower() not in named]
 
     def rebuilt(self, request_id: str, framing: bytes, close: bool) -> bytes:
         """The head for the client. `framing` is its Transfer-Encoding or Content-Length line, CRLF included."""
         return b"%b%b%bX-Request-Id: %b\r\n%b\r\n" % (
             _STATUS_200 if self.status == 200 else status_line(self.status),
-            b"".join([b"%b: %b\r\n" % field for field in self.fields]),
+            b"".join([b"%b: %b\r\n" % field for field in self._returned()]),
             framing,
             request_id.encode("ascii"),
             b"Connection: close\r\n" if close else b"",
@@ -256,63 +364,6 @@ def simple_response(
 
 def chunk(payload: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(payload), payload)
-
-
-class ChunkDecoder:
-    """A chunked body (RFC 9112 section 7.1), fed in any pieces. Strict: CRLF only, hexadecimal sizes, bounded lines."""
-
-    __slots__ = ("_line", "_remaining", "_state", "complete")
-
-    def __init__(self) -> None:
-        self._line = bytearray()
-        self._remaining = 0
-        self._state = "size"
-        self.complete = False
-
-    @property
-    def between_chunks(self) -> bool:
-        return self._state == "size" and not self._line
-
-    def feed(self, data: bytes) -> tuple[list[bytes], int]:
-        """Return the payload pieces in `data` and how many of its bytes belong to this body. Raises BadHead."""
-        pieces: list[bytes] = []
-        at, end = 0, len(data)
-        while at < end and not self.complete:
-            if self._state == "payload":
-                take = min(self._remaining, end - at)
-                pieces.append(data[at : at + take])
-                at += take
-                self._remaining -= take
-                if not self._remaining:
-                    self._state = "payload_end"
-            else:
-                newline = data.find(b"\n", at)
-                stop = end if newline < 0 else newline + 1
-                self._line += data[at:stop]
-                at = stop
-                if len(self._line) > MAX_CHUNK_LINE_BYTES:
-                    raise BadHead("A line of the chunked body is too long.")
-                if newline >= 0:
-                    line, self._line = bytes(self._line), bytearray()
-                    self._end_line(line)
-        return pieces, at
-
-    def _end_line(self, line: bytes) -> None:
-        if not line.endswith(b"\r\n"):
-            raise BadHead("A line of the chunked body does not end in CRLF.")
-        text = line[:-2]
-        if self._state == "size":
-            digits = text.partition(b";")[0].rstrip(b" \t")
-            if not digits or len(digits) > 15 or digits.strip(b"0123456789abcdefABCDEF"):
-                raise BadHead("A chunk size is not hexadecimal.")
-            self._remaining = int(digits, 16)
-            self._state = "payload" if self._remaining else "trailer"
-        elif self._state == "payload_end":
-            if text:
-                raise BadHead("A chunk is longer than its size says.")
-            self._state = "size"
-        elif not text:  # the empty line that ends the trailer section; trailers themselves are dropped
-            self.complete = True
 
 
 def dechunk(raw: bytes) -> bytes:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from proxy import http1
+from proxy.chunked_body import ChunkDecoder
 from proxy.errors import BadHead
-from proxy.http1 import ChunkDecoder, RequestHead, ResponseHead
+from proxy.http1 import RequestHead, ResponseHead
 
 HEAD = (
     b"POST /v1/completions?a=b HTTP/1.1\r\nHost: x:1\r\nAccept-Encoding: gzip\r\nX-Request-Id: abc-1\r\n"
