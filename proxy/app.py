@@ -22,6 +22,7 @@ from proxy.config import Address, ProxyConfig
 from proxy.contracts import AUTO, CONTRACTS
 from proxy.control_api import ControlApi
 from proxy.control_http import control_protocols
+from proxy.descriptors import raise_descriptor_limit
 from proxy.discovery.dns import NameWatcher, Resolve, look_up
 from proxy.discovery.kubernetes import PodWatcher
 from proxy.dispatch import Dispatcher
@@ -266,6 +267,7 @@ def _cannot_listen(host: str, port: int, error: OSError | None) -> str:
 async def run(config: ProxyConfig, reread: Callable[[], ProxyConfig]) -> None:
     """Serve until SIGTERM or SIGINT, then drain. A second signal ends it at once. SIGHUP: `reread` and follow."""
     loop = asyncio.get_running_loop()
+    raise_descriptor_limit(config.max_connections)
     told = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told.set)

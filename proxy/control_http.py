@@ -41,6 +41,9 @@ def bearer_line(request: web.Request, own: bytes) -> bytes:
 async def close_after(request: web.Request, response: web.StreamResponse) -> None:
     """A connection is handed over for one request: the next one may be for a hot route, which isn't served here."""
     response.force_close()
+    protocol = request.protocol
+    assert isinstance(protocol, ControlProtocol)
+    protocol.answer_has_begun = True
     response.headers["X-Request-Id"] = request.headers["X-Request-Id"]  # the frontend has seen to it that there is one
     response.headers["Connection"] = "close"  # aiohttp has written its own headers before this is called
 
@@ -48,10 +51,7 @@ async def close_after(request: web.Request, response: web.StreamResponse) -> Non
 class ControlProtocol(web.RequestHandler):
     """A connection that was handed over. What aiohttp's parser refuses is answered in the OpenAI shape, untraced."""
 
-    @property
-    def answer_has_begun(self) -> bool:
-        request = self._current_request
-        return request is not None and request.writer.output_size > 0
+    answer_has_begun = False
 
     def handle_error(
         self,
@@ -60,6 +60,7 @@ class ControlProtocol(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
+        self.answer_has_begun = True
         if request.writer.output_size > 0:
             raise ConnectionError("the answer has begun already")
         if status >= 500:

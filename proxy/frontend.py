@@ -16,6 +16,7 @@ from typing import cast
 
 from proxy import http1
 from proxy.chunked_body import ChunkDecoder
+from proxy.client_pace import Stall, UploadRate
 from proxy.config import ProxyConfig
 from proxy.control_http import ControlProtocol
 from proxy.downstream import Relayed
@@ -24,7 +25,6 @@ from proxy.handed_over import HandedOver, rebuilt_head
 from proxy.http1 import HEAD_END, RequestHead
 from proxy.openai_api import ROUTES
 from proxy.strict_head import check_head
-from proxy.upload_rate import UploadRate
 
 LINGER_S = 2.0  # to let a refused client read our answer before the connection is reset
 MAX_SURPLUS = 64  # connections beyond max_connections that are read a head from; the oldest makes room for a newer one
@@ -84,8 +84,7 @@ class ClientConnection(asyncio.Protocol):
         "_rate",
         "_relayed",
         "_services",
-        "_stalled_bytes",
-        "_stalled_since",
+        "_stall",
         "_task",
         "since",
         "state",
@@ -104,8 +103,7 @@ class ClientConnection(asyncio.Protocol):
         self._task: asyncio.Task[None] | None = None
         self._relayed: Relayed | None = None
         self._rate: UploadRate | None = None
-        self._stalled_since = 0.0
-        self._stalled_bytes = 0
+        self._stall: Stall | None = None
         self.since = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -297,13 +295,12 @@ class ClientConnection(asyncio.Protocol):
         self.transport.abort()
 
     def pause_writing(self) -> None:
-        self._stalled_since = monotonic()
-        self._stalled_bytes = self.transport.get_write_buffer_size()
+        self._stall = Stall(monotonic(), self.transport.get_write_buffer_size())
         if self._relayed is not None:
             self._relayed.pause()
 
     def resume_writing(self) -> None:
-        self._stalled_since = 0.0
+        self._stall = None
         if self._relayed is not None:
             self._relayed.resume()
 
@@ -324,7 +321,7 @@ class ClientConnection(asyncio.Protocol):
         """Called now and then: ends connections that read, idle, stall or linger for too long."""
         config = self._services.config
         age = now - self.since
-        if (self._stalled_since and self._has_stalled(now)) or (self.state is LINGER and age > LINGER_S):
+        if self._has_stalled(now) or (self.state is LINGER and age > LINGER_S):
             self.transport.abort()
         elif self.state is BODY:
             self._rate = self._rate or UploadRate(self.since)
@@ -338,12 +335,9 @@ class ClientConnection(asyncio.Protocol):
             self.transport.close()
 
     def _has_stalled(self, now: float) -> bool:
-        """Whether the client has taken nothing of what waits for it for too long."""
-        waiting = self.transport.get_write_buffer_size()
-        if waiting < self._stalled_bytes:
-            self._stalled_since = now
-        self._stalled_bytes = waiting
-        return now - self._stalled_since > self._services.config.client_write_timeout_s
+        waiting = self.transport.get_write_buffer_size() if self._stall is not None else 0
+        limit_s = self._services.config.client_write_timeout_s
+        return self._stall is not None and self._stall.is_longer(limit_s, now, waiting)
 
     def close_if_idle(self) -> None:
         if self.state is HEAD and not self._head_bytes:

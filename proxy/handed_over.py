@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from proxy import http1
 from proxy.chunked_body import ChunkDecoder
+from proxy.client_pace import Stall, UploadRate
 from proxy.errors import ProxyError, TooLarge
 from proxy.http1 import HOP_BY_HOP, RequestHead, is_for_connectors
-from proxy.upload_rate import UploadRate
 
 if TYPE_CHECKING:
     from proxy.control_http import ControlProtocol
@@ -45,7 +45,18 @@ def rebuilt_head(head: RequestHead, raw: bytes, request_id: str) -> bytes:
 
 
 class HandedOver(asyncio.Protocol):
-    __slots__ = ("_begun", "_decoder", "_heard", "_inner", "_missing", "_rate", "_services", "_size", "transport")
+    __slots__ = (
+        "_begun",
+        "_decoder",
+        "_heard",
+        "_inner",
+        "_missing",
+        "_rate",
+        "_services",
+        "_size",
+        "_stall",
+        "transport",
+    )
 
     def __init__(
         self, services: Services, head: RequestHead, inner: ControlProtocol, transport: asyncio.Transport
@@ -58,6 +69,7 @@ class HandedOver(asyncio.Protocol):
         self._size = 0
         self._heard = monotonic()
         self._rate = UploadRate(self._heard)
+        self._stall: Stall | None = None
 
     def begin(self, head: bytes, rest: bytes) -> None:
         assert self._inner is not None
@@ -114,10 +126,12 @@ class HandedOver(asyncio.Protocol):
         self.transport.resume_reading()
 
     def pause_writing(self) -> None:
+        self._stall = Stall(monotonic(), self.transport.get_write_buffer_size())
         if self._inner is not None:
             self._inner.pause_writing()
 
     def resume_writing(self) -> None:
+        self._stall = None
         if self._inner is not None:
             self._inner.resume_writing()
 
@@ -130,7 +144,10 @@ class HandedOver(asyncio.Protocol):
     def check_idle(self, now: float, linger_s: float) -> None:
         """Called now and then: ends a refused connection, and a body that comes too slowly or not at all."""
         config = self._services.config
-        if self._inner is None:
+        stall, waiting = self._stall, self.transport.get_write_buffer_size()
+        if stall is not None and stall.is_longer(config.client_write_timeout_s, now, waiting):
+            self.transport.abort()
+        elif self._inner is None:
             if now - self._heard > linger_s:
                 self.transport.abort()
         elif not self._is_whole:

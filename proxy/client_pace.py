@@ -1,4 +1,4 @@
-"""How fast a client sends its request. Pure."""
+"""How fast a client sends its request, and whether it takes its answer. Pure."""
 
 from __future__ import annotations
 
@@ -23,3 +23,20 @@ class UploadRate:
         slow = num_bytes - self._num_bytes < bytes_per_s * elapsed
         self.restart(now, num_bytes)
         return slow
+
+
+class Stall:
+    """Some of an answer waits for the client. It has stalled when it takes nothing of it for too long."""
+
+    __slots__ = ("_num_bytes", "_since")
+
+    def __init__(self, now: float, num_bytes: int) -> None:
+        self._since = now
+        self._num_bytes = num_bytes
+
+    def is_longer(self, than_s: float, now: float, num_bytes: int) -> bool:
+        """`num_bytes` is what waits now."""
+        if num_bytes < self._num_bytes:
+            self._since = now
+        self._num_bytes = num_bytes
+        return now - self._since > than_s
