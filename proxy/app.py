@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import ipaddress
 import logging
 import os
 import signal
@@ -13,10 +14,12 @@ from time import monotonic
 
 from aiohttp import web
 
+from proxy.access import Access
 from proxy.access_log import AccessLog
 from proxy.admission import Admission
 from proxy.auto_contract import ContractFinder
 from proxy.bootstrap import Bootstrap
+from proxy.callers import Callers
 from proxy.capacity import CapacityReader
 from proxy.config import Address, ProxyConfig
 from proxy.contracts import AUTO, CONTRACTS
@@ -33,6 +36,7 @@ from proxy.frontend import LINGER_S, ClientConnection, Services
 from proxy.health_probe import Prober
 from proxy.instance import Fleet, Role
 from proxy.instances_api import InstancesApi
+from proxy.keys import upstream_bearer_line
 from proxy.kv_ledger import KvLedger
 from proxy.legs import Legs
 from proxy.load_ledger import settle_speeds
@@ -60,14 +64,16 @@ class ProxyApp:
         self.config = config
         self._read = config  # as the file and the flags had it last
         self._loop = loop
-        bearer = os.environ.get("OPENAI_API_KEY")
-        bearer_line = f"Authorization: Bearer {bearer}\r\n".encode("latin-1") if bearer else b""
+        self.access = Access(config)
+        bearer_line = upstream_bearer_line(config.upstream_api_key, config.upstream_api_key_file)
         contract = CONTRACTS["pull" if config.contract == AUTO else config.contract]()
         self.bootstrap = Bootstrap(config, loop)
         self.fleet = Fleet(config, loop)
         self.kv_ledger = KvLedger()
         self.metrics = ProxyMetrics(self.fleet, self.kv_ledger, self._readings())
-        self.metaserver = Metaserver(config.metaserver_wait_s, loop, self.metrics.metaserver_calls)
+        self.metaserver = Metaserver(
+            config.metaserver_wait_s, Callers(config.metaserver_allow, self.fleet), loop, self.metrics.metaserver_calls
+        )
         self.reclaimer = Reclaimer(config, self.fleet, self.kv_ledger, loop)
         wants_lines = log.isEnabledFor(logging.INFO) or "access_log" in config.model_fields_set
         self._access_log = AccessLog(config.access_log if wants_lines else "off")
@@ -145,7 +151,9 @@ class ProxyApp:
         server = self._runner.server
         assert server is not None
         control = control_protocols(server, self._loop)
-        self._services = Services(self.config, self._loop, self.dispatcher.serve, control, self._reporter.refused)
+        self._services = Services(
+            self.config, self._loop, self.dispatcher.serve, control, self._reporter.refused, self.access
+        )
         for one in sockets:
             self._servers.append(
                 await self._loop.create_server(
@@ -179,6 +187,7 @@ class ProxyApp:
                 settle_speeds((one.load for one in self.fleet.members[role]), SPEED_DRIFT_A_TICK)
             self.membership.tick(now)
             self.admission.tick()
+            self.access.follow()
             self._access_log.flush()
 
     async def drain(self) -> bool:
@@ -191,7 +200,7 @@ class ProxyApp:
         return await wait_until(lambda: not self.num_in_flight(), self.config.drain_timeout_s)
 
     def reload(self, reread: Callable[[], ProxyConfig]) -> None:
-        self._read = reload(self.config, self._read, reread, self.membership)
+        self._read = reload(self.config, self._read, reread, self.membership, self.access)
 
     async def stop(self) -> None:
         for connection in list(self._services.connections):
@@ -214,6 +223,10 @@ class ProxyApp:
             instance.pool.close()
         await asyncio.sleep(0)
         self._access_log.flush()
+
+
+def is_loopback(address: Address) -> bool:
+    return ipaddress.ip_address(address.host).is_loopback
 
 
 def metaserver_url(config: ProxyConfig, port: int) -> str:
@@ -267,19 +280,24 @@ def _cannot_listen(host: str, port: int, error: OSError | None) -> str:
 async def run(config: ProxyConfig, reread: Callable[[], ProxyConfig]) -> None:
     """Serve until SIGTERM or SIGINT, then drain. A second signal ends it at once. SIGHUP: `reread` and follow."""
     loop = asyncio.get_running_loop()
-    raise_descriptor_limit(config.max_connections)
     told = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told.set)
     app = ProxyApp(config, loop)
     loop.add_signal_handler(signal.SIGHUP, app.reload, reread)
     await app.start()
+    raise_descriptor_limit(config.max_connections)
     print("ready", " ".join(f"listen={address}" for address in app.addresses), flush=True)
     log.info(
         "event=ready contract=%s prefill_policy=%s decode_policy=%s prefillers=%s decoders=%s",
         config.contract, config.policy_of(Role.PREFILL), config.policy_of(Role.DECODE),
         ",".join(map(str, config.prefillers)), ",".join(map(str, config.decoders)),
     )  # fmt: skip
+    if app.access.admin_is_open and not all(map(is_loopback, app.addresses)):
+        log.warning(
+            "event=admin_is_open listen=%s: whoever reaches it may change /instances; give --admin-api-key",
+            ",".join(map(str, app.addresses)),
+        )
     await told.wait()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.remove_signal_handler(number)

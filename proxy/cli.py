@@ -28,6 +28,7 @@ SINGULAR = {
     "decoder_hosts": "--decoder-host",
     "decoder_ports": "--decoder-port",
 }
+REPEATED = frozenset(("api_key", "admin_api_key"))  # given twice, both count
 # A request leaves no cycles behind, so collecting every 700 allocations (Python's default) is a search for nothing.
 GC_ALLOCATIONS = 50_000
 
@@ -63,7 +64,10 @@ def parser() -> argparse.ArgumentParser:
         if field.annotation is bool:
             made.add_argument(*flags, dest=name, action="store_true", default=argparse.SUPPRESS, help=help_text)
         elif typing.get_origin(field.annotation) is tuple:
-            made.add_argument(*flags, dest=name, nargs="+", default=argparse.SUPPRESS, metavar="X", help=help_text)
+            action = "extend" if name in REPEATED else "store"
+            made.add_argument(
+                *flags, dest=name, nargs="+", action=action, default=argparse.SUPPRESS, metavar="X", help=help_text
+            )
         else:
             made.add_argument(*flags, dest=name, default=argparse.SUPPRESS, metavar="X", help=help_text)
     return made
@@ -96,9 +100,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(run(config, lambda: read_config(words)))
-    except StartError as error:
+    except (StartError, ConfigError) as error:  # a file it names, keys or a certificate, may be unusable
         print(f"pd-proxy: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(1 if isinstance(error, StartError) else 2)
 
 
 if __name__ == "__main__":

@@ -175,7 +175,7 @@ class ProxyConfig(BaseModel):
     # what a hostile network may do (docs/security.md)
     max_header_fields: int = Field(100, ge=1, le=10_000, description="header fields of a request; beyond it 431")
     max_connections: int = Field(
-        10_000, ge=1, description="clients' connections open at once; beyond it only /health and /metrics answer"
+        8192, ge=1, description="clients' connections open at once; beyond it only /health and /metrics answer"
     )
     header_read_timeout_s: Seconds = Field(10, description="for a client to send a request's head, from its first byte")
     min_upload_bytes_per_s: int = Field(
@@ -183,6 +183,22 @@ class ProxyConfig(BaseModel):
     )
     client_write_timeout_s: Seconds = Field(
         120, description="for a client that takes nothing of its answer, while some waits for it"
+    )
+
+    api_key: tuple[str, ...] = Field((), description="keys that clients may use; none asks for none")
+    api_key_file: str = Field("", description="more of them, one a line, # begins a comment; followed as it changes")
+    admin_api_key: tuple[str, ...] = Field(
+        (), description="keys for /instances, /reset_prefix_cache, profiles and the engines' own admin routes"
+    )
+    admin_api_key_file: str = Field("", description="more of them, as in --api-key-file")
+    metrics_auth: Literal["open", "client", "admin"] = Field("open", description="whose key /metrics asks for")
+    upstream_api_key: str = Field("", description="key the instances are called with (default: OPENAI_API_KEY)")
+    upstream_api_key_file: str = Field("", description="file with that key")
+    metaserver_allow: tuple[str, ...] = Field(
+        (), description="addresses or networks, besides the decoders' own, that may call /v1/metaserver; any for all"
+    )
+    allow_engine_admin_routes: bool = Field(
+        False, description="pass /sleep, /pause, /load_lora_adapter and the like on without an admin key"
     )
 
     def policy_of(self, role: str) -> str:
@@ -273,7 +289,8 @@ def load_config(path: Path | None, flags: Mapping[str, Any]) -> ProxyConfig:
         first = error.errors()[0]
         key = str(first["loc"][0])
         name = "--" + key.replace("_", "-") if key in flags else f"{path}: '{key}'"
-        raise ConfigError(f"{name}: {first['msg']}, got {first['input']!r}") from None
+        got = "" if "api_key" in key else f", got {first['input']!r}"  # a secret is not for a terminal, or a log
+        raise ConfigError(f"{name}: {first['msg']}{got}") from None
     _check(config)
     return config
 

@@ -7,7 +7,7 @@ import resource
 
 log = logging.getLogger(__name__)
 
-PER_CONNECTION = 3  # a client's, and one to an instance of each role
+PER_CONNECTION = 2  # a client's, and one to an instance
 
 
 def raise_descriptor_limit(max_connections: int) -> None:

@@ -15,6 +15,7 @@ from time import monotonic
 from typing import cast
 
 from proxy import http1
+from proxy.access import Access
 from proxy.chunked_body import ChunkDecoder
 from proxy.client_pace import Stall, UploadRate
 from proxy.config import ProxyConfig
@@ -38,6 +39,7 @@ class Services:
     """What a client's connection needs of the rest of the proxy; `app.py` fills it."""
 
     __slots__ = (
+        "access",
         "config",
         "connections",
         "control_protocol",
@@ -56,7 +58,9 @@ class Services:
         serve: Callable[[ClientConnection, RequestHead, bytes], asyncio.Task[None]],
         control_protocol: Callable[[], ControlProtocol],
         refused: Callable[[int], None],
+        access: Access,
     ) -> None:
+        self.access = access
         self.config = config
         self.loop = loop
         self.serve = serve
@@ -161,6 +165,7 @@ class ClientConnection(asyncio.Protocol):
         check_head(self._head_bytes, self._services.config.max_header_fields)
         if self._services.surplus:
             self._leave_surplus()
+        self._services.access.judge(head)
         rest = seen[head_size:]
         if head.path not in ROUTES or head.method != b"POST":
             self._hand_over(rest)

@@ -49,7 +49,8 @@ def status_line(status: int) -> bytes:
 (
     _PASSED, _NOT_PASSED, _LENGTH, _CODING, _CONNECTION, _HOST, _EXPECT, _REQUEST_ID, _AUTHORIZATION, _CONTENT_CODING,
     _SERVER_TIMING,
-) = range(11)  # fmt: skip
+    _API_KEY,
+) = range(12)  # fmt: skip
 _KINDS = {
     b"content-length": _LENGTH,
     b"transfer-encoding": _CODING,
@@ -60,6 +61,7 @@ _KINDS = {
     b"x-request-id": _REQUEST_ID,
     b"authorization": _AUTHORIZATION,
     b"x-server-timing": _SERVER_TIMING,
+    b"x-api-key": _API_KEY,
     b"content-encoding": _CONTENT_CODING,
 }
 _KIND_OF: dict[bytes, int] = {}
@@ -81,10 +83,13 @@ def _kind_of(name: bytes) -> int:
 
 
 class RequestHead:
-    """One request's head, filled by llhttp's callbacks. `forwarded` is the header block an instance gets."""
+    """One request's head, filled by llhttp's callbacks.
+
+    `forwarded` is the header block an instance gets, `identity` what tells the sender from others."""
 
     __slots__ = (
         "_parser",
+        "api_key",
         "authorization",
         "chunked",
         "complete",
@@ -94,6 +99,7 @@ class RequestHead:
         "expects_continue",
         "has_length",
         "host_seen",
+        "identity",
         "keep_alive",
         "lines",
         "method",
@@ -119,7 +125,9 @@ class RequestHead:
         self.content_encoding = b""
         self.chunked = False
         self.expects_continue = False
-        self.authorization = False
+        self.authorization: bytes | None = None
+        self.api_key: bytes | None = None
+        self.identity = b""
         self.host_seen = False
         self.request_id: str | None = None
         self.server_timing = 0
@@ -171,10 +179,14 @@ class RequestHead:
         elif kind is _REQUEST_ID:
             self.request_id = clean_request_id(value)
         elif kind is _AUTHORIZATION:
-            if self.authorization:
+            if self.authorization is not None:
                 raise BadHead("There must be one Authorization header.")
-            self.authorization = True
-            self.lines.append(b"%b: %b\r\n" % (name, value))
+            self.authorization = self.identity = value
+        elif kind is _API_KEY:
+            if self.api_key is not None:
+                raise BadHead("There must be one x-api-key header.")
+            self.api_key = value
+            self.identity = self.identity or value
         elif kind is _CONTENT_CODING:
             self.content_encoding = value.lower()
             self.lines.append(b"%b: %b\r\n" % (name, value))
@@ -218,11 +230,17 @@ class RequestHead:
     @property
     def forwarded(self) -> bytes:
         """The header lines to pass on, each ended by CRLF, without what `Connection` names."""
-        lines = self.lines
+        lines = [*self.lines, *self.credentials]
         if self.connection_tokens and self.connection_tokens not in (b",close", b",keep-alive"):
             named = self.named_by_connection
             lines = [line for line in lines if line.partition(b":")[0].lower() not in named]
         return b"".join(lines)
+
+    @property
+    def credentials(self) -> list[bytes]:
+        """The client's own, as header lines, unless they were for the proxy."""
+        given = ((b"Authorization", self.authorization), (b"X-Api-Key", self.api_key))
+        return [b"%b: %b\r\n" % (name, value) for name, value in given if value]
 
     @property
     def named_by_connection(self) -> set[bytes]:
@@ -357,6 +375,8 @@ def simple_response(
         lines.append(b"X-Request-Id: %b\r\n" % request_id.encode("ascii"))
     if retry_after_s is not None:
         lines.append(b"Retry-After: %d\r\n" % retry_after_s)
+    if status == 401:
+        lines.append(b"WWW-Authenticate: Bearer\r\n")
     if close:
         lines.append(b"Connection: close\r\n")
     return b"".join([*lines, more_lines, b"\r\n", body])

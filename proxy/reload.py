@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from proxy.access import Access
 from proxy.config import INSTANCE_KEYS, ProxyConfig
 from proxy.errors import ConfigError
 from proxy.instance import Role
@@ -13,17 +14,21 @@ from proxy.membership import Membership
 log = logging.getLogger(__name__)
 
 
+KEY_KEYS = ("api_key", "api_key_file", "admin_api_key", "admin_api_key_file")
+
+
 def reload(
-    running: ProxyConfig, old: ProxyConfig, reread: Callable[[], ProxyConfig], membership: Membership
+    running: ProxyConfig, old: ProxyConfig, reread: Callable[[], ProxyConfig], membership: Membership, access: Access
 ) -> ProxyConfig:
     """What was read, or `old` (what was read last) if that cannot be used. `running` is what cannot change."""
     try:
         new = reread()
         _check_lists_are_there(old, new)
+        access.reload(new)
     except ConfigError as error:
         log.error("event=reload_failed reason=%r", str(error))
         return old
-    others = [key for key in ProxyConfig.model_fields if key not in INSTANCE_KEYS]
+    others = [key for key in ProxyConfig.model_fields if key not in (*INSTANCE_KEYS, *KEY_KEYS)]
     fixed = [key for key in others if getattr(running, key) != getattr(new, key)]
     num_added = num_removed = 0
     for role, was, is_now in (
