@@ -49,6 +49,7 @@ from proxy.reclaim import Reclaimer
 from proxy.reload import reload
 from proxy.report import Reporter
 from proxy.scheduling import make_policy
+from proxy.tls import server_context
 from proxy.upstream_pool import SWEEP_S
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class ProxyApp:
         self._read = config  # as the file and the flags had it last
         self._loop = loop
         self.access = Access(config)
+        self._tls = server_context(config)
         bearer_line = upstream_bearer_line(config.upstream_api_key, config.upstream_api_key_file)
         contract = CONTRACTS["pull" if config.contract == AUTO else config.contract]()
         self.bootstrap = Bootstrap(config, loop)
@@ -157,7 +159,11 @@ class ProxyApp:
         for one in sockets:
             self._servers.append(
                 await self._loop.create_server(
-                    lambda: ClientConnection(self._services), sock=one, backlog=self.config.listen_backlog
+                    lambda: ClientConnection(self._services),
+                    sock=one,
+                    backlog=self.config.listen_backlog,
+                    ssl=self._tls,
+                    ssl_handshake_timeout=self.config.header_read_timeout_s if self._tls is not None else None,
                 )
             )
             self.addresses.append(Address(*one.getsockname()[:2]))
@@ -200,7 +206,7 @@ class ProxyApp:
         return await wait_until(lambda: not self.num_in_flight(), self.config.drain_timeout_s)
 
     def reload(self, reread: Callable[[], ProxyConfig]) -> None:
-        self._read = reload(self.config, self._read, reread, self.membership, self.access)
+        self._read = reload(self.config, self._read, reread, self.membership, self.access, self._tls)
 
     async def stop(self) -> None:
         for connection in list(self._services.connections):
@@ -230,7 +236,8 @@ def is_loopback(address: Address) -> bool:
 
 
 def metaserver_url(config: ProxyConfig, port: int) -> str:
-    base = config.advertise_url.rstrip("/") or f"http://{Address(config.host.strip('[]'), port)}"
+    scheme = "https" if config.tls_cert else "http"
+    base = config.advertise_url.rstrip("/") or f"{scheme}://{Address(config.host.strip('[]'), port)}"
     return base if base.endswith(METASERVER_PATH) else base + METASERVER_PATH
 
 

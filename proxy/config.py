@@ -185,6 +185,15 @@ class ProxyConfig(BaseModel):
         120, description="for a client that takes nothing of its answer, while some waits for it"
     )
 
+    tls_cert: str = Field("", description="certificate chain (PEM) to serve HTTPS with; read again at SIGHUP")
+    tls_key: str = Field("", description="its private key (PEM)")
+    upstream_tls: bool = Field(False, description="speak HTTPS to the instances, as with hosts written https://HOST")
+    upstream_ca: str = Field("", description="certificate authorities of the instances (PEM; default: the system's)")
+    upstream_server_name: str = Field(
+        "", description="name that the instances' certificates are checked for (default: each one's own host)"
+    )
+    upstream_tls_insecure: bool = Field(False, description="do not check the instances' certificates")
+
     api_key: tuple[str, ...] = Field((), description="keys that clients may use; none asks for none")
     api_key_file: str = Field("", description="more of them, one a line, # begins a comment; followed as it changes")
     admin_api_key: tuple[str, ...] = Field(
@@ -200,6 +209,10 @@ class ProxyConfig(BaseModel):
     allow_engine_admin_routes: bool = Field(
         False, description="pass /sleep, /pause, /load_lora_adapter and the like on without an admin key"
     )
+
+    @property
+    def speaks_tls_upstream(self) -> bool:
+        return self.upstream_tls or any(_is_https(host) for host in (*self.prefiller_hosts, *self.decoder_hosts))
 
     def policy_of(self, role: str) -> str:
         """The name of the policy for `role`, "prefill" or "decode"."""
@@ -251,11 +264,19 @@ def expand(
         )
     if all_ports and max(all_ports) > 65535:
         raise ConfigError(f"--{role}-ports-inc goes beyond port 65535")
-    found = tuple(Address(host.strip("[]"), port) for host, port in zip(all_hosts, all_ports, strict=True))
+    found = tuple(Address(_bare(host), port) for host, port in zip(all_hosts, all_ports, strict=True))
     twice = next((address for i, address in enumerate(found) if address in found[:i]), None)
     if twice:
         raise ConfigError(f"--{role}-hosts and --{role}-ports name {twice} twice")
     return found
+
+
+def _is_https(host: str) -> bool:
+    return host.lower().startswith("https://")
+
+
+def _bare(host: str) -> str:
+    return (host[len("https://") :].rstrip("/") if _is_https(host) else host).strip("[]")
 
 
 # What a reload may change: who the instances are.
@@ -308,7 +329,21 @@ def _check(config: ProxyConfig) -> None:
     if config.workers > 1:
         raise ConfigError("--workers: only 1 is supported so far; start one proxy a core behind a balancer instead")
     _ = config.prefillers, config.decoders  # raise where hosts and ports do not fit together
+    _check_tls(config)
     check_contract(config)
+
+
+def _check_tls(config: ProxyConfig) -> None:
+    hosts = (*config.prefiller_hosts, *config.decoder_hosts)
+    clear = next((host for host in hosts if not _is_https(host)), None)
+    if config.speaks_tls_upstream and not config.upstream_tls and clear is not None:
+        raise ConfigError(f"host {clear}: write https:// before all hosts, or before none, or use --upstream-tls")
+    odd = next((host for host in hosts if "://" in host and not _is_https(host)), None)
+    if odd is not None:
+        raise ConfigError(f"host {odd}: write the host alone, or https://HOST")
+    for key in ("upstream_ca", "upstream_server_name", "upstream_tls_insecure"):
+        if getattr(config, key) and not config.speaks_tls_upstream:
+            raise ConfigError(f"--{key.replace('_', '-')} needs --upstream-tls, or hosts written https://HOST")
 
 
 def check_contract(config: ProxyConfig) -> None:

@@ -187,12 +187,19 @@ class PassThrough:
 
     async def _ask(self, request: web.Request, instance: Instance, body: _Body) -> web.StreamResponse:
         target = request.raw_path if request.raw_path.startswith("/") else request.rel_url.raw_path_qs
-        url = URL(f"http://{instance.address}{target}", encoded=True)
+        pool = instance.pool
+        url = URL(f"{'http' if pool.tls is None else 'https'}://{instance.address}{target}", encoded=True)
         headers = self._request_headers(request, instance, body)
         data = body.stream() if body.held or not body.complete else None
         try:
             async with self._client().request(
-                request.method, url, headers=headers, data=data, allow_redirects=False
+                request.method,
+                url,
+                headers=headers,
+                data=data,
+                allow_redirects=False,
+                ssl=pool.tls if pool.tls is not None else True,
+                server_hostname=pool.server_name if pool.tls is not None else None,
             ) as answer:
                 _refuse_odd(instance, answer)
                 if answer.status in (404, 405):
@@ -235,7 +242,8 @@ class PassThrough:
     ) -> web.StreamResponse:
         headers = _passed(answer.headers.items(), answer.headers.get(hdrs.CONNECTION, ""))
         if hdrs.LOCATION in headers:  # a redirect to itself is one to us
-            headers[hdrs.LOCATION] = headers[hdrs.LOCATION].removeprefix(f"http://{instance.name}")
+            scheme = "http" if instance.pool.tls is None else "https"
+            headers[hdrs.LOCATION] = headers[hdrs.LOCATION].removeprefix(f"{scheme}://{instance.name}")
         given = web.StreamResponse(status=answer.status, reason=answer.reason, headers=headers)
         length = answer.headers.get(hdrs.CONTENT_LENGTH)
         if length is not None:

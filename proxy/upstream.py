@@ -307,7 +307,8 @@ class UpstreamConnection(asyncio.Protocol):
         )
         self.deadline = deadline
         self._first_event_only = GATHER_WHOLE
-        self.transport.write_eof()
+        if self.transport.can_write_eof():  # TLS has no such half: the answer is waited for, and nobody told
+            self.transport.write_eof()
 
     def close(self) -> None:
         self.pool.active.discard(self)
