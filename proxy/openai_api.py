@@ -43,7 +43,11 @@ _FORCED: dict[str, dict[str, Any]] = {
 _FORCED["responses"]["store"] = False
 _HAS_FORMAT = {"responses": "text", "messages": "output_config"}  # what else these hold may shape the prompt
 _REWRITTEN = _NOT_FOR_ONE_TOKEN | {"n", "max_completion_tokens", "max_output_tokens", *_HAS_FORMAT.values()}
-_UNUSUAL = frozenset(
+# By these, whoever routes tells SGLang where KV comes from: a client must not.
+BOOTSTRAP_FIELDS = frozenset(
+    ("bootstrap_host", "bootstrap_port", "bootstrap_room", "bootstrap_pair_key", "disagg_prefill_dp_rank")
+)
+_UNUSUAL = BOOTSTRAP_FIELDS | frozenset(
     (
         "n", "best_of", "seed", "use_beam_search", "prompt_embeds", "prompt_logprobs", "echo", "vllm_xargs",
         "kv_transfer_params", "previous_response_id", "background",
@@ -126,6 +130,8 @@ def _look_closer(call: ApiCall) -> None:
     """A call with fields that few have: whether it can be divided, whose the logprobs of its prompt are, what else it
     must not say. Raises BadRequest."""
     get = call.fields.get
+    for name in BOOTSTRAP_FIELDS & call.fields.keys():
+        raise BadRequest(f"'{name}' is not accepted from clients.", name)
     if "kv_transfer_params" in call.fields:
         _take_out_if_empty(call)
     xargs = get("vllm_xargs")  # vLLM puts both into the same dictionary
