@@ -2,7 +2,7 @@
 
 | routes | key |
 |---|---|
-| `/health`, `/ping`, `/healthcheck` | none |
+| `/health`, `/ping`, `/healthcheck`; `/` and `/status`, a page without data | none |
 | `/metrics` | by `--metrics-auth` |
 | `/v1/metaserver` | none: ids and addresses are checked there (`metaserver.py`) |
 | `/instances` and below, `/reset_prefix_cache`, profiles | an admin key; without any configured, a client key |
@@ -24,7 +24,7 @@ from proxy.http1 import RequestHead
 from proxy.keys import Keys, digest_of
 from proxy.openai_api import ROUTES
 
-OPEN = frozenset((b"/health", b"/ping", b"/healthcheck", b"/v1/metaserver"))
+OPEN = frozenset((b"/health", b"/ping", b"/healthcheck", b"/v1/metaserver", b"/", b"/status"))
 METRICS = b"/metrics"
 ADMIN = frozenset((b"/instances", b"/reset_prefix_cache", b"/start_profile", b"/stop_profile"))
 # Of vLLM, vllm-ascend and SGLang: they stop, change, or disclose an engine, or run what they are given.

@@ -15,7 +15,8 @@ from proxy import http1
 from proxy.chunked_body import ChunkDecoder
 from proxy.client_pace import Stall, UploadRate
 from proxy.errors import ProxyError, TooLarge
-from proxy.http1 import HOP_BY_HOP, RequestHead, is_for_connectors
+from proxy.http1 import RequestHead
+from proxy.request_fields import HOP_BY_HOP, is_for_connectors
 
 if TYPE_CHECKING:
     from proxy.control_http import ControlProtocol

@@ -14,24 +14,27 @@ import httptools
 
 from proxy.chunked_body import ChunkDecoder
 from proxy.errors import BadHead
+from proxy.request_fields import (
+    API_KEY,
+    AUTHORIZATION,
+    CODING,
+    CONNECTION,
+    CONTENT_CODING,
+    HOST,
+    KIND_OF,
+    LENGTH,
+    NOT_PASSED,
+    PASSED,
+    REQUEST_ID,
+    SERVER_TIMING,
+    kind_of,
+)
 
 HEAD_END = b"\r\n\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 LAST_CHUNK = b"0\r\n\r\n"
 MAX_REQUEST_ID_CHARS = 256
 
-# Never passed on to an instance: hop-by-hop fields (RFC 9110 section 7.6.1), what we set ourselves, and
-# Accept-Encoding, because an answer has to be looked into until its first event.
-HOP_BY_HOP = frozenset(
-    b"connection keep-alive proxy-connection proxy-authenticate proxy-authorization te trailer upgrade "
-    b"transfer-encoding".split()
-)
-# Never passed on either: by these, proxies tell engines and their connectors where KV comes from and who computes.
-CONNECTOR_FIELDS = frozenset(
-    b"x-data-parallel-rank x-data-parallel-host-port x-prefiller-host-port x-prefiller-url x-decoder-host-port "
-    b"x-encoder-hosts-ports x-engine-id".split()
-)
-CONNECTOR_PREFIXES = (b"x-kv-", b"x-bootstrap-", b"x-disagg-", b"x-remote-")
 NOT_RETURNED = frozenset(b"keep-alive proxy-connection upgrade trailer x-request-id".split())
 _HOST_CHARS = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._~!$&'()*+,;=%:[]"
 _MAX_KNOWN_NAMES = 1000
@@ -43,43 +46,6 @@ def status_line(status: int) -> bytes:
     except ValueError:
         phrase = "Unknown"
     return f"HTTP/1.1 {status} {phrase}\r\n".encode("latin-1")
-
-
-# What a request field is to us, by its name as the client spells it: clients send the same few again and again.
-(
-    _PASSED, _NOT_PASSED, _LENGTH, _CODING, _CONNECTION, _HOST, _EXPECT, _REQUEST_ID, _AUTHORIZATION, _CONTENT_CODING,
-    _SERVER_TIMING,
-    _API_KEY,
-) = range(12)  # fmt: skip
-_KINDS = {
-    b"content-length": _LENGTH,
-    b"transfer-encoding": _CODING,
-    b"connection": _CONNECTION,
-    b"host": _HOST,
-    b"expect": _EXPECT,
-    b"accept-encoding": _NOT_PASSED,
-    b"x-request-id": _REQUEST_ID,
-    b"authorization": _AUTHORIZATION,
-    b"x-server-timing": _SERVER_TIMING,
-    b"x-api-key": _API_KEY,
-    b"content-encoding": _CONTENT_CODING,
-}
-_KIND_OF: dict[bytes, int] = {}
-
-
-def is_for_connectors(lower: bytes) -> bool:
-    return lower in CONNECTOR_FIELDS or lower.startswith(CONNECTOR_PREFIXES)
-
-
-def _kind_of(name: bytes) -> int:
-    lower = name.lower()
-    kind = _KINDS.get(lower, _NOT_PASSED if lower in HOP_BY_HOP else _PASSED)
-    dashed = lower.replace(b"_", b"-")  # one name to servers that hand fields on as environment variables
-    if is_for_connectors(dashed) or (dashed != lower and (dashed in HOP_BY_HOP or dashed in _KINDS)):
-        kind = _NOT_PASSED
-    if len(_KIND_OF) < _MAX_KNOWN_NAMES:
-        _KIND_OF[name] = kind
-    return kind
 
 
 class RequestHead:
@@ -156,43 +122,43 @@ class RequestHead:
         self.target += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        kind = _KIND_OF.get(name)
+        kind = KIND_OF.get(name)
         if kind is None:
-            kind = _kind_of(name)
-        if kind is _PASSED:
+            kind = kind_of(name)
+        if kind is PASSED:
             self.lines.append(b"%b: %b\r\n" % (name, value))
-        elif kind is not _NOT_PASSED:
+        elif kind is not NOT_PASSED:
             self._special(kind, name, value.strip(b" \t"))
 
     def _special(self, kind: int, name: bytes, value: bytes) -> None:
-        if kind is _HOST:
+        if kind is HOST:
             if self.host_seen or value.translate(None, _HOST_CHARS):
                 raise BadHead("There must be one valid Host header.")
             self.host_seen = True
-        elif kind is _LENGTH:
+        elif kind is LENGTH:
             if self.has_length or self.chunked or not value.isdigit() or len(value) > 18:
                 raise BadHead("There must be one Content-Length, a number, and none beside Transfer-Encoding.")
             self.content_length = int(value)
             self.has_length = True
-        elif kind is _CODING:
+        elif kind is CODING:
             self._coded(value.lower())
-        elif kind is _REQUEST_ID:
+        elif kind is REQUEST_ID:
             self.request_id = clean_request_id(value)
-        elif kind is _AUTHORIZATION:
+        elif kind is AUTHORIZATION:
             if self.authorization is not None:
                 raise BadHead("There must be one Authorization header.")
             self.authorization = self.identity = value
-        elif kind is _API_KEY:
+        elif kind is API_KEY:
             if self.api_key is not None:
                 raise BadHead("There must be one x-api-key header.")
             self.api_key = value
             self.identity = self.identity or value
-        elif kind is _CONTENT_CODING:
+        elif kind is CONTENT_CODING:
             self.content_encoding = value.lower()
             self.lines.append(b"%b: %b\r\n" % (name, value))
-        elif kind is _CONNECTION:
+        elif kind is CONNECTION:
             self.connection_tokens += b"," + value.lower()
-        elif kind is _SERVER_TIMING:
+        elif kind is SERVER_TIMING:
             self.server_timing = int(value not in (b"", b"0"))
         elif value.lower() == b"100-continue":
             self.expects_continue = True

@@ -90,6 +90,7 @@ PURE = {
     "proxy/metric_families.py",
     "proxy/openai_api.py",
     "proxy/prompt_facts.py",
+    "proxy/request_fields.py",
     "proxy/retry.py",
     "proxy/scheduling/ascend.py",
     "proxy/scheduling/candidate.py",
