@@ -79,6 +79,8 @@ class ApiCall:
     """Why one KV is not enough for it and it can't be divided either; empty where there is no such reason."""
     scores_prompt: bool = False
     """Whether the answer has logprobs of the prompt's tokens, which only who computes the prompt can give."""
+    own_bootstrap: str = ""
+    """A field of the client's that only who routes to SGLang may say; empty where it has none."""
 
 
 def parse_call(route: str, body: bytes) -> ApiCall:
@@ -130,8 +132,7 @@ def _look_closer(call: ApiCall) -> None:
     """A call with fields that few have: whether it can be divided, whose the logprobs of its prompt are, what else it
     must not say. Raises BadRequest."""
     get = call.fields.get
-    for name in BOOTSTRAP_FIELDS & call.fields.keys():
-        raise BadRequest(f"'{name}' is not accepted from clients.", name)
+    call.own_bootstrap = min(BOOTSTRAP_FIELDS & call.fields.keys(), default="")
     if "kv_transfer_params" in call.fields:
         _take_out_if_empty(call)
     xargs = get("vllm_xargs")  # vLLM puts both into the same dictionary
