@@ -64,7 +64,7 @@ class Admission:
             raise self._rejection(429, "All decode capacity is taken and the queue is full.")
         began = monotonic()
         waiter = Waiter(flow, self._loop.create_future())
-        ticket = self._queue.push(api_key_of(flow), priority_of(flow), flow.cost.kv_tokens, waiter)
+        ticket = self._queue.push(flow.head.identity, priority_of(flow), flow.cost.kv_tokens, waiter)
         self._note_queue()
         try:
             async with asyncio.timeout(self._config.queue_timeout_s):
@@ -136,11 +136,6 @@ class Admission:
         for instance in self._fleet.members[Role.DECODE]:
             self.watch(instance)
         self.wake()
-
-
-def api_key_of(flow: Flow) -> bytes:
-    """What tells clients apart: the Authorization header, whole; empty for all who send none."""
-    return next((line for line in flow.head.lines if line[:14].lower() == b"authorization:"), b"")
 
 
 def priority_of(flow: Flow) -> int:

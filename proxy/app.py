@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import os
 import signal
@@ -14,30 +13,34 @@ from typing import Any
 
 from aiohttp import web
 
+from proxy.access import Access
 from proxy.access_log import AccessLog
 from proxy.admission import Admission
 from proxy.auto_contract import ContractFinder
 from proxy.bootstrap import Bootstrap
+from proxy.callers import Callers
 from proxy.capacity import CapacityReader
 from proxy.config import Address, ProxyConfig
 from proxy.contracts import AUTO, CONTRACTS
 from proxy.control_api import ControlApi
 from proxy.control_http import control_protocols
+from proxy.descriptors import raise_descriptor_limit
 from proxy.discovery.dns import NameWatcher, Resolve, look_up
 from proxy.discovery.kubernetes import PodWatcher
 from proxy.dispatch import Dispatcher
 from proxy.drain import wait_until
-from proxy.errors import StartError
+from proxy.errors import ConfigError, StartError
 from proxy.fan_out import FanOut
-from proxy.frontend import ClientConnection, Services
+from proxy.frontend import LINGER_S, ClientConnection, Services
 from proxy.health_probe import Prober
 from proxy.instance import Fleet, Role
 from proxy.instances_api import InstancesApi
+from proxy.keys import upstream_bearer_line
 from proxy.kv_ledger import KvLedger
 from proxy.legs import Legs
+from proxy.listening import is_loopback, listening_sockets, metaserver_url
 from proxy.load_ledger import settle_speeds
 from proxy.membership import Membership
-from proxy.metaserver import PATH as METASERVER_PATH
 from proxy.metaserver import Metaserver
 from proxy.metrics import ProxyMetrics, Readings
 from proxy.pass_through import PassThrough
@@ -47,6 +50,7 @@ from proxy.reload import reload
 from proxy.report import Reporter
 from proxy.scheduling import make_policy
 from proxy.scheduling.prefix_affinity import PrefixAffinity
+from proxy.tls import server_context
 from proxy.upstream_pool import SWEEP_S
 from proxy.workers.accepting import Acceptor, Connections
 from proxy.workers.crew import Crew
@@ -75,14 +79,17 @@ class ProxyApp:
         self._crew = crew
         self._read = config  # as the file and the flags had it last
         self._loop = loop
-        bearer = os.environ.get("OPENAI_API_KEY")
-        bearer_line = f"Authorization: Bearer {bearer}\r\n".encode("latin-1") if bearer else b""
+        self.access = Access(config)
+        self._tls = server_context(config)
+        bearer_line = upstream_bearer_line(config.upstream_api_key, config.upstream_api_key_file)
         contract = CONTRACTS["pull" if config.contract == AUTO else config.contract]()
         self.bootstrap = Bootstrap(config, loop)
         self.fleet = Fleet(config, loop, crew.row if crew is not None else None)
         self.kv_ledger = KvLedger()
         self.metrics = ProxyMetrics(self.fleet, self.kv_ledger, self._readings())
-        self.metaserver = Metaserver(config.metaserver_wait_s, loop, self.metrics.metaserver_calls)
+        self.metaserver = Metaserver(
+            config.metaserver_wait_s, Callers(config.metaserver_allow, self.fleet), loop, self.metrics.metaserver_calls
+        )
         self.reclaimer = Reclaimer(config, self.fleet, self.kv_ledger, loop)
         wants_lines = log.isEnabledFor(logging.INFO) or "access_log" in config.model_fields_set
         self._access_log = AccessLog(config.access_log if wants_lines else "off")
@@ -193,9 +200,12 @@ class ProxyApp:
         server = self._runner.server
         assert server is not None
         control = control_protocols(server, self._loop)
-        self._services = Services(self.config, self._loop, self.dispatcher.serve, control, self._reporter.refused)
+        self._services = Services(
+            self.config, self._loop, self.dispatcher.serve, control, self._reporter.refused, self.access
+        )
         if crew is not None:
             self._services.connections = Connections(crew.row)
+        raise_descriptor_limit(self.config.max_connections)
         for one in sockets:
             self.addresses.append(Address(*one.getsockname()[:2]))
             self._servers.append(await self._listen(one))
@@ -210,12 +220,27 @@ class ProxyApp:
         if self._pods is not None:
             self._pods.start()
         self._ticker = self._loop.create_task(self._tick())
+        self._warn_of_open_admin()
+
+    def _warn_of_open_admin(self) -> None:
+        is_first = self._crew is None or not self._crew.worker
+        if is_first and self.access.admin_is_open and not all(map(is_loopback, self.addresses)):
+            log.warning(
+                "event=admin_is_open listen=%s: whoever reaches it may change /instances; give --admin-api-key",
+                ",".join(map(str, self.addresses)),
+            )
 
     async def _listen(self, one: socket.socket) -> asyncio.Server | Acceptor:
         connections = self._services.connections
         if self._crew is None or not isinstance(connections, Connections):
-            return await self._loop.create_server(self._connection, sock=one, backlog=self.config.listen_backlog)
-        acceptor = Acceptor(one, self._connection, connections, self._crew.row, self._loop)
+            return await self._loop.create_server(
+                self._connection,
+                sock=one,
+                backlog=self.config.listen_backlog,
+                ssl=self._tls,
+                ssl_handshake_timeout=self.config.header_read_timeout_s if self._tls is not None else None,
+            )
+        acceptor = Acceptor(one, self._connection, connections, self._crew.row, self._loop, self._tls)
         acceptor.start()
         return acceptor
 
@@ -232,10 +257,13 @@ class ProxyApp:
                 instance.pool.sweep(now)
             for connection in list(self._services.connections):
                 connection.check_idle(now)
+            for handed in list(self._services.handed_over):
+                handed.check_idle(now, LINGER_S)
             for role in Role:
                 settle_speeds((one.load for one in self.fleet.members[role]), SPEED_DRIFT_A_TICK)
             self.membership.tick(now)
             self.admission.tick()
+            self.access.follow()
             self._access_log.flush()
             if self._crew is not None:
                 self._crew.row.beat()
@@ -250,7 +278,7 @@ class ProxyApp:
         return await wait_until(lambda: not self.num_in_flight(), self.config.drain_timeout_s)
 
     def reload(self, reread: Callable[[], ProxyConfig]) -> None:
-        self._read = reload(self.config, self._read, reread, self.membership)
+        self._read = reload(self.config, self._read, reread, self.membership, self.access, self._tls)
 
     async def stop(self) -> None:
         for connection in list(self._services.connections):
@@ -273,54 +301,6 @@ class ProxyApp:
             instance.pool.close()
         await asyncio.sleep(0)
         self._access_log.flush()
-
-
-def metaserver_url(config: ProxyConfig, port: int) -> str:
-    base = config.advertise_url.rstrip("/") or f"http://{Address(config.host.strip('[]'), port)}"
-    return base if base.endswith(METASERVER_PATH) else base + METASERVER_PATH
-
-
-def listening_sockets(host: str, port: int, backlog: int) -> list[socket.socket]:
-    """One bound socket for each address `host` means, all on one port. Raises StartError."""
-    try:
-        found = socket.getaddrinfo(host.strip("[]") or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError as error:
-        raise StartError(f"--host {host}: {error.strerror or error}") from None
-    sockets: list[socket.socket] = []
-    unusable: OSError | None = None
-    for family, kind, protocol, _, address in dict.fromkeys(found):
-        try:
-            one = socket.socket(family, kind, protocol)
-        except OSError as error:  # an address family this machine lacks
-            unusable = error
-            continue
-        try:
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            one.bind((address[0], port or (sockets[0].getsockname()[1] if sockets else 0), *address[2:]))
-            one.listen(backlog)
-            one.setblocking(False)
-            sockets.append(one)
-        except OSError as error:
-            one.close()
-            unusable = error
-            if error.errno == errno.EADDRNOTAVAIL:
-                continue  # localhost may name ::1 where there is no IPv6
-            for other in sockets:
-                other.close()
-            raise StartError(_cannot_listen(host, port, error)) from None
-    if not sockets:
-        raise StartError(_cannot_listen(host, port, unusable))
-    return sockets
-
-
-def _cannot_listen(host: str, port: int, error: OSError | None) -> str:
-    if error is not None and error.errno == errno.EADDRINUSE:
-        return f"port {port} on {host} is in use; stop what listens there or choose another with --port"
-    if error is not None and error.errno == errno.EACCES:
-        return f"port {port} needs privileges; choose one above 1023 with --port"
-    return f"cannot listen on {host}:{port}: {error.strerror if error else 'no address'}; choose another with --host"
 
 
 async def run(config: ProxyConfig, reread: Callable[[], ProxyConfig]) -> None:
@@ -371,7 +351,7 @@ async def run_worker(seat: Seat, config: ProxyConfig, reread: Callable[[], Proxy
 
         crew.does("reload", reload)
         await app.start()
-    except StartError as error:
+    except (StartError, ConfigError) as error:
         crew.peers.tell_parent("failed", str(error))
         await asyncio.sleep(0)
         crew.peers.close()

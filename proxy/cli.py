@@ -16,9 +16,10 @@ from typing import Any, NoReturn
 import uvloop
 
 from proxy.access_log import LogFormat
-from proxy.app import listening_sockets, log_ready, run, run_worker
+from proxy.app import log_ready, run, run_worker
 from proxy.config import ProxyConfig, load_config, nearest
 from proxy.errors import ConfigError, StartError
+from proxy.listening import listening_sockets
 from proxy.long_body import keep_freed_memory
 from proxy.workers.supervisor import Supervisor
 
@@ -29,6 +30,7 @@ SINGULAR = {
     "decoder_hosts": "--decoder-host",
     "decoder_ports": "--decoder-port",
 }
+REPEATED = frozenset(("api_key", "admin_api_key"))  # given twice, both count
 # A request leaves no cycles behind, so collecting every 700 allocations (Python's default) is a search for nothing.
 GC_ALLOCATIONS = 50_000
 
@@ -64,7 +66,10 @@ def parser() -> argparse.ArgumentParser:
         if field.annotation is bool:
             made.add_argument(*flags, dest=name, action="store_true", default=argparse.SUPPRESS, help=help_text)
         elif typing.get_origin(field.annotation) is tuple:
-            made.add_argument(*flags, dest=name, nargs="+", default=argparse.SUPPRESS, metavar="X", help=help_text)
+            action = "extend" if name in REPEATED else "store"
+            made.add_argument(
+                *flags, dest=name, nargs="+", action=action, default=argparse.SUPPRESS, metavar="X", help=help_text
+            )
         else:
             made.add_argument(*flags, dest=name, default=argparse.SUPPRESS, metavar="X", help=help_text)
     return made
@@ -96,9 +101,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     gc.set_threshold(GC_ALLOCATIONS, 20, 50)
     try:
         serve(config, lambda: read_config(words))
-    except StartError as error:
+    except (StartError, ConfigError) as error:  # a file it names, keys or a certificate, may be unusable
         print(f"pd-proxy: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(1 if isinstance(error, StartError) else 2)
 
 
 def serve(config: ProxyConfig, reread: Callable[[], ProxyConfig]) -> None:

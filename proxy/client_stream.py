@@ -13,6 +13,7 @@ from collections.abc import Callable
 import orjson
 
 from proxy import http1
+from proxy.chunked_body import ChunkDecoder
 from proxy.continuation import RECOMPUTED, Continuation, Delivered, delivered_in, is_recomputed, parsed_object
 from proxy.errors import BadHead
 from proxy.prompt_facts import with_cached_tokens
@@ -61,7 +62,7 @@ class ClientStream:
         self._max_event_bytes = max_event_bytes
         self._kept: list[bytes] = []
         self._room = max_kept_bytes
-        self._decoder: http1.ChunkDecoder | None = None
+        self._decoder: ChunkDecoder | None = None
         self._chunked_in = True
         self._pending = b""
         self._torn = False
@@ -129,7 +130,7 @@ class ClientStream:
             return False
         complete = False
         if self._chunked_in:
-            decoder = self._decoder = self._decoder or http1.ChunkDecoder()
+            decoder = self._decoder = self._decoder or ChunkDecoder()
             try:
                 pieces, _ = decoder.feed(data)
             except BadHead:  # the parser of the connection took it; two readers that differ must not go on

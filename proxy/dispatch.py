@@ -148,6 +148,8 @@ class Dispatcher:
         flow.call = call = parse_call(flow.route, body)
         if call.own_kv_transfer_params and not self._config.allow_client_kv_transfer_params:
             raise BadRequest("'kv_transfer_params' is not accepted from clients.", "kv_transfer_params")
+        if call.own_bootstrap and not self._config.allow_client_kv_transfer_params:
+            raise BadRequest(f"'{call.own_bootstrap}' is not accepted from clients.", call.own_bootstrap)
         flow.stream = call.stream
         flow.cost = cost_of(call)
         flow.forwarded = flow.head.forwarded

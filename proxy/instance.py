@@ -95,7 +95,8 @@ class Instance:
         self.failures: Counter[str] = Counter()
         self.pool = UpstreamPool(address, config, loop)
         if name is not None:  # a server that tells virtual hosts apart knows itself by its name
-            self.pool.host_line = UpstreamPool(name, config, loop).host_line
+            named = UpstreamPool(name, config, loop)
+            self.pool.host_line, self.pool.server_name = named.host_line, named.server_name
 
     @property
     def num_open(self) -> int:

@@ -1,8 +1,10 @@
 """Where layerwise decoders call: `POST /v1/metaserver` (ascend-proxy.md 2.2).
 
-Only ids that are expected are answered, each belongs to one request in flight. All children of a list of prompts are
-joined, then one prefill is started for them. A call is answered with its outcome if that comes soon, and with "ok" if
-not: a decoder has few threads for these calls and no time-out on them, and joined children would wait for one another.
+Only ids that are expected are answered, each belongs to one request in flight, and only callers at a decoder's address
+(or one that `--metaserver-allow` names): who answers in a decoder's place has a prompt's KV sent to him. All children
+of a list of prompts are joined, then one prefill is started for them. A call is answered with its outcome if that comes
+soon, and with "ok" if not: a decoder has few threads for these calls and no time-out on them, and joined children would
+wait for one another.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Any
 import orjson
 from aiohttp import web
 
+from proxy.callers import Callers
 from proxy.errors import BadRequest, ProxyError
 
 PATH = "/v1/metaserver"
@@ -67,8 +70,9 @@ class Handoff:
 class Metaserver:
     """`url` is what decoders are told; `calls` counts answers by their outcome."""
 
-    def __init__(self, wait_s: float, loop: asyncio.AbstractEventLoop, calls: Counter[str]) -> None:
+    def __init__(self, wait_s: float, callers: Callers, loop: asyncio.AbstractEventLoop, calls: Counter[str]) -> None:
         self._wait_s = wait_s
+        self._callers = callers
         self._loop = loop
         self._expected: dict[str, Handoff] = {}
         self.url = ""
@@ -99,7 +103,10 @@ class Metaserver:
         return [web.post(PATH, self.serve), *([web.post(with_worker, self.serve)] if self.worker is not None else [])]
 
     async def serve(self, request: web.Request) -> web.Response:
-        """Raises ProxyError: 404 for an id that is not expected, 502 if the prefill failed."""
+        """Raises ProxyError: 403 for a stranger, 404 for an id that is not expected, 502 if the prefill failed."""
+        if not self._callers.include(request):
+            self.calls["stranger"] += 1
+            raise ProxyError(403, "Only decoders call this (--metaserver-allow).", error_type="PermissionDeniedError")
         child_id, params = self._read(await request.read())
         worker = int(request.match_info.get("worker", -1))
         if self.forward is not None and worker not in (-1, self.worker):

@@ -45,7 +45,11 @@ del _FORCED["messages"]["min_tokens"]  # no field of that API: it has no way to 
 _HAS_FORMAT = {"responses": "text", "messages": "output_config"}  # what else these hold may shape the prompt
 _ONE = ("n", "max_completion_tokens", "max_output_tokens")
 _REWRITTEN = _NOT_FOR_ONE_TOKEN | {*_ONE, *_HAS_FORMAT.values()}
-_UNUSUAL = frozenset(
+# By these, whoever routes tells SGLang where KV comes from: a client must not.
+BOOTSTRAP_FIELDS = frozenset(
+    ("bootstrap_host", "bootstrap_port", "bootstrap_room", "bootstrap_pair_key", "disagg_prefill_dp_rank")
+)
+_UNUSUAL = BOOTSTRAP_FIELDS | frozenset(
     (
         "n", "best_of", "seed", "use_beam_search", "prompt_embeds", "prompt_logprobs", "echo", "vllm_xargs",
         "kv_transfer_params", "previous_response_id", "background",
@@ -77,6 +81,8 @@ class ApiCall:
     """Why one KV is not enough for it and it can't be divided either; empty where there is no such reason."""
     scores_prompt: bool = False
     """Whether the answer has logprobs of the prompt's tokens, which only who computes the prompt can give."""
+    own_bootstrap: str = ""
+    """A field of the client's that only who routes to SGLang may say; empty where it has none."""
 
 
 def parse_call(route: str, body: bytes) -> ApiCall:
@@ -128,6 +134,7 @@ def _look_closer(call: ApiCall) -> None:
     """A call with fields that few have: whether it can be divided, whose the logprobs of its prompt are, what else it
     must not say. Raises BadRequest."""
     get = call.fields.get
+    call.own_bootstrap = min(BOOTSTRAP_FIELDS & call.fields.keys(), default="")
     if "kv_transfer_params" in call.fields:
         _take_out_if_empty(call)
     xargs = get("vllm_xargs")  # vLLM puts both into the same dictionary
