@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import uvloop
-from pydantic import ValidationError
+from pydantic import ByteSize, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from sidecar.config import SidecarConfig
@@ -112,7 +112,17 @@ def _options(field: FieldInfo) -> dict[str, Any]:
     options |= {"required": True} if field.is_required() else {"default": default}
     if get_origin(field.annotation) is Literal:
         return options | {"choices": get_args(field.annotation)}
+    if ByteSize in (field.annotation, *get_args(field.annotation)):
+        return options | {"type": _size, "metavar": "SIZE"}
     return options | {"type": field.annotation, "metavar": str(getattr(field.annotation, "__name__", "value")).upper()}
+
+
+def _size(text: str) -> int:
+    """Bytes, or a number with a unit."""
+    try:
+        return TypeAdapter(ByteSize).validate_python(text)
+    except ValidationError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: write bytes, or 256MiB, or 2GiB") from error
 
 
 if __name__ == "__main__":

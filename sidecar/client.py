@@ -42,9 +42,12 @@ from sidecar.protocol import (
     Revoke,
     SidecarHello,
     SidecarLost,
+    StoreEvent,
+    StoreRequest,
     decode,
     encode,
 )  # fmt: skip
+from sidecar.store.messages import OpenRequests
 
 CALL_TIMEOUT_S = 5.0
 """One round trip over a unix socket; past this the sidecar hangs and its connection is given up."""
@@ -79,6 +82,7 @@ class SidecarClient:
         self._calls: dict[int, _Call] = {}
         self._next_call_id = 1
         self._pulls: dict[str, PullSource] = {}
+        self._store_requests = OpenRequests()
         self._events: deque[Event] = deque()
         self._broken = ""
         self._closed = False
@@ -191,6 +195,23 @@ class SidecarClient:
     def drop(self, source: PullSource) -> None:
         """Tell the producer that nobody will read this lease. Idempotent, answers nothing."""
         self._send(Drop(source))
+
+    def ask_store(self, request: StoreRequest) -> None:
+        """Look up, load or save blocks; one StoreFound, StoreLoadEnded or StoreSaveEnded follows. Or abandon a load.
+
+        Raises SidecarUnavailable, and then no event follows, or ValueError on an id in use.
+        """
+        payload = encode(request)
+        with self._lock:
+            self._check_alive()
+            self._store_requests.add(request)
+        try:
+            self._send_payload(payload)
+        except SidecarUnavailable:
+            with self._lock:
+                if self._store_requests.end(request):
+                    raise
+            # The reader saw the end first and has reported this request.
 
     def poll(self) -> list[Event]:
         """Everything that has happened since the last call, in order."""
@@ -313,6 +334,12 @@ class SidecarClient:
             if expected is not None:
                 self._events.append(message)
             return expected is not None
+        if isinstance(message, StoreEvent):
+            with self._lock:
+                asked = self._store_requests.end(message)
+            if asked:
+                self._events.append(message)
+            return asked
         if isinstance(message, PoolRegistered | Offer | CallFailed):
             with self._lock:
                 call = self._calls.pop(message.call_id, None)
@@ -334,6 +361,7 @@ class SidecarClient:
             self._broken = self._broken or message
             calls, self._calls = self._calls, {}
             pulls, self._pulls = self._pulls, {}
+            store_events = self._store_requests.lose(message)
             closed = self._closed
         for call in calls.values():
             call.done.set()
@@ -342,6 +370,7 @@ class SidecarClient:
         for pull_id, source in pulls.items():
             peer = f"{source.engine_id}@{source.host}:{source.port}"
             self._events.append(PullEnded(pull_id, False, "sidecar_lost", message, 0, 0, 0.0, "", peer))
+        self._events.extend(store_events)
         self._events.append(SidecarLost(message))
         self._notify()
 

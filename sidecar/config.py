@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ByteSize, ConfigDict, Field
 
 from sidecar.errors import UsageError
 
@@ -35,6 +35,24 @@ class SidecarConfig(BaseModel):
         default="tcp", description="protocol of Mooncake's transfer engine"
     )
     mooncake_device: str = Field(default="", description="device names for Mooncake (rdma: comma-separated NICs)")
+
+    store_memory_bytes: ByteSize = Field(
+        default=ByteSize(0), ge=0, description="prefix store: host memory for finished blocks (4GiB); 0: none"
+    )
+    store_dir: str = Field(
+        default="", description="prefix store: directory for finished blocks, which machines may share; empty: none"
+    )
+    store_dir_bytes: ByteSize = Field(
+        default=ByteSize(0), ge=0, description="what --store-dir may hold, of every model and machine; 0: 16GiB"
+    )
+    store_mooncake: str = Field(default="", description="prefix store: HOST:PORT of a mooncake_master; empty: none")
+    store_mooncake_segment_bytes: ByteSize | None = Field(
+        default=None, ge=0, description="host memory given to Mooncake Store, 0 to only use that of others (256MiB)"
+    )
+    store_threads: int = Field(default=4, ge=1, le=64, description="threads reading from each tier of the store")
+    store_queue_bytes: ByteSize = Field(
+        default=ByteSize(256 << 20), ge=1 << 20, description="blocks on their way to slower tiers; more are not kept"
+    )
 
     claim_ttl_s: float = Field(
         default=5.0, ge=0.1, le=600, description="a claimed lease lives this long after its last heartbeat"

@@ -25,6 +25,10 @@ from sidecar.peers import PeerTable
 from sidecar.regions import boot_id
 from sidecar.registration import Identity, Registration
 from sidecar.server import EngineSocket, Listener, listen_abstract, listen_tcp
+from sidecar.store.block_store import BlockStore
+from sidecar.store.metrics import StoreMetrics
+from sidecar.store.registry import open_store
+from sidecar.store.store_table import StoreTable
 from sidecar.tenancy import Tenancy
 from sidecar.transfer_table import TransferTable
 from sidecar.transport.registry import available_transports
@@ -33,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 DRAIN_S = 2.0
 """Pulls under way at SIGTERM get this long to end by themselves."""
+STORE_DRAIN_S = 3.0
+"""Saved blocks get this long to reach the slower tiers of the store."""
 
 
 class Daemon:
@@ -55,7 +61,9 @@ class Daemon:
         self._stopping = asyncio.Event()
         self._sockets: list[socket.socket] = []
         self._executor = CopyExecutor(config.copy_threads, config.copy_bytes_per_s)
+        self._store: BlockStore | None = None
         try:
+            self._store = open_store(config, StoreMetrics(self.metrics.registry), advertised)
             self.transports = available_transports(config, self._executor, advertised)
             self._peer_sock = self._keep(listen_tcp(host, port, "--listen"))
             self._metrics_sock = self._keep(listen_tcp(host, config.metrics_port, "--metrics-port"))
@@ -66,8 +74,11 @@ class Daemon:
             for sock in self._sockets:
                 sock.close()
             self._executor.close()
+            if self._store is not None:
+                self._store.close()
             raise
         self._keep(self._engine_socket.sock)
+        self.store_tiers = self._store.names if self._store else ()
         self.identity = Identity(
             config.engine_id, config.rank, secrets.token_hex(8), boot_id(), advertised,
             self._peer_sock.getsockname()[1], peer_socket if "shm" in self.transports else "", tuple(self.transports),
@@ -97,6 +108,8 @@ class Daemon:
             self._engine_socket.remove(with_directory=self._config.remove_directory)
             await runner.cleanup()
             self._executor.close()
+            if self._store is not None:
+                self._store.close()
 
     def next_epoch(self) -> str:
         """A name for the next registration, unlike any other of any process."""
@@ -113,7 +126,8 @@ class Daemon:
         offers = Offers(config, registration.epoch, registration.layout.num_blocks, metrics, session.send)
         peers = PeerTable(config, self.identity, registration, self.transports, metrics)
         pulls = TransferTable(config, registration, peers, metrics, session.send)
-        self._tenancy = Tenancy(registration, offers, peers, pulls, self.transports.values())
+        store = StoreTable(self._store, registration, config.rank, self._executor) if self._store else None
+        self._tenancy = Tenancy(registration, offers, peers, pulls, self.transports.values(), store)
         self._tenant_session = session
         for transport in self.transports.values():
             transport.registered(registration)
@@ -165,6 +179,8 @@ class Daemon:
             await asyncio.wait([session.ended for session in sessions])
         for peer in list(self._peer_sessions):
             peer.close("the sidecar is stopping")
+        if self._store is not None:
+            await self._store.drain(STORE_DRAIN_S)
         await asyncio.sleep(0)
 
     async def _serve_http(self) -> web.AppRunner:
@@ -182,6 +198,8 @@ class Daemon:
             self.metrics.leases.labels(state).set(tenancy.offers.count(state) if tenancy else 0)
         self.metrics.open_pulls.set(len(tenancy.pulls) if tenancy else 0)
         self.metrics.registered_bytes.set(tenancy.registration.region.num_bytes if tenancy else 0)
+        if self._store is not None:
+            self._store.measure()
         return web.Response(body=self.metrics.page(), headers={"Content-Type": CONTENT_TYPE})
 
     async def _health_page(self, request: web.Request) -> web.Response:
@@ -195,6 +213,7 @@ class Daemon:
             "epoch": tenant.registration.epoch if tenant else None,
             "transports": list(self.transports),
             "faults": faults,
+            "store": {"tiers": self.store_tiers, "faults": self._store.faults() if self._store else {}},
         }
         return web.json_response(state, status=503 if faults else 200)
 

@@ -35,6 +35,7 @@ from sidecar.protocol import (
     version_fault,
 )  # fmt: skip
 from sidecar.registration import Identity, Registration, register
+from sidecar.store.messages import StoreRequest, refusal
 from sidecar.tenancy import Tenancy
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class Host(Protocol):
     """What an engine's session needs of the sidecar around it."""
 
     identity: Identity
+    store_tiers: tuple[str, ...]
 
     def next_epoch(self) -> str: ...
 
@@ -101,6 +103,8 @@ class EngineSession:
             self._offer(message)
         elif isinstance(message, Pull):
             self._pull(message)
+        elif isinstance(message, StoreRequest):
+            self._ask_store(message)
         elif self._tenancy is not None:
             self._act(message, self._tenancy)
 
@@ -110,7 +114,7 @@ class EngineSession:
         self.send(
             SidecarHello(
                 identity.engine_id, identity.rank, identity.host, identity.port, identity.transports,
-                identity.sidecar_epoch, PROTOCOL_VERSION,
+                identity.sidecar_epoch, PROTOCOL_VERSION, self._host.store_tiers,
             )
         )  # fmt: skip
 
@@ -148,6 +152,14 @@ class EngineSession:
         peer = f"{source.engine_id}@{source.host}:{source.port}"
         why = "only the process that registered the pool may pull" if self._joined else "no pool is registered"
         self.send(PullEnded(message.pull_id, False, "invalid", why, 0, 0, 0.0, "", peer))
+
+    def _ask_store(self, message: StoreRequest) -> None:
+        if self._tenancy is not None and self._tenancy.store is not None:
+            self._tenancy.store.handle(message, self.send, may_write=not self._joined)
+            return
+        answer = refusal(message, "no pool is registered" if self._tenancy is None else "this sidecar has no store")
+        if answer is not None:
+            self.send(answer)
 
     def _register(self, message: RegisterPool) -> None:
         if self._joined:

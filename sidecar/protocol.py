@@ -13,13 +13,29 @@ import msgspec
 
 from sidecar.errors import FrameError
 from sidecar.layout import MAX_RANKS, KvLayout, Plane
+from sidecar.message import Id, Message, Natural, Seconds
+from sidecar.store.messages import (
+    StoreAbandon,
+    StoreEvent,
+    StoreFound,
+    StoreLoad,
+    StoreLoadEnded,
+    StoreLookup,
+    StoreRequest,
+    StoreSave,
+    StoreSaveEnded,
+)  # fmt: skip
 
-__all__ = ["CHANGES", "PROTOCOL_VERSION", "KvLayout", "Plane"]
+__all__ = [
+    "CHANGES", "PROTOCOL_VERSION", "KvLayout", "Message", "Plane", "StoreAbandon", "StoreEvent", "StoreFound",
+    "StoreLoad", "StoreLoadEnded", "StoreLookup", "StoreRequest", "StoreSave", "StoreSaveEnded",
+]  # fmt: skip
 
 CHANGES = {
     1: "the first: engine socket, peer control, transports shm and mooncake, pull direction",
     2: "join_pool: an engine's second process offers blocks of the pool that the first one registered",
     3: "layouts say which rank they are of; pull from several ranks' leases; a lease has several readers (claim)",
+    5: "prefix store: store_lookup, store_load, store_abandon, store_save; the sidecar's hello names the tiers",
 }
 """What each version changed; an end speaks exactly one."""
 PROTOCOL_VERSION = max(CHANGES)
@@ -27,14 +43,6 @@ PROTOCOL_VERSION = max(CHANGES)
 ENGINE_FRAME_BYTES = 16 << 20
 """A lease or pull of a million blocks fits: five bytes a block id."""
 PEER_FRAME_BYTES = 16 << 20
-
-Natural = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
-Id = Annotated[str, msgspec.Meta(max_length=16384)]
-Seconds = Annotated[float, msgspec.Meta(ge=0, le=86400 * 366)]
-
-
-class Message(msgspec.Struct, tag_field="type", frozen=True):
-    """What travels in a frame."""
 
 
 class Refused(Message, tag="refused", frozen=True):
@@ -62,6 +70,8 @@ class SidecarHello(Message, tag="sidecar_hello", frozen=True):
     transports: tuple[str, ...]
     sidecar_epoch: str
     protocol_version: int
+    store: tuple[str, ...] = ()
+    """Tiers of the prefix store, fastest first; empty where there is none."""
 
 
 class RegisterPool(Message, tag="register_pool", frozen=True):
@@ -182,7 +192,7 @@ class SidecarLost(msgspec.Struct, frozen=True):
     message: str
 
 
-Event = OfferEnded | PullEnded | SidecarLost
+Event = OfferEnded | PullEnded | SidecarLost | StoreEvent
 
 # Between sidecars.
 
@@ -285,8 +295,8 @@ class _AnyHello(msgspec.Struct):
     version: int
 
 
-FromEngine = EngineHello | RegisterPool | JoinPool | OfferBlocks | Revoke | Pull | Abandon | Drop
-ToEngine = SidecarHello | Refused | PoolRegistered | Offer | CallFailed | OfferEnded | PullEnded
+FromEngine = EngineHello | RegisterPool | JoinPool | OfferBlocks | Revoke | Pull | Abandon | Drop | StoreRequest
+ToEngine = SidecarHello | Refused | PoolRegistered | Offer | CallFailed | OfferEnded | PullEnded | StoreEvent
 FromConsumer = PeerHello | OpenRegion | Claim | Heartbeat | Release
 ToConsumer = PeerWelcome | Refused | RegionOpened | Claimed | Done | CallRefused
 

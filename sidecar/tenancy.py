@@ -10,6 +10,7 @@ from sidecar.offers import Offers
 from sidecar.peer_session import PeerSession
 from sidecar.peers import PeerTable
 from sidecar.registration import Registration
+from sidecar.store.store_table import StoreTable
 from sidecar.transfer_table import TransferTable
 from sidecar.transport.contract import Transport
 
@@ -33,11 +34,13 @@ class Tenancy:
         peers: PeerTable,
         pulls: TransferTable,
         transports: Iterable[Transport],
+        store: StoreTable | None = None,
     ) -> None:
         self.registration = registration
         self.offers = offers
         self.peers = peers
         self.pulls = pulls
+        self.store = store
         self.peer_sessions: set[PeerSession] = set()
         self.joined: set[Joined] = set()
         self._transports = tuple(transports)
@@ -51,6 +54,8 @@ class Tenancy:
             joined.close(why)
         self.offers.close()
         await self.pulls.close(why)
+        if self.store is not None:
+            await self.store.close(why)
         await self.peers.close()
         for transport in self._transports:
             await transport.retire(self.registration)

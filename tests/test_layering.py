@@ -30,7 +30,7 @@ WALLS = {
         "engine_adapter/device.py",
     ),
     "torch_npu": ("engine_adapter/device.py",),
-    "mooncake": ("sidecar/transport/mooncake.py",),
+    "mooncake": ("sidecar/transport/mooncake.py", "sidecar/store/mooncake_process.py"),
     "vllm": ("engine_adapter/vllm_connector/compat.py", "engine_adapter/vllm_connector/plugin.py"),
     "prometheus_client": ("metrics.py",),
 }
@@ -112,9 +112,13 @@ PURE = {
     "sidecar/framing.py",
     "sidecar/layout.py",
     "sidecar/leases.py",
+    "sidecar/message.py",
     "sidecar/protocol.py",
     "sidecar/reshard.py",
     "sidecar/spans.py",
+    "sidecar/store/keys.py",
+    "sidecar/store/messages.py",
+    "sidecar/store/sealed_block.py",
     "sidecar/transfer.py",
 }
 

@@ -289,7 +289,7 @@ def _listen(sock: socket.socket, inbox: queue.SimpleQueue[Message]) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _die_with_parent(parent: int) -> None:
+def die_with_parent(parent: int) -> None:
     """Ask the kernel to kill this process when the sidecar dies, whatever its threads are doing."""
     PR_SET_PDEATHSIG = 1
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -298,7 +298,7 @@ def _die_with_parent(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    _die_with_parent(int(sys.argv[2]))
+    die_with_parent(int(sys.argv[2]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     serve_child(socket.socket(fileno=int(sys.argv[1])))

@@ -1,0 +1,15 @@
+"""What every message of the protocol is made of. Pure."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+Natural = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+Id = Annotated[str, msgspec.Meta(max_length=16384)]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=86400 * 366)]
+
+
+class Message(msgspec.Struct, tag_field="type", frozen=True):
+    """What travels in a frame."""

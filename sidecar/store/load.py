@@ -1,0 +1,87 @@
+"""One load: blocks out of the store into an engine's pool, in whatever order they come.
+
+Ends once, when nothing writes any more: all blocks there, one found missing (what follows it is of no use), the
+deadline, or nobody wanting it. A read that hangs is no reason to wait: it fills a buffer of its own, and what it brings
+after the end is not copied.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+Piece = tuple[int, int]
+"""(address, bytes) in the engine's pool; a block has one a plane."""
+
+
+class Load:
+    """Thread-safe. `on_end` is called once, on whichever thread comes last."""
+
+    def __init__(self, targets: Sequence[Sequence[Piece]], on_end: Callable[[], None]) -> None:
+        self._targets = targets
+        self._on_end = on_end
+        self._lock = threading.Lock()
+        self._tier_of: list[str] = [""] * len(targets)
+        self._num_open = len(targets)
+        self._num_copying = 0
+        self._limit = len(targets)
+        """Blocks from here on are no use: one before them is missing."""
+        self._closed = ""
+        self._ended = False
+
+    def wants(self, index: int) -> bool:
+        """Whether this block, were it there, would be of any use."""
+        return not self._closed and index < self._limit
+
+    def take(self, index: int, block: bytearray | None, tier: str) -> None:
+        """The store's answer for one block: copy it into the pool."""
+        with self._lock:
+            copies = block is not None and not self._closed and index < self._limit
+            self._num_copying += copies
+        if copies and block is not None:
+            scatter(block, self._targets[index])
+        with self._lock:
+            self._num_copying -= copies
+            if copies:
+                self._tier_of[index] = tier
+            self._num_open -= 1
+            if block is None:
+                self._limit = min(self._limit, index)
+        self._end_if_done()
+
+    def close(self, reason: str) -> None:
+        """Copy nothing more; the end follows, at once or after the copies under way. Idempotent."""
+        with self._lock:
+            self._closed = self._closed or reason
+        self._end_if_done()
+
+    def outcome(self) -> tuple[int, str, Counter[str]]:
+        """After the end: leading blocks that are whole, why not all ("" if all), and how many came from which tier."""
+        num_blocks = self._tier_of.index("") if "" in self._tier_of else len(self._tier_of)
+        whole = num_blocks == len(self._tier_of)
+        return num_blocks, "" if whole else self._closed or "missing", Counter(self._tier_of[:num_blocks])
+
+    def _end_if_done(self) -> None:
+        with self._lock:
+            leading_done = self._limit < len(self._targets) and all(self._tier_of[: self._limit])
+            done = self._num_copying == 0 and (self._closed or self._num_open == 0 or leading_done)
+            if self._ended or not done:
+                return
+            self._ended = True
+            self._closed = self._closed or "missing"
+        self._on_end()
+
+
+def scatter(block: bytearray, pieces: Sequence[Piece]) -> None:
+    """Copy a block's bytes to where its planes lie; without the interpreter's lock."""
+    source = address_of(block)
+    for address, num_bytes in pieces:
+        ctypes.memmove(address, source, num_bytes)
+        source += num_bytes
+
+
+def address_of(block: bytearray) -> int:
+    """Where its bytes are, as long as somebody holds it and nobody resizes it."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(block))
