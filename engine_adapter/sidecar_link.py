@@ -15,7 +15,18 @@ from collections.abc import Callable, Sequence
 from engine_adapter.kv_transfer_params import KvSource
 from sidecar.client import SidecarClient
 from sidecar.errors import SidecarError
-from sidecar.protocol import Event, PullEnded, PullSource, SidecarLost
+from sidecar.protocol import (
+    Event,
+    PullEnded,
+    PullSource,
+    SidecarLost,
+    StoreLoad,
+    StoreLoadEnded,
+    StoreRequest,
+    StoreSave,
+    StoreSaveEnded,
+    store_refusal,
+)  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +130,21 @@ class SidecarLink:
             except SidecarError as error:
                 logger.warning("abandon_failed pull_id=%s error=%s", pull_id, error)
 
+    def ask_store(self, request: StoreRequest, within_s: float) -> None:
+        """Ask the prefix store; the event that answers follows, always. A sidecar that is late with it is killed."""
+        message, key = "the sidecar is away", _store_key(request)
+        if (client := self.client) is not None:
+            if key:
+                self._overdue_at[key] = time.monotonic() + within_s + self._fence_grace_s
+            try:
+                client.ask_store(request)
+                return
+            except SidecarError as error:
+                message = str(error)
+        self._overdue_at.pop(key, None)
+        if (event := store_refusal(request, message, "sidecar_lost")) is not None:
+            self._failed_at_once.append(event)
+
     def poll(self) -> list[Event]:
         """What has happened since the last call. After SidecarLost the link is down until it has mended itself."""
         events, self._failed_at_once = self._failed_at_once, []
@@ -127,6 +153,8 @@ class SidecarLink:
                 events.append(event)
                 if isinstance(event, PullEnded):
                     self._overdue_at.pop(event.pull_id, None)
+                elif isinstance(event, StoreLoadEnded | StoreSaveEnded):
+                    self._overdue_at.pop(_store_key(event), None)
                 elif isinstance(event, SidecarLost):
                     self._unlink(client, event.message)
             self._flush_drops()
@@ -202,6 +230,13 @@ class SidecarLink:
             self._lost.clear()
             self._linked = linked
             self._wake()
+
+
+def _store_key(message: StoreRequest | StoreLoadEnded | StoreSaveEnded) -> str:
+    """Under what an answer is waited for; "" for what touches no block."""
+    if isinstance(message, StoreLoad | StoreLoadEnded):
+        return f"store load {message.load_id}"
+    return f"store save {message.save_id}" if isinstance(message, StoreSave | StoreSaveEnded) else ""
 
 
 def pull_source(source: KvSource, num_blocks: int) -> PullSource:

@@ -38,13 +38,15 @@ class SidecarCommand:
     metrics_port: int = 0
     rank: int = 0
     log_level: str = "INFO"
+    more: tuple[str, ...] = ()
+    """Further flags, as words."""
 
     def argv(self, socket_path: str) -> list[str]:
         return [
             sys.executable, "-m", "sidecar.cli", "--socket", socket_path, "--listen", self.listen,
             "--engine-id", self.engine_id, "--rank", str(self.rank), "--transport", self.transport,
             "--metrics-port", str(self.metrics_port), "--log-level", self.log_level, "--exit-on-stdin-eof",
-            "--remove-directory",
+            "--remove-directory", *self.more,
         ]  # fmt: skip
 
 

@@ -35,7 +35,7 @@ from sidecar.protocol import (
     version_fault,
 )  # fmt: skip
 from sidecar.registration import Identity, Registration, register
-from sidecar.store.messages import StoreRequest, refusal
+from sidecar.store.messages import StoreRequest, store_refusal
 from sidecar.tenancy import Tenancy
 
 logger = logging.getLogger(__name__)
@@ -157,7 +157,9 @@ class EngineSession:
         if self._tenancy is not None and self._tenancy.store is not None:
             self._tenancy.store.handle(message, self.send, may_write=not self._joined)
             return
-        answer = refusal(message, "no pool is registered" if self._tenancy is None else "this sidecar has no store")
+        answer = store_refusal(
+            message, "no pool is registered" if self._tenancy is None else "this sidecar has no store"
+        )
         if answer is not None:
             self.send(answer)
 

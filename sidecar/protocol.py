@@ -24,11 +24,12 @@ from sidecar.store.messages import (
     StoreRequest,
     StoreSave,
     StoreSaveEnded,
+    store_refusal,
 )  # fmt: skip
 
 __all__ = [
     "CHANGES", "PROTOCOL_VERSION", "KvLayout", "Message", "Plane", "StoreAbandon", "StoreEvent", "StoreFound",
-    "StoreLoad", "StoreLoadEnded", "StoreLookup", "StoreRequest", "StoreSave", "StoreSaveEnded",
+    "StoreLoad", "StoreLoadEnded", "StoreLookup", "StoreRequest", "StoreSave", "StoreSaveEnded", "store_refusal",
 ]  # fmt: skip
 
 CHANGES = {

@@ -79,6 +79,13 @@ class BlockManager:
             block_ids.append(block_id)
         return block_ids
 
+    def hold(self, block_ids: Iterable[int]) -> None:
+        """One holder more for each, of blocks that are held already."""
+        for block_id in block_ids:
+            if self._num_holders[block_id] <= 0:
+                raise AssertionError(f"block {block_id} is not held")
+            self._num_holders[block_id] += 1
+
     def register(self, block_id: int, block_hash: bytes) -> None:
         """The content of a held block is complete and has this hash. The first block of a hash keeps it."""
         if not self.enable_prefix_caching or block_hash in self._block_of or block_id in self._hash_of:

@@ -18,6 +18,7 @@ from engine_adapter.torch_engine.kv_cache import KvCache, fit_model_len, num_poo
 from engine_adapter.torch_engine.kv_transfer import KvTransfer
 from engine_adapter.torch_engine.model_loader import LoadedModel, load_model
 from engine_adapter.torch_engine.model_runner import ModelRunner
+from engine_adapter.torch_engine.prefix_store import PrefixStore
 from engine_adapter.torch_engine.scheduler import Scheduler
 from engine_adapter.torch_engine.sequence import EngineRequest, EngineRequestError, RequestOutput
 from sidecar.protocol import KvLayout
@@ -122,6 +123,10 @@ class Engine:
     def set_kv_transfer(self, kv_transfer: KvTransfer | None) -> None:
         """Give the engine its connector, which needs the pool's fd and so comes after the engine. Before `start`."""
         self.core.kv_transfer = kv_transfer
+
+    def set_prefix_store(self, prefix_store: PrefixStore | None) -> None:
+        """Give the engine where to find and keep prefixes beyond its pool. Before `start`."""
+        self.core.store_use.store = prefix_store
 
     def start(self, on_outputs: Callable[[list[RequestOutput]], None]) -> None:
         """Start the engine thread, which calls `on_outputs` once a step with all of the step's outputs."""

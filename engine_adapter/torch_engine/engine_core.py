@@ -29,6 +29,7 @@ from engine_adapter.torch_engine.sequence import (
     SequenceState,
     TokenLogprobs,
 )
+from engine_adapter.torch_engine.store_use import StoreUse
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +90,7 @@ class EngineCore:
         self._device = device
         self._seeds = random.Random(seed)
         self._kv_load_failure_policy = kv_load_failure_policy
+        self.store_use = StoreUse(scheduler)
         self._asks: dict[str, _Ask] = {}
         self._num_arrived = 0
         self._outputs: list[RequestOutput] = []
@@ -100,7 +102,7 @@ class EngineCore:
 
     @property
     def waits_for_kv_events(self) -> bool:
-        return bool(self.scheduler.pulling or self.scheduler.offered)
+        return bool(self.scheduler.pulling or self.scheduler.offered or self.store_use.is_saving)
 
     def add(self, request: EngineRequest) -> None:
         """Take a request in; one that can't be served is answered with the next step."""
@@ -159,6 +161,8 @@ class EngineCore:
             return
         seq = ask.sequence
         self._outputs = [output for output in self._outputs if output.request_id != request_id]
+        if self.store_use.abandon(seq):
+            return
         if seq.state is SequenceState.WAITING_FOR_REMOTE_KV and self.kv_transfer is not None:
             self.scheduler.abandon(seq)
             self.kv_transfer.abandon(request_id)
@@ -184,10 +188,12 @@ class EngineCore:
     def step(self) -> list[RequestOutput]:
         """Do one step's work; all that is to be told about it."""
         self._take_kv_events()
+        self.store_use.take_events()
         plan = self.scheduler.schedule()
         for seq in plan.preempted:
             self._runner.forget(seq.request_id)
         self._start_pulls(plan)
+        self.store_use.start_loads(plan)
         for chunk in plan.prefills:
             self._prefill(chunk)
         decodes = [seq for seq in plan.decodes if seq.state is SequenceState.RUNNING]
@@ -249,6 +255,7 @@ class EngineCore:
             self._fail(seq, _internal_error(exc, [seq]))
             return
         self.scheduler.computed(seq, chunk.end)
+        self.store_use.save(seq)
 
     def _note_start(self, ask: _Ask) -> None:
         """Remember where the prompt's tokens came from, once."""

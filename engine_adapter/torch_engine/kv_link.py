@@ -12,6 +12,7 @@ from engine_adapter.torch_engine.config import EngineStartError
 from engine_adapter.torch_engine.engine import Engine
 from engine_adapter.torch_engine.kv_transfer import PullResult
 from engine_adapter.torch_engine.kv_transfer_meter import MeteredKvTransfer
+from engine_adapter.torch_engine.prefix_store import LoadResult
 from engine_adapter.torch_engine.server_config import ServerConfig
 from engine_adapter.torch_engine.sidecar_kv_transfer import SidecarKvTransfer
 from sidecar.errors import SidecarError
@@ -32,12 +33,16 @@ class KvLink:
 
 @contextmanager
 def build_kv_transfer(
-    config: ServerConfig, engine: Engine, observe_pull: Callable[[PullResult], None]
+    config: ServerConfig,
+    engine: Engine,
+    observe_pull: Callable[[PullResult], None],
+    observe_load: Callable[[LoadResult], None] = lambda load: None,
 ) -> Iterator[KvLink]:
     """Give the engine its KvTransfer, if it is to have one, and with `auto` a sidecar of its own.
 
     The engine closes the transfer when it ends; the sidecar ends after it. Raises EngineStartError.
     """
+    _check_store(config)
     if config.sidecar == "none":
         yield KvLink("none")
         return
@@ -47,10 +52,33 @@ def build_kv_transfer(
             own = OwnSidecar(_command(config))
             stack.callback(own.stop)
             socket_path = _start(own)
-        transfer = _connect(config, engine, socket_path)
+        transfer = _connect(config, engine, socket_path, observe_load)
         engine.set_kv_transfer(MeteredKvTransfer(transfer, observe_pull))
+        engine.set_prefix_store(transfer.store)
         stack.callback(transfer.close)
         yield KvLink(socket_path, transfer)
+
+
+def _store_flags(config: ServerConfig) -> dict[str, str]:
+    """What the sidecar is told of the prefix store."""
+    flags = {
+        "--store-memory-bytes": str(config.store_memory_bytes or ""),
+        "--store-dir": config.store_dir or "",
+        "--store-dir-bytes": str(config.store_dir_bytes or ""),
+        "--store-mooncake": config.store_mooncake or "",
+    }
+    return {flag: value for flag, value in flags.items() if value}
+
+
+def _check_store(config: ServerConfig) -> None:
+    """Raises EngineStartError where flags of the store can have no effect."""
+    flags = _store_flags(config)
+    if flags and config.sidecar != "auto":
+        flag = next(iter(flags))
+        remedy = "give --sidecar auto" if config.sidecar == "none" else f"give it to the pd-sidecar at {config.sidecar}"
+        raise EngineStartError(f"{flag} is for --sidecar auto", remedy)
+    if "--store-dir-bytes" in flags and "--store-dir" not in flags:
+        raise EngineStartError("--store-dir-bytes is the size of --store-dir", "give that too, or neither")
 
 
 def _command(config: ServerConfig) -> SidecarCommand:
@@ -60,6 +88,7 @@ def _command(config: ServerConfig) -> SidecarCommand:
         transport=config.sidecar_transport,
         metrics_port=config.sidecar_metrics_port,
         log_level=config.log_level,
+        more=tuple(word for flag_and_value in _store_flags(config).items() for word in flag_and_value),
     )
 
 
@@ -67,11 +96,13 @@ def _start(own: OwnSidecar) -> str:
     try:
         own.start()
     except SidecarStartError as error:
-        raise EngineStartError(str(error), "see --sidecar-listen and --sidecar-transport") from error
+        raise EngineStartError(str(error), "see --sidecar-listen, --sidecar-transport and --store-...") from error
     return own.socket_path
 
 
-def _connect(config: ServerConfig, engine: Engine, socket_path: str) -> SidecarKvTransfer:
+def _connect(
+    config: ServerConfig, engine: Engine, socket_path: str, observe_load: Callable[[LoadResult], None]
+) -> SidecarKvTransfer:
     if engine.pool_fd is None:
         raise EngineStartError(
             "the KV pool is in device memory, which no sidecar here can reach",
@@ -84,6 +115,8 @@ def _connect(config: ServerConfig, engine: Engine, socket_path: str) -> SidecarK
         lease_s=config.kv_lease_s,
         pull_timeout_s=config.kv_pull_timeout_s,
         wake=engine.wake,
+        store_load_timeout_s=config.store_load_timeout_s,
+        observe_load=observe_load,
     )
     try:
         transfer.start()

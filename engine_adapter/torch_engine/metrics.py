@@ -18,6 +18,7 @@ from prometheus_client.registry import Collector
 
 from engine_adapter.torch_engine.engine import EngineStats
 from engine_adapter.torch_engine.kv_transfer import PullResult
+from engine_adapter.torch_engine.prefix_store import LoadResult
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 TTFT_BUCKETS_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0)  # fmt: skip  # noqa: E501
@@ -52,7 +53,7 @@ class BucketCounts:
 class ServerMetrics(Collector):
     """The server's own observations, and the engine's counters read at scrape time.
 
-    Event loop only, but for `observe_pull`, which the engine thread calls.
+    Event loop only, but for `observe_pull` and `observe_load`, which the engine thread calls.
     """
 
     def __init__(self, model_name: str, read_engine: Callable[[], EngineStats], *, with_process: bool = True) -> None:
@@ -66,6 +67,7 @@ class ServerMetrics(Collector):
         self._generation_tokens = BucketCounts(TOKEN_BUCKETS)
         self._finished: dict[str, int] = dict.fromkeys(("stop", "length", "abort", "error"), 0)
         self._pulls = PullCounts()
+        self._loads = LoadCounts()
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
         if with_process:
@@ -90,6 +92,10 @@ class ServerMetrics(Collector):
     def observe_pull(self, pull: PullResult) -> None:
         self._pulls.observe(pull)
 
+    def observe_load(self, load: LoadResult) -> None:
+        """By the engine thread, as `observe_pull`."""
+        self._loads.observe(load)
+
     def render(self) -> bytes:
         return generate_latest(self._registry)
 
@@ -99,6 +105,7 @@ class ServerMetrics(Collector):
         yield from self._counters(stats)
         yield from self._histograms()
         yield from self._pulls.collect()
+        yield from self._loads.collect()
 
     def _gauges(self, stats: EngineStats) -> Iterable[Metric]:
         for name, text, value in (
@@ -205,4 +212,42 @@ class PullCounts:
                 moved_bytes.add_metric([transport, peer], num_bytes)
             for transport, counts in self._seconds.items():
                 counts.add_to(seconds, [transport])
+        return [ended, blocks, moved_bytes, seconds]
+
+
+class LoadCounts:
+    """Blocks loaded from the prefix store, by tier. Written by the engine thread, read by the loop."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._blocks: dict[str, int] = {}
+        self._num_bytes = 0
+        self._seconds = BucketCounts(PULL_BUCKETS_S)
+        self._ended: dict[str, int] = {}
+
+    def observe(self, load: LoadResult) -> None:
+        with self._lock:
+            outcome = load.reason or "ok"
+            self._ended[outcome] = self._ended.get(outcome, 0) + 1
+            self._seconds.observe(load.seconds)
+            self._num_bytes += load.num_bytes
+            for tier, num_blocks in load.tiers.items():
+                self._blocks[tier] = self._blocks.get(tier, 0) + num_blocks
+
+    def collect(self) -> Iterable[Metric]:
+        ended = CounterMetricFamily(
+            "baton_engine_store_loads", "Prompts that asked the prefix store, by outcome.", labels=["outcome"]
+        )
+        blocks = CounterMetricFamily(
+            "baton_engine_store_load_blocks", "KV blocks loaded from the prefix store.", labels=["tier"]
+        )
+        moved_bytes = CounterMetricFamily("baton_engine_store_load_bytes", "KV bytes loaded from the prefix store.")
+        seconds = HistogramMetricFamily("baton_engine_store_load_seconds", "Time a load took.", labels=[])
+        with self._lock:
+            for outcome, count in self._ended.items():
+                ended.add_metric([outcome], count)
+            for tier, num_blocks in self._blocks.items():
+                blocks.add_metric([tier], num_blocks)
+            moved_bytes.add_metric([], self._num_bytes)
+            self._seconds.add_to(seconds, [])
         return [ended, blocks, moved_bytes, seconds]

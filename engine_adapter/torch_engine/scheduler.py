@@ -34,13 +34,15 @@ class StepPlan:
     decodes: list[Sequence] = field(default_factory=list)
     pulls: list[Sequence] = field(default_factory=list)
     """Admitted to WAITING_FOR_REMOTE_KV: pull from block num_computed_tokens // block_size on."""
+    loads: list[Sequence] = field(default_factory=list)
+    """Admitted likewise: ask the prefix store for full blocks from num_computed_tokens // block_size on."""
     covered_pulls: list[Sequence] = field(default_factory=list)
     """Would have pulled, but the local prefix cache has it all: their producers are to be told."""
     preempted: list[Sequence] = field(default_factory=list)
 
     @property
     def is_empty(self) -> bool:
-        return not (self.prefills or self.decodes or self.pulls or self.covered_pulls)
+        return not (self.prefills or self.decodes or self.pulls or self.loads or self.covered_pulls)
 
 
 class Scheduler:
@@ -67,6 +69,8 @@ class Scheduler:
         """WAITING_FOR_REMOTE_KV and ABANDONED, by request id."""
         self.offered: dict[str, Sequence] = {}
         self.num_preemptions = 0
+        self.uses_store = False
+        """Whether a prefix store is there to be asked; set before each `schedule`."""
         self._is_stuck = False
         """The last `schedule` found nothing to do; only an event or an arrival can change that."""
 
@@ -170,6 +174,12 @@ class Scheduler:
                 self.pulling[seq.request_id] = seq
                 plan.pulls.append(seq)
                 continue
+            if params is None and self._asks_store(seq):
+                seq.move_to(SequenceState.WAITING_FOR_REMOTE_KV)
+                seq.asked_store = seq.loads_from_store = True
+                self.pulling[seq.request_id] = seq
+                plan.loads.append(seq)
+                continue
             if params is not None:
                 plan.covered_pulls.append(seq)
             seq.move_to(SequenceState.RUNNING)
@@ -179,6 +189,13 @@ class Scheduler:
     def _num_blocks_to_pull(self, seq: Sequence) -> int:
         num_cached_blocks = seq.num_computed_tokens // self.block_manager.block_size
         return self.block_manager.num_blocks_for(seq.num_prefill_tokens) - num_cached_blocks
+
+    def _asks_store(self, seq: Sequence) -> bool:
+        """Whether the prefix store might have blocks that this engine would have to compute."""
+        size = self.block_manager.block_size
+        reads_cache = seq.request.sampling.prompt_logprobs is None
+        is_short = seq.num_prefill_tokens // size <= seq.num_computed_tokens // size
+        return self.uses_store and reads_cache and not seq.asked_store and not is_short
 
     def _hold_blocks(self, seq: Sequence) -> bool:
         """Find the cached prefix and hold blocks for all known tokens, or hold nothing and return False.
@@ -198,6 +215,7 @@ class Scheduler:
             return False
         seq.block_ids = cached + fresh
         seq.num_registered_blocks = len(cached)
+        seq.num_saved_blocks = max(seq.num_saved_blocks, len(cached))
         seq.num_computed_tokens = seq.num_cached_tokens = len(cached) * blocks.block_size
         return True
 
@@ -237,6 +255,16 @@ class Scheduler:
         seq.remote_prefill_params = None
         seq.num_external_tokens = seq.num_prefill_tokens - seq.num_cached_tokens
         self.computed(seq, seq.num_prefill_tokens)
+        seq.move_to(SequenceState.RUNNING)
+        insort(self.running, seq, key=lambda running: running.sort_key)
+
+    def load_ended(self, seq: Sequence, num_blocks: int) -> None:
+        """The next `num_blocks` blocks came from the prefix store: compute what follows."""
+        del self.pulling[seq.request_id]
+        seq.loads_from_store = False
+        seq.num_external_tokens = num_blocks * self.block_manager.block_size
+        self.computed(seq, seq.num_computed_tokens + seq.num_external_tokens)
+        seq.num_saved_blocks = max(seq.num_saved_blocks, seq.num_registered_blocks)
         seq.move_to(SequenceState.RUNNING)
         insort(self.running, seq, key=lambda running: running.sort_key)
 

@@ -118,13 +118,16 @@ class Sequence:
     """A request inside the engine: its tokens, its blocks, and how far its KV is computed."""
 
     __slots__ = (
+        "asked_store",
         "block_hashes",
         "block_ids",
+        "loads_from_store",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_external_tokens",
         "num_prompt_tokens",
         "num_registered_blocks",
+        "num_saved_blocks",
         "order",
         "remote_prefill_params",
         "request",
@@ -144,10 +147,16 @@ class Sequence:
         self.num_cached_tokens = 0
         """Prompt tokens found in the local prefix cache at the last admission."""
         self.num_external_tokens = 0
-        """Prompt tokens whose KV was pulled."""
+        """Prompt tokens whose KV was pulled or came from the prefix store."""
         self.block_ids: list[int] = []
         self.block_hashes: list[bytes] = []
         self.num_registered_blocks = 0
+        self.num_saved_blocks = 0
+        """Leading blocks that came from the prefix store or were given to it."""
+        self.asked_store = False
+        """The prefix store is asked once a request."""
+        self.loads_from_store = False
+        """What is waited for is a load out of the store, not a pull."""
         params = request.kv_transfer_params or {}
         self.remote_prefill_params = params if params.get("do_remote_prefill") else None
         """Set until the pull has begun (or the parameters were dropped)."""

@@ -59,7 +59,7 @@ def serve(config: ServerConfig, engine_config: EngineConfig) -> int:
         stack.callback(engine.shutdown)
         tokenizer = Tokenizer.load(engine_config.model)
         metrics = ServerMetrics(config.served_model_name or str(engine_config.model), engine.stats)
-        kv_link = stack.enter_context(build_kv_transfer(config, engine, metrics.observe_pull))
+        kv_link = stack.enter_context(build_kv_transfer(config, engine, metrics.observe_pull, metrics.observe_load))
         stack.callback(engine.shutdown)  # also before the link goes: the engine thread uses it
         return uvloop.run(Instance(config, engine_config, engine, tokenizer, metrics, kv_link, sock).run())
 

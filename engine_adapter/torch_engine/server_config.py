@@ -29,6 +29,16 @@ class ServerConfig(BaseModel):
     """For --sidecar auto: how KV travels."""
     sidecar_metrics_port: int = Field(0, ge=0, le=65535)
     """For --sidecar auto: its port for /metrics; 0: any."""
+    store_memory_bytes: int = Field(0, ge=0)
+    """For --sidecar auto: host memory for finished blocks of all prompts (prefix store); 0: none."""
+    store_dir: str | None = Field(None, min_length=1)
+    """For --sidecar auto: directory for finished blocks, which machines may share; default: none."""
+    store_dir_bytes: int = Field(0, ge=0)
+    """What --store-dir may hold, of every model and machine; 0: 16GiB."""
+    store_mooncake: str | None = Field(None, min_length=1)
+    """For --sidecar auto: HOST:PORT of a mooncake_master that keeps finished blocks; default: none."""
+    store_load_timeout_s: float = Field(5.0, gt=0, le=600)
+    """How long a prompt may wait for blocks out of the store before it is computed, in seconds."""
     engine_id: str | None = Field(None, min_length=1, max_length=200)
     """This engine's name to its peers; default: a random one."""
     kv_lease_s: float = Field(30.0, gt=0, le=3600)

@@ -13,7 +13,9 @@ from typing import Any
 from engine_adapter.kv_transfer_params import InvalidKvTransferParams, RemotePrefill, parse_remote_prefill
 from engine_adapter.sidecar_link import SidecarLink, pull_source
 from engine_adapter.torch_engine.kv_transfer import KvEvents, KvTransferUnavailable, PullResult
+from engine_adapter.torch_engine.prefix_store import LoadResult
 from engine_adapter.torch_engine.sequence import EngineRequestError
+from engine_adapter.torch_engine.sidecar_prefix_store import SidecarPrefixStore
 from sidecar.errors import SidecarError
 from sidecar.protocol import KvLayout, OfferEnded, PullEnded, PullSource, SidecarLost
 
@@ -32,10 +34,14 @@ class SidecarKvTransfer:
         lease_s: float,
         pull_timeout_s: float,
         wake: Callable[[], None],
+        store_load_timeout_s: float = 5.0,
+        observe_load: Callable[[LoadResult], None] = lambda load: None,
     ) -> None:
         self._lease_s = lease_s
         self._pull_timeout_s = pull_timeout_s
         self._link = SidecarLink(socket_path, lambda client: client.register_pool(pool_fd, layout), wake)
+        self.store = SidecarPrefixStore(self._link, store_load_timeout_s, observe_load)
+        """The prefix store behind the same sidecar; it hears of its events by `poll` here."""
         self._transfer_of: dict[str, str] = {}
         self._request_of: dict[str, str] = {}
 
@@ -106,6 +112,8 @@ class SidecarKvTransfer:
                 self._forget(event.transfer_id, ended)
             elif isinstance(event, SidecarLost):
                 self._void_offers(ended)
+            else:
+                self.store.take(event)
         return KvEvents(pulls=pulls, ended_offers=ended)
 
     def close(self) -> None:

@@ -87,7 +87,7 @@ StoreRequest = StoreLookup | StoreLoad | StoreAbandon | StoreSave
 StoreEvent = StoreFound | StoreLoadEnded | StoreSaveEnded
 
 
-def refusal(request: StoreRequest, why: str, reason: str = "invalid") -> StoreEvent | None:
+def store_refusal(request: StoreRequest, why: str, reason: str = "invalid") -> StoreEvent | None:
     """The answer to a request that can't be served; an abandonment needs none."""
     if isinstance(request, StoreLookup):
         return StoreFound(request.lookup_id, 0, {})
@@ -118,7 +118,7 @@ class OpenRequests:
     def lose(self, why: str) -> list[StoreEvent]:
         """The sidecar is gone: how everything ended."""
         lost, self._open = self._open, {}
-        return [event for request in lost.values() if (event := refusal(request, why, "sidecar_lost"))]
+        return [event for request in lost.values() if (event := store_refusal(request, why, "sidecar_lost"))]
 
 
 def _key(message: StoreRequest | StoreEvent) -> tuple[type[Message], str]:

@@ -23,7 +23,7 @@ from sidecar.store.messages import (
     StoreRequest,
     StoreSave,
     StoreSaveEnded,
-    refusal,
+    store_refusal,
 )  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ class StoreTable:
     def _load(self, request: StoreLoad, send: Send, may_write: bool) -> None:
         fault = self._fault(request.hashes, request.local_block_ids, self._loads, request.load_id)
         fault = fault or ("" if may_write else "only the process that registered the pool may load")
-        if answer := refusal(request, fault) if fault else None:
+        if answer := store_refusal(request, fault) if fault else None:
             send(answer)
             return
         if not request.hashes:
@@ -143,7 +143,7 @@ class StoreTable:
     def _save(self, request: StoreSave, send: Send, may_write: bool) -> None:
         fault = self._fault(request.hashes, request.block_ids, self._saves, request.save_id)
         fault = fault or ("" if may_write else "only the process that registered the pool may save")
-        if answer := refusal(request, fault) if fault else None:
+        if answer := store_refusal(request, fault) if fault else None:
             self._store.metrics.dropped("invalid", len(request.hashes))
             send(answer)
             return

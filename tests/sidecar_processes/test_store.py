@@ -6,10 +6,8 @@ import hashlib
 import time
 from pathlib import Path
 
-import pytest
-
 from sidecar.protocol import StoreFound, StoreLoad, StoreLoadEnded, StoreLookup, StoreSave, StoreSaveEnded
-from tests.sidecar_processes.harness import FakeEngine, Sidecar, a_layout, eventually
+from tests.sidecar_processes.harness import FakeEngine, Sidecar, eventually
 
 
 def hashes(num_blocks: int, salt: str = "") -> list[bytes]:
