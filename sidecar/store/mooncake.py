@@ -6,6 +6,7 @@ pause; meanwhile everything is a miss. Blocks are sealed: a read that outlasts i
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -21,7 +22,7 @@ import msgspec
 from sidecar.store.backoff import Backoff
 from sidecar.store.contract import TierObserver
 from sidecar.store.keys import BlockKey
-from sidecar.store.mooncake_process import Answer, Get, Has, Put, Request, Setup, receive, send
+from sidecar.store.mooncake_process import Answer, Get, Has, Leave, Put, Request, Setup, receive, send
 from sidecar.store.sealed_block import HEADER_BYTES, fault, header_of
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,8 @@ START_TIMEOUT_S = 15.0
 """Importing Mooncake takes 0.3 s, and 2 s on a busy machine; setup with a master that is there 30 ms."""
 CALL_TIMEOUT_S = 3.0
 """Without its master a get takes 4.3 s to fail (measured): that is no answer for somebody who could compute."""
+LEAVE_TIMEOUT_S = 4.0
+"""Taking the segment back takes two to three seconds (measured)."""
 SLOW_S = 1.0
 """An answer that took longer counts as a failure: the next calls are spared."""
 MIN_BUFFER_BYTES = 64 << 20
@@ -107,6 +110,13 @@ class MooncakeTier:
 
     def close(self) -> None:
         self._closed = True
+        if self._lock.acquire(timeout=LEAVE_TIMEOUT_S):  # else somebody waits for a client that hangs
+            try:
+                if self._sock is not None:
+                    with contextlib.suppress(_Away):
+                        self._exchange(self._sock, Leave(), LEAVE_TIMEOUT_S)
+            finally:
+                self._lock.release()
         self._kill()
 
     def _call(self, request: Request) -> Answer | None:

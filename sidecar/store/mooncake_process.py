@@ -52,7 +52,11 @@ class Put(msgspec.Struct, tag=True, frozen=True):
     value: bytes
 
 
-Request = Setup | Has | Get | Put
+class Leave(msgspec.Struct, tag=True, frozen=True):
+    """The last request: take the segment back, so that nobody is sent there. Answered by True."""
+
+
+Request = Setup | Has | Get | Put | Leave
 Answer = bool | str | list[bool] | bytes | int
 requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 _encoder = msgspec.msgpack.Encoder()
@@ -97,6 +101,9 @@ class Client:
             return [status == 1 for status in self._store.batch_is_exist(request.names)]
         if isinstance(request, Get):
             return bytes(self._store.get(request.name))
+        if isinstance(request, Leave):
+            self._store.close()
+            return True
         return int(self._store.put(request.name, request.value))
 
     def _set_up(self, setup: Setup) -> Answer:
