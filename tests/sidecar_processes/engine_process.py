@@ -10,7 +10,7 @@ import sys
 import msgspec
 
 from sidecar.client import SidecarClient
-from sidecar.protocol import PullSource
+from sidecar.protocol import PullSource, StoreSave
 from tests.sidecar_processes.harness import a_layout
 
 
@@ -36,6 +36,10 @@ def main() -> None:
             )  # fmt: skip
         elif command == "pull":
             client.pull("pull", msgspec.convert(arguments[0], PullSource), arguments[1])
+        elif command == "save":
+            client.ask_store(
+                StoreSave("save", [bytes.fromhex(block_hash) for block_hash in arguments[0]], arguments[1])
+            )
         print(json.dumps(answer), flush=True)
 
 

@@ -222,6 +222,10 @@ class EngineProcess:
         """Begin a pull."""
         self._tell("pull", msgspec.to_builtins(source), local)
 
+    def save(self, block_hashes: list[bytes], block_ids: list[int]) -> None:
+        """Begin a save of blocks that are all sevens."""
+        self._tell("save", [block_hash.hex() for block_hash in block_hashes], block_ids)
+
     def _tell(self, *words: object) -> object:
         """One command, one answer."""
         assert self.process.stdin is not None and self.process.stdout is not None

@@ -20,7 +20,9 @@ BLOCK_BYTES = 8192
 
 def key_of(name: str, namespace: str = "n") -> BlockKey:
     """Unlike any other test's, for a tier that outlives one."""
-    return BlockKey(hashlib.blake2b(namespace.encode(), digest_size=16).digest(), hashlib.sha256(name.encode()).digest())
+    return BlockKey(
+        hashlib.blake2b(namespace.encode(), digest_size=16).digest(), hashlib.sha256(name.encode()).digest()
+    )
 
 
 def block_of(name: str, num_bytes: int = BLOCK_BYTES) -> bytearray:
