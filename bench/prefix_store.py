@@ -65,6 +65,8 @@ def engine(model: Path, *flags: str) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(30)
+        if process.stdout is not None:
+            process.stdout.close()
 
 
 def ask(url: str, prompt: list[int], num_tokens: int = 1) -> Answered:
