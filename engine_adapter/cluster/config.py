@@ -31,7 +31,10 @@ COMPUTED_ARGS = {
         "model", "served-model-name", "role", "host", "port", "device", "dtype", "sidecar", "engine-id",
         "max-model-len", "block-size", "num-blocks", "kv-pool-bytes", "num-threads",
     ),
-    "sidecar": ("socket", "listen", "engine-id", "rank", "transport", "metrics-port"),
+    "sidecar": (
+        "socket", "listen", "engine-id", "rank", "transport", "metrics-port", "store-memory-bytes", "store-dir",
+        "store-dir-bytes", "store-mooncake", "store-mooncake-segment-bytes",
+    ),
     "proxy": (
         "host", "port", "policy", "prefiller-hosts", "prefiller-ports", "prefiller-port",
         "decoder-hosts", "decoder-ports", "decoder-port",
@@ -91,6 +94,21 @@ class SidecarSection(Section):
     args: Args = {}
 
 
+class StoreSection(Section):
+    """The prefix store behind every prefiller: where finished KV blocks are kept. Nothing said: none."""
+
+    memory: ByteSize | None = None
+    """Host memory an instance: "4GiB"."""
+    dir: str | None = None
+    """An absolute path that the prefillers share, and other machines may too."""
+    dir_size: ByteSize | None = None
+    """What `dir` may hold; pd-sidecar's own default if not said."""
+    mooncake: str | None = None
+    """HOST:PORT of a mooncake_master that runs already."""
+    mooncake_segment: ByteSize | None = None
+    """Host memory an instance gives to Mooncake Store; pd-sidecar's own default if not said."""
+
+
 class ProxySection(Section):
     host: str | None = None
     """`cluster.host` if not said."""
@@ -121,6 +139,7 @@ class ClusterConfig(Section):
     model: ModelSection
     engine: EngineSection = EngineSection()
     sidecar: SidecarSection = SidecarSection()
+    store: StoreSection = StoreSection()
     proxy: ProxySection = ProxySection()
     instance: tuple[Instance, ...] = ()
     commands: Commands = Commands()
@@ -197,11 +216,23 @@ def _inconsistencies(config: ClusterConfig) -> list[str]:
         odd.append("give model.path or model.make, one of the two")
     if config.engine.num_blocks and config.engine.kv_pool:
         odd.append("give engine.num_blocks or engine.kv_pool, one of the two")
+    odd += _store_inconsistencies(config.store)
     taken = Counter(port for port, _ in fixed_ports(config))
     for port in sorted(port for port, times in taken.items() if times > 1):
         whose = ", ".join(owner for fixed, owner in fixed_ports(config) if fixed == port)
         odd.append(f"port {port} is used more than once ({whose}); give one of them another, or 0 to have one chosen")
     odd += [f"port {port} ({owner}) is over 65535; begin lower" for port, owner in fixed_ports(config) if port > 65535]
+    return odd
+
+
+def _store_inconsistencies(store: StoreSection) -> list[str]:
+    odd = []
+    if store.dir is not None and not Path(store.dir).is_absolute():
+        odd.append(f'store.dir = "{store.dir}" is no absolute path; begin it with /')
+    if store.dir_size is not None and store.dir is None:
+        odd.append("store.dir_size is the size of store.dir; give that too, or neither")
+    if store.mooncake_segment is not None and store.mooncake is None:
+        odd.append("store.mooncake_segment is for store.mooncake; give that too, or neither")
     return odd
 
 

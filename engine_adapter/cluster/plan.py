@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from engine_adapter.cluster.config import Args, ClusterConfig, Instance
+from engine_adapter.cluster.config import Args, ClusterConfig, Instance, StoreSection
 
 Kind = Literal["sidecar", "engine", "proxy"]
 
@@ -149,6 +149,7 @@ def _sidecar(
         *("--rank", "0"),
         *("--transport", config.sidecar.transport),
         *("--metrics-port", str(metrics_port)),
+        *(_store_flags(config.store) if role == "prefill" else ()),
         *_flags(config.sidecar.args),
     )
     return PlannedProcess(
@@ -241,6 +242,19 @@ def _proxy(config: ClusterConfig, engines: Iterable[PlannedProcess], free: Itera
         after=tuple(engine.name for engine in engines),
         env={"PYTHONUNBUFFERED": "1"},
     )
+
+
+def _store_flags(store: StoreSection) -> tuple[str, ...]:
+    values = {
+        "--store-memory-bytes": store.memory,
+        "--store-dir": store.dir,
+        "--store-dir-bytes": store.dir_size,
+        "--store-mooncake": store.mooncake,
+        "--store-mooncake-segment-bytes": store.mooncake_segment,
+    }
+    words = [(flag, str(value if isinstance(value, str) else int(value))) for flag, value in values.items()
+             if value is not None]  # fmt: skip
+    return tuple(word for flag_and_value in words for word in flag_and_value)
 
 
 def _flags(args: Args) -> tuple[str, ...]:

@@ -38,7 +38,7 @@ def _mooncake_settings(config: SidecarConfig, host: str) -> MooncakeSettings:
     return MooncakeSettings(
         host,
         config.store_mooncake,
-        DEFAULT_SEGMENT_BYTES if segment_bytes is None else segment_bytes,
+        DEFAULT_SEGMENT_BYTES if segment_bytes is None else int(segment_bytes),
         config.mooncake_protocol,
         config.mooncake_device,
     )

@@ -107,6 +107,18 @@ def test_all_mistakes_are_listed_at_once() -> None:
             "f.toml: port 9001 is used more than once (sidecar, sidecar metrics); give one of them another, or 0 to "
             "have one chosen",
         ),
+        (
+            SMALLEST + "[store]\ndir = 'here'",
+            'f.toml: store.dir = "here" is no absolute path; begin it with /',
+        ),
+        (
+            SMALLEST + "[store]\ndir_size = '1GiB'",
+            "f.toml: store.dir_size is the size of store.dir; give that too, or neither",
+        ),
+        (
+            SMALLEST + "[store]\nmooncake_segment = '1GiB'",
+            "f.toml: store.mooncake_segment is for store.mooncake; give that too, or neither",
+        ),
         (SMALLEST + "count = 2\nport = 65535", "f.toml: port 65536 (decode) is over 65535; begin lower"),
     ],
 )

@@ -164,3 +164,13 @@ def test_no_port_name_or_engine_id_is_used_twice_and_the_proxy_knows_every_engin
     assert [*prefillers] == [str(engine.port) for engine in engines if engine.role == "prefill"]
     assert [*decoders] == [str(engine.port) for engine in engines if engine.role == "decode"]
     assert [engine.needs for engine in engines] == [(sidecar.name,) for sidecar in result.of_kind("sidecar")]
+
+
+def test_the_store_is_behind_every_prefiller() -> None:
+    store = '[store]\nmemory = "1MiB"\ndir = "/kv"\ndir_size = "1GB"\nmooncake = "m:1"\nmooncake_segment = 0\n'
+    sidecars = {process.name: process.shell_line() for process in planned(store + FILE).of_kind("sidecar")}
+    assert sidecars["prefill-0.sidecar"].endswith(
+        "--store-memory-bytes 1048576 --store-dir /kv --store-dir-bytes 1000000000 --store-mooncake m:1 "
+        "--store-mooncake-segment-bytes 0"
+    )
+    assert not any("--store" in line for name, line in sidecars.items() if "decode" in name)

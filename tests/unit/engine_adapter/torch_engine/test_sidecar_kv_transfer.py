@@ -17,6 +17,7 @@ import pytest
 from engine_adapter.sidecar_link import FENCE_GRACE_S
 from engine_adapter.sidecar_process import OwnSidecar, SidecarCommand, SidecarStartError
 from engine_adapter.torch_engine.kv_transfer import KvEvents, KvTransferUnavailable
+from engine_adapter.torch_engine.prefix_store import LoadResult, StoreEvents
 from engine_adapter.torch_engine.sequence import EngineRequestError
 from engine_adapter.torch_engine.sidecar_kv_transfer import SidecarKvTransfer
 from sidecar.protocol import KvLayout, Plane
@@ -39,15 +40,16 @@ LAYOUT = KvLayout(
 class Side:
     """An engine without a model: a pool, a sidecar of its own, and the KV transfer between them."""
 
-    def __init__(self, name: str, lease_s: float = 30.0) -> None:
-        self.sidecar = OwnSidecar(SidecarCommand(engine_id=name, transport="shm", log_level="WARNING"))
+    def __init__(self, name: str, lease_s: float = 30.0, more: tuple[str, ...] = ()) -> None:
+        self.sidecar = OwnSidecar(SidecarCommand(engine_id=name, transport="shm", log_level="WARNING", more=more))
         self.sidecar.start()
         self.fd = os.memfd_create(name)
         os.ftruncate(self.fd, LAYOUT.pool_bytes)
         os.pwrite(self.fd, random.Random(name).randbytes(LAYOUT.pool_bytes), 0)
         self.transfer = SidecarKvTransfer(
-            self.sidecar.socket_path, self.fd, LAYOUT, lease_s=lease_s, pull_timeout_s=PULL_TIMEOUT_S, wake=lambda: None
-        )
+            self.sidecar.socket_path, self.fd, LAYOUT, lease_s=lease_s, pull_timeout_s=PULL_TIMEOUT_S,
+            wake=lambda: None, store_load_timeout_s=PULL_TIMEOUT_S,
+        )  # fmt: skip
         self.transfer.start()
 
     def block(self, block_id: int) -> bytes:
@@ -204,3 +206,69 @@ def test_no_sidecar_survives_its_killed_engine(tmp_path: Path) -> None:
     while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/status").read_text().split("State:")[1][:3]:
         assert time.monotonic() < deadline, "the sidecar outlived its engine"
         time.sleep(0.05)
+
+
+@pytest.fixture
+def keeper() -> Iterator[Side]:
+    """With a store in memory."""
+    side = Side("keeper", more=("--store-memory-bytes", "1MiB"))
+    yield side
+    side.close()
+
+
+def store_events(side: Side, within_s: float) -> tuple[list[LoadResult], list[str]]:
+    """Poll until a load or a save has ended."""
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        side.transfer.poll()
+        events = side.transfer.store.poll()
+        if events.loads or events.ended_saves:
+            return events.loads, events.ended_saves
+        time.sleep(0.005)
+    raise AssertionError("no load and no save has ended")
+
+
+HASHES = [bytes([index]) * 32 for index in range(3)]
+
+
+def test_saved_blocks_are_loaded_elsewhere_in_the_pool(keeper: Side) -> None:
+    store = keeper.transfer.store
+    assert store.available
+    store.save("1", HASHES, [4, 5, 6])
+    assert store_events(keeper, 10) == ([], ["1"])
+    store.load("r", [*HASHES, b"x" * 32], [10, 11, 12, 13])
+    ((load,), _) = store_events(keeper, 10)
+    assert (load.request_id, load.num_blocks, load.reason) == ("r", 3, "missing")
+    assert [keeper.block(10 + index) for index in range(3)] == [keeper.block(4 + index) for index in range(3)]
+
+
+def test_a_sidecar_without_a_store_is_not_to_be_asked(producer: Side) -> None:
+    assert not producer.transfer.store.available
+
+
+def test_store_requests_end_when_the_sidecar_is_away(keeper: Side) -> None:
+    keeper.kill_sidecar()
+    keeper.until(lambda _: not keeper.transfer.available, within_s=2)
+    assert not keeper.transfer.store.available
+    keeper.transfer.store.load("r", HASHES, [1, 2, 3])
+    keeper.transfer.store.save("1", HASHES, [1, 2, 3])
+    keeper.transfer.store.abandon("r")
+    ((load,), saves) = store_events(keeper, 1)
+    assert (load.num_blocks, load.reason, saves) == (0, "sidecar_lost", ["1"])
+    keeper.until_available()
+    assert keeper.transfer.store.available
+
+
+def test_a_sidecar_that_hangs_is_killed_before_its_loads_and_saves_are_reported(keeper: Side) -> None:
+    """It might still read or write the blocks when it goes on."""
+    pid = keeper.sidecar.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    keeper.transfer.store.save("1", HASHES, [4, 5, 6])
+    keeper.transfer.store.load("r", HASHES, [1, 2, 3])
+    keeper.transfer.poll()
+    assert keeper.transfer.store.poll() == StoreEvents()
+    ((load,), saves) = store_events(keeper, PULL_TIMEOUT_S + FENCE_GRACE_S + 2)
+    assert (load.reason, saves) == ("sidecar_lost", ["1"])
+    keeper.until_available()
+    assert keeper.sidecar.pid != pid
