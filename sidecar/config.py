@@ -51,7 +51,7 @@ class SidecarConfig(BaseModel):
     )
     store_threads: int = Field(default=4, ge=1, le=64, description="threads reading from each tier of the store")
     store_queue_bytes: ByteSize = Field(
-        default=ByteSize(256 << 20), ge=1 << 20, description="blocks on their way to slower tiers; more are not kept"
+        default=ByteSize(512 << 20), ge=1 << 20, description="blocks on their way into the store; more are not kept"
     )
 
     claim_ttl_s: float = Field(

@@ -60,14 +60,14 @@ class SlowTier:
 
 
 class BlockStore:
-    """Every method but `fetch`'s callbacks belongs to the event loop; none blocks it."""
+    """Thread-safe, but for `find` and `drain`, which are the event loop's; nothing here blocks."""
 
     def __init__(self, tiers: Sequence[Tier], metrics: StoreMetrics, *, num_threads: int, queue_bytes: int) -> None:
         self.names = tuple(tier.name for tier in tiers)
         self.metrics = metrics
         self.memory = next((tier for tier in tiers if tier.is_memory), None)
-        self._copiers = IoThreads("store-copy", num_threads)
-        """Hand over blocks that are in memory, which is copying and nothing that could hang."""
+        self._quick = IoThreads("store", 2)
+        """For what does not hang: going through the blocks of a load."""
         self._slow = [SlowTier(tier, num_threads) for tier in tiers if not tier.is_memory]
         self._tiers = tuple(tiers)
         self._queue_bytes = queue_bytes
@@ -80,23 +80,26 @@ class BlockStore:
             slow.knows(key) for slow in self._slow
         )
 
+    def begin(self, owner: object, work: Callable[[], None]) -> None:
+        """Do this on a thread, but for the event loop's sake: it must not wait."""
+        self._quick.submit(owner, work)
+
     def fetch(self, owner: object, key: BlockKey, num_bytes: int, wanted: Wanted, on_got: OnGot) -> None:
-        """Get one block from the fastest tier that has it, while it is `wanted`; `on_got` is called once, unless the
-        owner is discarded before."""
+        """Get one block from the fastest tier that has it, while it is `wanted`; on any thread.
+
+        `on_got` is called once, perhaps at once, unless the owner is discarded before.
+        """
         if self.memory is not None:
             block = self.memory.get(key, num_bytes)
             self.metrics.read(self.memory.name, None if block is None else num_bytes, 0.0)
             if block is not None:
-                self._copiers.submit(owner, partial(on_got, block, self.memory.name))
+                on_got(block, self.memory.name)
                 return
-        if self._slow:
-            self._fetch_from(0, owner, key, num_bytes, wanted, on_got)
-        else:
-            self._copiers.submit(owner, partial(on_got, None, ""))
+        self._fetch_from(0, owner, key, num_bytes, wanted, on_got)
 
     def discard(self, owner: object) -> None:
         """Begin nothing more of what this owner wanted fetched."""
-        self._copiers.discard(owner)
+        self._quick.discard(owner)
         for slow in self._slow:
             slow.readers.discard(owner)
 
@@ -116,9 +119,7 @@ class BlockStore:
         return where[: where.index("")] if "" in where else where
 
     def reserve(self, num_bytes: int) -> bool:
-        """Room for a block on its way to the slower tiers; `keep` or `unreserve` follows."""
-        if not self._slow:
-            return True
+        """Room for a block on its way into the tiers; `keep` or `unreserve` follows."""
         with self._lock:
             if self._queued + num_bytes > self._queue_bytes:
                 return False
@@ -126,9 +127,8 @@ class BlockStore:
             return True
 
     def unreserve(self, num_bytes: int) -> None:
-        if self._slow:
-            with self._lock:
-                self._queued -= num_bytes
+        with self._lock:
+            self._queued -= num_bytes
 
     def keep(self, key: BlockKey, block: bytearray) -> None:
         """Put a block whose room was reserved into memory now and into the slower tiers behind it."""
@@ -136,6 +136,8 @@ class BlockStore:
             self.metrics.written(self.memory.name, len(block), 0.0)
         if self._slow:
             self._write_behind(key, block)
+        else:
+            self.unreserve(len(block))
 
     async def drain(self, timeout_s: float) -> None:
         """Wait until what is on its way to slower tiers is there."""
@@ -145,7 +147,7 @@ class BlockStore:
 
     def close(self) -> None:
         """End the threads and let go of the tiers."""
-        self._copiers.close()
+        self._quick.close()
         for slow in self._slow:
             slow.close()
         if self.memory is not None:

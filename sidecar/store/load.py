@@ -12,15 +12,20 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from sidecar.copy_executor import Move
+
 Piece = tuple[int, int]
 """(address, bytes) in the engine's pool; a block has one a plane."""
+Copy = Callable[[Sequence[Move], Callable[[bool], None]], object]
+"""Copies on threads and says whether it did; CopyExecutor.submit."""
 
 
 class Load:
     """Thread-safe. `on_end` is called once, on whichever thread comes last."""
 
-    def __init__(self, targets: Sequence[Sequence[Piece]], on_end: Callable[[], None]) -> None:
+    def __init__(self, targets: Sequence[Sequence[Piece]], copy: Copy, on_end: Callable[[], None]) -> None:
         self._targets = targets
+        self._copy = copy
         self._on_end = on_end
         self._lock = threading.Lock()
         self._tier_of: list[str] = [""] * len(targets)
@@ -36,20 +41,33 @@ class Load:
         return not self._closed and index < self._limit
 
     def take(self, index: int, block: bytearray | None, tier: str) -> None:
-        """The store's answer for one block: copy it into the pool."""
+        """The store's answer for one block: have it copied into the pool."""
         with self._lock:
-            copies = block is not None and not self._closed and index < self._limit
-            self._num_copying += copies
-        if copies and block is not None:
-            scatter(block, self._targets[index])
-        with self._lock:
-            self._num_copying -= copies
-            if copies:
-                self._tier_of[index] = tier
-            self._num_open -= 1
-            if block is None:
-                self._limit = min(self._limit, index)
-        self._end_if_done()
+            if block is not None and not self._closed and index < self._limit:
+                self._num_copying += 1
+            else:
+                self._num_open -= 1
+                if block is None:
+                    self._limit = min(self._limit, index)
+                block = None
+        if block is None:
+            self._end_if_done()
+            return
+        kept = block  # until it is copied, whatever the store does with it
+
+        def copied(completed: bool) -> None:
+            nonlocal kept
+            with self._lock:
+                self._num_copying -= 1
+                self._num_open -= 1
+                if completed:
+                    self._tier_of[index] = tier
+                else:
+                    self._limit = min(self._limit, index)
+            del kept
+            self._end_if_done()
+
+        self._copy(scatter(kept, self._targets[index]), copied)
 
     def close(self, reason: str) -> None:
         """Copy nothing more; the end follows, at once or after the copies under way. Idempotent."""
@@ -74,12 +92,19 @@ class Load:
         self._on_end()
 
 
-def scatter(block: bytearray, pieces: Sequence[Piece]) -> None:
-    """Copy a block's bytes to where its planes lie; without the interpreter's lock."""
+def scatter(block: bytearray, pieces: Sequence[Piece]) -> list[Move]:
+    """Moves that bring a block's bytes to where its planes lie."""
+    moves = []
     source = address_of(block)
     for address, num_bytes in pieces:
-        ctypes.memmove(address, source, num_bytes)
+        moves.append((address, source, num_bytes))
         source += num_bytes
+    return moves
+
+
+def gather(pieces: Sequence[Piece], block: bytearray) -> list[Move]:
+    """Moves that fill `block` with what lies at `pieces`."""
+    return [(to, address, num_bytes) for address, to, num_bytes in scatter(block, pieces)]
 
 
 def address_of(block: bytearray) -> int:

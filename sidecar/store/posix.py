@@ -110,6 +110,7 @@ class PosixTier:
                 return True
             if not self._space.take(num_bytes):
                 self._observer.error(self.name, "full")
+                self._writes.failed(f"{self._root} is full, and nothing in it can be removed")
                 return False
             try:
                 self._write(path, header_of(key, block), block)
@@ -171,8 +172,7 @@ class PosixTier:
         if ours:
             with contextlib.suppress(OSError):
                 if os.lstat(path).st_ino == status.st_ino:  # else somebody has written a good one meanwhile
-                    os.unlink(path)
-                    self._space.give_back(status.st_size)
+                    os.unlink(path)  # the next sweep counts: a reader does not wait for one
             return
         self._bad[key] = None
         while len(self._bad) > MAX_BAD_KEYS:

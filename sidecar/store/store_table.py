@@ -13,7 +13,7 @@ from sidecar.message import Message
 from sidecar.registration import Registration
 from sidecar.store.block_store import BlockStore
 from sidecar.store.keys import BlockKey, namespace_of
-from sidecar.store.load import Load, Piece, address_of
+from sidecar.store.load import Copy, Load, Piece, gather
 from sidecar.store.messages import (
     StoreAbandon,
     StoreFound,
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 LOOKUP_TIMEOUT_S = 1.0
 """Past this a lookup is answered by what the tiers said that did answer."""
 MAX_OPEN = 4096
-"""Loads of one engine, and its saves, that may be under way at once."""
+"""Loads of one engine, and saves, and lookups, that may be under way at once."""
 
 Send = Callable[[Message], None]
 
@@ -103,6 +103,9 @@ class StoreTable:
         return f"{MAX_OPEN} are open already" if len(open_ids) >= MAX_OPEN else ""
 
     def _lookup(self, request: StoreLookup, send: Send) -> None:
+        if len(self._lookups) >= MAX_OPEN:
+            send(StoreFound(request.lookup_id, 0, {}))
+            return
         task = asyncio.ensure_future(self._find(request, send))
         self._lookups.add(task)
         task.add_done_callback(self._lookups.discard)
@@ -122,10 +125,17 @@ class StoreTable:
             send(StoreLoadEnded(request.load_id, 0, [], "", "", 0, 0.0, {}))
             return
         targets = [self._pieces(block_id) for block_id in request.local_block_ids]
-        opened = _OpenLoad(request, targets, send, self._load_ended)
+        opened = _OpenLoad(request, targets, self._executor.submit, send, self._load_ended)
         self._loads[request.load_id] = opened
-        for index, key in enumerate(self._keys(request.hashes)):
-            wanted, take = partial(opened.load.wants, index), partial(opened.load.take, index)
+        self._store.begin(opened, partial(self._fetch, opened))
+
+    def _fetch(self, opened: _OpenLoad) -> None:
+        """On a thread: have every block fetched, in order."""
+        load = opened.load
+        for index, key in enumerate(self._keys(opened.request.hashes)):
+            if not load.wants(index):
+                return
+            wanted, take = partial(load.wants, index), partial(load.take, index)
             self._store.fetch(opened, key, self._layout.block_bytes, wanted, take)
 
     def _load_ended(self, opened: _OpenLoad) -> None:
@@ -159,7 +169,7 @@ class StoreTable:
                 break
             else:
                 copies[key] = block = bytearray(self._layout.block_bytes)
-                moves += _gather(self._pieces(block_id), block)
+                moves += gather(self._pieces(block_id), block)
 
         def end(completed: bool) -> None:
             self._saves.pop(request.save_id, None)
@@ -186,7 +196,12 @@ class _OpenLoad:
     """A load with its deadline."""
 
     def __init__(
-        self, request: StoreLoad, targets: Sequence[Sequence[Piece]], send: Send, on_end: Callable[[_OpenLoad], None]
+        self,
+        request: StoreLoad,
+        targets: Sequence[Sequence[Piece]],
+        copy: Copy,
+        send: Send,
+        on_end: Callable[[_OpenLoad], None],
     ) -> None:
         loop = asyncio.get_running_loop()
         self.request = request
@@ -203,15 +218,5 @@ class _OpenLoad:
             with contextlib.suppress(RuntimeError):  # a read that hung came back after the loop's end
                 loop.call_soon_threadsafe(end)
 
-        self.load = Load(targets, end_on_loop)
+        self.load = Load(targets, copy, end_on_loop)
         self._timer = loop.call_later(request.deadline_s, self.load.close, "timeout")
-
-
-def _gather(pieces: Sequence[Piece], block: bytearray) -> list[Move]:
-    """Moves that fill `block` with what lies at `pieces`."""
-    moves = []
-    to = address_of(block)
-    for address, num_bytes in pieces:
-        moves.append((to, address, num_bytes))
-        to += num_bytes
-    return moves

@@ -129,7 +129,7 @@ class Deployment:
     engine_args: list[str] = field(default_factory=list)
     decode_args: list[str] = field(default_factory=list)
     """For the decoders, after `engine_args`."""
-    sidecar_args: list[str] = field(default_factory=list)
+    prefill_sidecar_args: list[str] = field(default_factory=list)
     proxy_args: list[str] = field(default_factory=list)
     instances: list[Instance] = field(default_factory=list)
     url: str = ""
@@ -186,7 +186,7 @@ class Deployment:
             f"sidecar-{name}",
             [str(BIN / "pd-sidecar"), "--socket", str(socket_path), "--listen", f"127.0.0.1:{peer_port}",
              "--engine-id", name, "--rank", "0", "--transport", self.transport, "--metrics-port", str(metrics_port),
-             *self.sidecar_args],
+             *(self.prefill_sidecar_args if role == "prefill" else ())],
             f"{sidecar_url}/metrics",
             self._directory / f"sidecar-{name}.log",
         )  # fmt: skip

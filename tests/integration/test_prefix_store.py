@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 
 from bench.prefix_store import measure
-from tests.integration.deployment import Deployment, Instance, metric
+from tests.integration.deployment import Command, Deployment, metric
 from tests.integration.greedy import Answer, Prompt, ask, ask_all, prompts
 
 LOADED = "baton_engine_store_load_blocks_total"
@@ -38,7 +38,7 @@ def test_a_second_prefiller_loads_what_the_first_one_computed(tiny_model: Path, 
     store = tmp_path / "store"
     asked = prompts(10, seed=21)[3:] + prompts(23, seed=21)[-4:]
     streamed = [False] * len(asked)
-    with Deployment(tiny_model, num_prefill=2, sidecar_args=["--store-dir", str(store)]) as split:
+    with Deployment(tiny_model, num_prefill=2, prefill_sidecar_args=["--store-dir", str(store)]) as split:
         first, second = split.prefillers
         computed = asyncio.run(ask_all(first.url, asked, stream=streamed, num_at_once=2))
         assert settle(store) > 0
@@ -59,7 +59,10 @@ def test_the_first_token_of_a_stored_prefix_comes_sooner(tiny_model: Path, tmp_p
     assert times.computed > LEAST_SPEED_UP * times.from_memory
 
 
-async def _ask_many(url: str, asked: list[Prompt]) -> list[Answer | BaseException]:
+Outcomes = list[Answer | BaseException]
+
+
+async def _ask_many(url: str, asked: list[Prompt]) -> Outcomes:
     timeout = aiohttp.ClientTimeout(total=60)
     async with aiohttp.ClientSession(timeout=timeout) as session:
         return await asyncio.gather(
@@ -67,36 +70,39 @@ async def _ask_many(url: str, asked: list[Prompt]) -> list[Answer | BaseExceptio
         )
 
 
-def kill_writer(instance: Instance, part: str) -> None:
-    (instance.sidecar if part == "sidecar" else instance.engine).kill9()
+async def _kill_while_it_saves(split: Deployment, store: Path, victim: Command, asked: list[Prompt]) -> Outcomes:
+    before = num_files(store)
+    under_way = asyncio.ensure_future(_ask_many(split.url, asked))
+    while num_files(store) < before + 10:
+        assert not under_way.done(), "nothing was saved"
+        await asyncio.sleep(0.005)
+    victim.kill9()
+    return await under_way
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("part", ["sidecar", "engine"])
-def test_a_writer_killed_in_the_middle_of_a_save(tiny_model: Path, tmp_path: Path, part: str) -> None:
+def test_a_writer_killed_in_the_middle_of_a_save(tiny_model: Path, tmp_path: Path) -> None:
     """Of two prefillers; the other one reads what is there and answers as if nothing had been."""
     store = tmp_path / "store"
-    asked = [Prompt(False, {"prompt": [5 + (7 * i + 31 * k) % 390 for i in range(1400)]}, 1400) for k in range(6)]
-    with Deployment(tiny_model) as alone:
-        expected = asyncio.run(ask_all(alone.url, asked, stream=[False] * 6, num_at_once=2))
-    flags = ["--store-dir", str(store)]
-    with Deployment(tiny_model, num_prefill=2, sidecar_args=flags, proxy_args=["--policy", "round_robin"]) as split:
-
-        async def run() -> list[Answer | BaseException]:
-            under_way = asyncio.ensure_future(_ask_many(split.url, asked))
-            while num_files(store) < 10:
-                assert not under_way.done(), "nothing was saved"
-                await asyncio.sleep(0.005)
-            kill_writer(split.prefillers[0], part)
-            return await under_way
-
-        for answer, wanted in zip(asyncio.run(run()), expected, strict=True):
-            assert isinstance(answer, AssertionError) or answer == wanted, "an error may be, a wrong text may not"
-        command = split.prefillers[0].sidecar if part == "sidecar" else split.prefillers[0].engine
-        command.start()
-        command.wait_ready()
-        again = asyncio.run(ask_all(split.url, asked, stream=[False] * 6, num_at_once=2))
-        assert again == expected
+    flags, policy = ["--store-dir", str(store)], ["--policy", "round_robin"]
+    with Deployment(tiny_model, num_prefill=2, prefill_sidecar_args=flags, proxy_args=policy) as split:
+        first = split.prefillers[0]
+        for seed, victim in enumerate((first.sidecar, first.engine)):
+            asked = [a_prompt(31 * index + 7 * seed) for index in range(4)]
+            expected = asyncio.run(ask_all(split.decoders[0].url, asked, stream=[False] * 4, num_at_once=1))
+            outcomes = asyncio.run(_kill_while_it_saves(split, store, victim, asked))
+            for outcome, wanted in zip(outcomes, expected, strict=True):
+                assert isinstance(outcome, AssertionError) or outcome == wanted, "an error may be, a wrong text may not"
+            victim.start()
+            victim.wait_ready()
+            assert split.settles(within_s=10) == {}
+            for instance in split.prefillers:
+                again = asyncio.run(ask_all(instance.url, asked, stream=[False] * 4, num_at_once=1))
+                assert again == expected
         for instance in split.prefillers:
             assert metric(instance.sidecar_url, "baton_sidecar_store_errors_total") == 0
-        assert split.settles(within_s=10) == {}
+
+
+def a_prompt(start: int) -> Prompt:
+    """1,200 tokens unlike those of any other start."""
+    return Prompt(False, {"prompt": [5 + (7 * index + start) % 390 for index in range(1200)]}, 1200)

@@ -81,7 +81,8 @@ def test_another_engine_finds_what_one_saved_in_a_shared_directory(directory: Pa
         ended = writer.save(keys, [3, 1, 4, 15, 9, 2])
         assert (ended.num_blocks, ended.num_known, ended.message) == (6, 0, "")
         saved = [writer.block(block_id) for block_id in (3, 1, 4, 15, 9, 2)]
-        eventually(lambda: len(files_of(store)) == 6)
+        eventually(lambda: a.metric('baton_sidecar_store_written_blocks_total{tier="posix"}') == 6)
+        assert len(files_of(store)) == 6
         assert writer.save(keys, [3, 1, 4, 15, 9, 2]).num_known == 6
     with Sidecar(directory, "b", "shm", *flags, *MEMORY) as b, StoreEngine(b, seed=2) as reader:
         found = reader.find([*keys, *hashes(2, "other")])

@@ -3,8 +3,9 @@ from __future__ import annotations
 import ctypes
 import random
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from sidecar.copy_executor import CopyExecutor, Move
 from sidecar.store.load import Load, address_of
 
 BLOCK = 64
@@ -24,11 +25,18 @@ class Pool:
         return b"".join(ctypes.string_at(address, length) for address, length in self.targets[index])
 
 
+def copy(moves: Sequence[Move], on_end: Callable[[bool], None]) -> None:
+    """At once."""
+    for move in moves:
+        ctypes.memmove(*move)
+    on_end(True)
+
+
 class Loading:
     def __init__(self, num_blocks: int = 4) -> None:
         self.pool = Pool(num_blocks)
         self.num_ends = 0
-        self.load = Load(self.pool.targets, self.end)
+        self.load = Load(self.pool.targets, copy, self.end)
 
     def end(self) -> None:
         self.num_ends += 1
@@ -80,18 +88,32 @@ def test_after_the_end_nothing_is_written() -> None:
 
 def test_a_copy_under_way_is_waited_for() -> None:
     """However it is timed: nothing changes after the end, and all that counts as there is there."""
+    executor = CopyExecutor(2)
     for _ in range(200):
-        loading = Loading(8)
-        at_end: list[bytes] = []
-        loading.load = Load(
-            loading.pool.targets, lambda loading=loading, at_end=at_end: at_end.append(bytes(loading.pool.memory))
-        )  # type: ignore[misc]
+        pool, at_end, ended = Pool(8), [b""], threading.Event()
+
+        def end(pool: Pool = pool, at_end: list[bytes] = at_end, ended: threading.Event = ended) -> None:
+            at_end.append(bytes(pool.memory))
+            ended.set()
+
+        loading = Loading()
+        loading.pool, loading.load = pool, Load(pool.targets, executor.submit, end)
         threads = [threading.Thread(target=take, args=(loading, [index, index + 4])) for index in range(4)]
         threads.append(threading.Thread(target=loading.load.close, args=("timeout",)))
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert at_end == [bytes(loading.pool.memory)]
+        assert ended.wait(10)
+        assert at_end == [b"", bytes(pool.memory)]
         num_blocks, _, _ = loading.load.outcome()
-        assert [loading.pool.block(index) for index in range(num_blocks)] == [content(i) for i in range(num_blocks)]
+        assert [pool.block(index) for index in range(num_blocks)] == [content(index) for index in range(num_blocks)]
+    executor.close()
+
+
+def test_a_copy_that_was_not_made_is_no_block() -> None:
+    pool, ends = Pool(), []
+    load = Load(pool.targets, lambda moves, on_end: on_end(False), lambda: ends.append(1))
+    for index in range(4):
+        load.take(index, content(index), "memory")
+    assert (load.outcome()[0], ends) == (0, [1])
