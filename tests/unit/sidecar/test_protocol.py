@@ -31,6 +31,8 @@ SOURCE = PullSource("h", 1, "e", "t", "s", "p", 2)
     [
         EngineHello(1, "x"), RegisterPool(1, LAYOUT), OfferBlocks(2, "r", [1, 2], 32, 1.5),
         Pull("p", (SOURCE,), [1], 0, 2.0), protocol.Revoke("t"), protocol.Abandon("p"), protocol.Drop(SOURCE),
+        protocol.StoreLookup("l", [b"h" * 32]), protocol.StoreLoad("l", [b"h" * 32], [1], 2.0),
+        protocol.StoreAbandon("l"), protocol.StoreSave("s", [b"h" * 16, b"i" * 64], [1, 2]),
     ],
     ids=lambda message: type(message).__name__,
 )  # fmt: skip
@@ -48,6 +50,9 @@ def test_what_an_engine_says_is_read_back(message: protocol.Message) -> None:
         encode(OfferBlocks(1, "r", [], 1, float("nan"))), encode(OfferBlocks(1, "r", [], 1, 1e30)),
         encode(OfferBlocks(1, "r" * 20_000, [], 1, 1.0)), encode(Claim(1, "t", "s")),
         encode(OfferBlocks(1, "r", ["1"], 1, 1.0)),  # type: ignore[list-item]
+        encode(protocol.StoreLookup("l", [b"short"])), encode(protocol.StoreLookup("l", [b"h" * 65])),
+        encode(protocol.StoreSave("s", [b"h" * 32], [-1])), encode(protocol.StoreLookup("l", [b"h" * 16] * 65_537)),
+        encode(protocol.StoreLoad("l", [b"h" * 32], [1], -1.0)),
         b"\x91" * 100_000,
     ],
 )  # fmt: skip

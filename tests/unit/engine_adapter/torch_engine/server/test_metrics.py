@@ -4,6 +4,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from engine_adapter.torch_engine.kv_transfer import PullResult
 from engine_adapter.torch_engine.metrics import ServerMetrics
+from engine_adapter.torch_engine.prefix_store import LoadResult
 from tests.unit.engine_adapter.torch_engine.server.fake_engine import ScriptedEngine
 
 
@@ -73,3 +74,16 @@ def test_a_bound_belongs_to_its_bucket() -> None:
     found = samples(metrics)
     name = "vllm:inter_token_latency_seconds_bucket"
     assert (found[name, "0.001"], found[name, "0.0025"], found[name, "80.0"], found[name, "+Inf"]) == (1, 2, 2, 3)
+
+
+def test_loads_out_of_the_store_by_tier() -> None:
+    metrics = ServerMetrics("tiny", ScriptedEngine().stats, with_process=False)
+    metrics.observe_load(LoadResult("a", 5, "", 500, 0.01, {"memory": 2, "posix": 3}))
+    metrics.observe_load(LoadResult("b", 1, "missing", 100, 0.01, {"posix": 1}))
+    found = samples(metrics)
+    assert found["baton_engine_store_loads_total", "ok"] == 1
+    assert found["baton_engine_store_loads_total", "missing"] == 1
+    assert found["baton_engine_store_load_blocks_total", "posix"] == 4
+    assert found["baton_engine_store_load_blocks_total", "memory"] == 2
+    assert found["baton_engine_store_load_bytes_total", ""] == 600
+    assert found["baton_engine_store_load_seconds_count", ""] == 2
