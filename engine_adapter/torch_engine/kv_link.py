@@ -61,11 +61,13 @@ def build_kv_transfer(
 
 def _store_flags(config: ServerConfig) -> dict[str, str]:
     """What the sidecar is told of the prefix store."""
+    segment_bytes = config.store_mooncake_segment_bytes
     flags = {
         "--store-memory-bytes": str(config.store_memory_bytes or ""),
         "--store-dir": config.store_dir or "",
         "--store-dir-bytes": str(config.store_dir_bytes or ""),
         "--store-mooncake": config.store_mooncake or "",
+        "--store-mooncake-segment-bytes": str("" if segment_bytes is None else segment_bytes),
     }
     return {flag: value for flag, value in flags.items() if value}
 
@@ -79,6 +81,8 @@ def _check_store(config: ServerConfig) -> None:
         raise EngineStartError(f"{flag} is for --sidecar auto", remedy)
     if "--store-dir-bytes" in flags and "--store-dir" not in flags:
         raise EngineStartError("--store-dir-bytes is the size of --store-dir", "give that too, or neither")
+    if "--store-mooncake-segment-bytes" in flags and "--store-mooncake" not in flags:
+        raise EngineStartError("--store-mooncake-segment-bytes is for --store-mooncake", "give that too, or neither")
 
 
 def _command(config: ServerConfig) -> SidecarCommand:

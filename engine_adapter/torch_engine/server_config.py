@@ -37,6 +37,8 @@ class ServerConfig(BaseModel):
     """What --store-dir may hold, of every model and machine; 0: 16GiB."""
     store_mooncake: str | None = Field(None, min_length=1)
     """For --sidecar auto: HOST:PORT of a mooncake_master that keeps finished blocks; default: none."""
+    store_mooncake_segment_bytes: int | None = Field(None, ge=0)
+    """Host memory given to Mooncake Store, 0 to only use that of others; default: 256MiB."""
     store_load_timeout_s: float = Field(5.0, gt=0, le=600)
     """How long a prompt may wait for blocks out of the store before it is computed, in seconds."""
     engine_id: str | None = Field(None, min_length=1, max_length=200)

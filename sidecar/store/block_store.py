@@ -203,8 +203,9 @@ class BlockStore:
         def ask() -> None:
             found = slow.tier.has(keys, until_missing=is_last)
             for key, there in zip(keys, found, strict=True):
-                if there:
-                    slow.learn(key, True)
+                slow.learn(key, there)
+                if is_last and not there:
+                    break  # what follows was not looked for
             with contextlib.suppress(RuntimeError):  # a hung call came back after the loop's end
                 loop.call_soon_threadsafe(resolve, found)
 

@@ -170,6 +170,18 @@ async def test_what_a_tier_refuses_is_offered_again(case: Case) -> None:
     assert case.store.is_saved(key_of("a"))
 
 
+async def test_what_others_have_evicted_is_written_again(case: Case) -> None:
+    case.keep("a")
+    await case.store.drain(5)
+    case.memory.close()
+    del case.far.blocks[key_of("a")], case.near.blocks[key_of("a")]
+    assert await case.store.find([key_of("a")], 5.0) == []
+    assert not case.store.is_saved(key_of("a"))
+    case.keep("a")
+    await case.store.drain(5)
+    assert key_of("a") in case.near.blocks and key_of("a") in case.far.blocks
+
+
 async def test_a_discarded_owner_waits_for_nothing(case: Case) -> None:
     owner = object()
     case.near.gate.clear()

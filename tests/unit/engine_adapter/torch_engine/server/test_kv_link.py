@@ -23,6 +23,10 @@ from engine_adapter.torch_engine.server_config import ServerConfig
             {"sidecar": "auto", "store_dir_bytes": 5},
             "--store-dir-bytes is the size of --store-dir: give that too, or neither",
         ),
+        (
+            {"sidecar": "auto", "store_mooncake_segment_bytes": 0},
+            "--store-mooncake-segment-bytes is for --store-mooncake: give that too, or neither",
+        ),
     ],
 )
 def test_flags_without_effect_are_refused(fields: dict[str, Any], line: str) -> None:
