@@ -11,6 +11,7 @@ from prometheus_client.metrics import MetricWrapperBase
 from proxy.access_log import FIELDS
 from proxy.metric_families import FAMILIES, bounds_of
 from sidecar.metrics import SidecarMetrics
+from sidecar.store.metrics import StoreMetrics
 
 PAGE = Path(__file__).parents[1] / "docs" / "metrics.md"
 OPENING = """\
@@ -78,7 +79,8 @@ def sidecar_families() -> dict[str, Shown]:
 
 
 def _sidecar_rows() -> Iterator[tuple[str, str, tuple[str, ...], str]]:
-    for one in vars(SidecarMetrics()).values():
+    sidecar = SidecarMetrics()
+    for one in (*vars(sidecar).values(), *vars(StoreMetrics(sidecar.registry)).values()):
         if isinstance(one, MetricWrapperBase):
             (family,) = one.describe()
             name = family.name + ("_total" if family.type == "counter" else "")
