@@ -19,7 +19,7 @@ LAYOUT = KvLayout(8, 16, (Plane(0, 64, 64), Plane(512, 64, 32)), 2, 4, 16, "floa
     [
         {"block_size": 32}, {"num_layers": 3}, {"num_kv_heads": 2}, {"head_dim": 32}, {"dtype": "bfloat16"},
         {"model": "another"}, {"order": "another"}, {"planes": (Plane(0, 64, 32), Plane(512, 64, 64))},
-        {"planes": (Plane(0, 96, 96),)},
+        {"planes": (Plane(0, 96, 96),)}, {"tp_size": 2}, {"tp_size": 2, "tp_rank": 1}, {"pp_rank": 1},
     ],
     ids=str,
 )  # fmt: skip
