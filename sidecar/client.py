@@ -29,6 +29,9 @@ from sidecar.protocol import (
     EngineHello,
     Event,
     JoinPool,
+    Land,
+    Landing,
+    MarkReady,
     Message,
     Offer,
     OfferBlocks,
@@ -37,6 +40,9 @@ from sidecar.protocol import (
     Pull,
     PullEnded,
     PullSource,
+    PushBlocks,
+    PushTarget,
+    Ready,
     Refused,
     RegisterPool,
     Revoke,
@@ -78,7 +84,7 @@ class SidecarClient:
         self._send_lock = threading.Lock()
         self._calls: dict[int, _Call] = {}
         self._next_call_id = 1
-        self._pulls: dict[str, PullSource] = {}
+        self._pulls: dict[str, PullSource | None] = {}
         self._events: deque[Event] = deque()
         self._broken = ""
         self._closed = False
@@ -143,6 +149,40 @@ class SidecarClient:
         if ids and min(ids) < 0:
             raise OfferRefused(f"block {min(ids)} is not in the pool")
         return self._call(lambda call_id: OfferBlocks(call_id, request_id, ids, num_tokens, ttl_s), Offer)
+
+    def push(
+        self, request_id: str, block_ids: Sequence[int], num_tokens: int, ttl_s: float, target: PushTarget, ready: Ready
+    ) -> Offer:
+        """Like `offer`, of blocks that are still computed, to a landing elsewhere; `mark_ready` follows."""
+        ids = list(block_ids)
+        return self._call(lambda id: PushBlocks(id, request_id, ids, num_tokens, ttl_s, ready, target), Offer)
+
+    def mark_ready(self, transfer_id: str, ready: Ready) -> None:
+        """More of a push is computed and lies in the pool. Sends, and waits for nothing. Raises SidecarUnavailable."""
+        self._send(MarkReady(transfer_id, ready))
+
+    def land(
+        self, pull_id: str, local_block_ids: Sequence[int], *, first_block: int = 0, deadline_s: float = 30.0
+    ) -> Landing | None:
+        """Keep blocks for a producer that comes by itself; one PullEnded follows, as with `pull`.
+
+        None: the sidecar was lost meanwhile, which the event says. Raises OfferRefused or SidecarUnavailable, and then
+        no event follows, or ValueError on a pull_id in use.
+        """
+        ids = list(local_block_ids)
+        with self._lock:
+            self._check_alive()
+            if pull_id in self._pulls:
+                raise ValueError(f"pull {pull_id!r} is open already")
+            self._pulls[pull_id] = None
+        try:
+            return self._call(lambda id: Land(id, pull_id, ids, first_block, deadline_s), Landing)
+        except SidecarError:
+            with self._lock:
+                if pull_id in self._pulls:
+                    del self._pulls[pull_id]
+                    raise
+            return None
 
     def revoke(self, transfer_id: str) -> None:
         """Take an offer back; OfferEnded follows, unless it has ended already."""
@@ -303,11 +343,12 @@ class SidecarClient:
             return True
         if isinstance(message, PullEnded):
             with self._lock:
-                expected = self._pulls.pop(message.pull_id, None)
-            if expected is not None:
+                expected = message.pull_id in self._pulls
+                self._pulls.pop(message.pull_id, None)
+            if expected:
                 self._events.append(message)
-            return expected is not None
-        if isinstance(message, PoolRegistered | Offer | CallFailed):
+            return expected
+        if isinstance(message, PoolRegistered | Offer | Landing | CallFailed):
             with self._lock:
                 call = self._calls.pop(message.call_id, None)
             if call is not None:
@@ -334,7 +375,7 @@ class SidecarClient:
         if closed:
             return
         for pull_id, source in pulls.items():
-            peer = f"{source.engine_id}@{source.host}:{source.port}"
+            peer = f"{source.engine_id}@{source.host}:{source.port}" if source else ""
             self._events.append(PullEnded(pull_id, False, "sidecar_lost", message, 0, 0, 0.0, "", peer))
         self._events.append(SidecarLost(message))
         self._notify()

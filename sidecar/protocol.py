@@ -13,12 +13,14 @@ import msgspec
 
 from sidecar.errors import FrameError
 from sidecar.layout import KvLayout, Plane
+from sidecar.ready import Ready
 
-__all__ = ["CHANGES", "PROTOCOL_VERSION", "KvLayout", "Plane"]
+__all__ = ["CHANGES", "PROTOCOL_VERSION", "KvLayout", "Plane", "Ready"]
 
 CHANGES = {
     1: "the first: engine socket, peer control, transports shm and mooncake, pull direction",
     2: "join_pool: an engine's second process offers blocks of the pool that the first one registered",
+    4: "layerwise push: land, push and its marks from engines; deliver, computed and withdrawn between sidecars",
 }
 """What each version changed; an end speaks exactly one."""
 PROTOCOL_VERSION = max(CHANGES)
@@ -110,6 +112,36 @@ class CallFailed(Message, tag="call_failed", frozen=True):
     message: str
 
 
+class PushTarget(msgspec.Struct, frozen=True):
+    """Where blocks wait to be filled: the consumer's sidecar and what it said in its landing."""
+
+    host: str
+    port: int
+    engine_id: str
+    landing_id: str
+    token: str
+    epoch: str
+
+
+class PushBlocks(Message, tag="push_blocks", frozen=True):
+    """An offer of blocks that are still computed, delivered to `target`; answered by Offer, ended like one."""
+
+    call_id: Natural
+    request_id: Id
+    block_ids: list[Natural]
+    num_tokens: Natural
+    ttl_s: Seconds
+    ready: Ready
+    target: PushTarget
+
+
+class MarkReady(Message, tag="mark_ready", frozen=True):
+    """More of a push is computed; `ready` holds all that was marked before."""
+
+    transfer_id: Id
+    ready: Ready
+
+
 class Revoke(Message, tag="revoke", frozen=True):
     transfer_id: Id
 
@@ -134,6 +166,29 @@ class Pull(Message, tag="pull", frozen=True):
     local_block_ids: list[Natural]
     first_block: Natural
     deadline_s: Seconds
+
+
+class Land(Message, tag="land", frozen=True):
+    """Keep local blocks for a producer that comes by itself; PullEnded follows under `pull_id`.
+
+    local_block_ids[i] receives block number first_block + i of what is pushed.
+    """
+
+    call_id: Natural
+    pull_id: Id
+    local_block_ids: list[Natural]
+    first_block: Natural
+    deadline_s: Seconds
+
+
+class Landing(Message, tag="landing", frozen=True):
+    """Who knows the token may have its blocks copied into ours; `expires_at` is unix time."""
+
+    call_id: Natural
+    landing_id: str
+    token: str
+    epoch: str
+    expires_at: float
 
 
 class Abandon(Message, tag="abandon", frozen=True):
@@ -235,6 +290,32 @@ class Claimed(Message, tag="claimed", frozen=True):
     block_ids: list[Natural]
     num_tokens: Natural
     expires_in_s: float
+    ready: Ready | None = None
+    """None: all of it is computed. Else Computed follows on this connection until it is."""
+
+
+class Computed(Message, tag="computed", frozen=True):
+    """More of a claimed lease is computed."""
+
+    transfer_id: str
+    ready: Ready
+
+
+class Withdrawn(Message, tag="withdrawn", frozen=True):
+    """A claimed lease that is still computed has ended without its consumer; what was read of it is void."""
+
+    transfer_id: str
+    reason: str
+    message: str
+
+
+class Deliver(Message, tag="deliver", frozen=True):
+    """From a producer's sidecar: `source` is computed for the landing; answered by Done, then the consumer claims."""
+
+    call_id: Natural
+    landing_id: Id
+    token: Id
+    source: PullSource
 
 
 class Heartbeat(Message, tag="heartbeat", frozen=True):
@@ -271,10 +352,12 @@ class _AnyHello(msgspec.Struct):
     version: int
 
 
-FromEngine = EngineHello | RegisterPool | JoinPool | OfferBlocks | Revoke | Pull | Abandon | Drop
-ToEngine = SidecarHello | Refused | PoolRegistered | Offer | CallFailed | OfferEnded | PullEnded
-FromConsumer = PeerHello | OpenRegion | Claim | Heartbeat | Release
-ToConsumer = PeerWelcome | Refused | RegionOpened | Claimed | Done | CallRefused
+FromEngine = (
+    EngineHello | RegisterPool | JoinPool | OfferBlocks | PushBlocks | MarkReady | Revoke | Pull | Land | Abandon | Drop
+)
+ToEngine = SidecarHello | Refused | PoolRegistered | Offer | Landing | CallFailed | OfferEnded | PullEnded
+FromConsumer = PeerHello | OpenRegion | Claim | Heartbeat | Release | Deliver
+ToConsumer = PeerWelcome | Refused | RegionOpened | Claimed | Computed | Withdrawn | Done | CallRefused
 
 _T = TypeVar("_T")
 _encoder = msgspec.msgpack.Encoder()

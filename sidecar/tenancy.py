@@ -6,6 +6,8 @@ import logging
 from collections.abc import Iterable
 from typing import Protocol
 
+from sidecar.deliveries import Deliveries
+from sidecar.landings import Landings
 from sidecar.offers import Offers
 from sidecar.peer_session import PeerSession
 from sidecar.peers import PeerTable
@@ -32,12 +34,16 @@ class Tenancy:
         offers: Offers,
         peers: PeerTable,
         pulls: TransferTable,
+        landings: Landings,
+        deliveries: Deliveries,
         transports: Iterable[Transport],
     ) -> None:
         self.registration = registration
         self.offers = offers
         self.peers = peers
         self.pulls = pulls
+        self.landings = landings
+        self.deliveries = deliveries
         self.peer_sessions: set[PeerSession] = set()
         self.joined: set[Joined] = set()
         self._transports = tuple(transports)
@@ -49,6 +55,8 @@ class Tenancy:
             session.close(why)
         for joined in list(self.joined):
             joined.close(why)
+        self.landings.close(why)
+        await self.deliveries.close()
         self.offers.close()
         await self.pulls.close(why)
         await self.peers.close()

@@ -17,7 +17,8 @@ from sidecar.config import SidecarConfig
 from sidecar.errors import FrameError, PeerLost, Refusal
 from sidecar.metrics import SidecarMetrics
 from sidecar.peers import Link, PeerTable
-from sidecar.protocol import Claimed, Pull, PullEnded, PullSource
+from sidecar.protocol import Claimed, Computed, Pull, PullEnded, PullSource, Withdrawn
+from sidecar.ready import Ready, as_copied, follows, mark_fault, parts_between, plan_parts
 from sidecar.registration import Registration
 from sidecar.spans import Destination, Spans, check_spans
 from sidecar.transfer import Happening, Progress, State
@@ -49,7 +50,23 @@ class OpenPull:
         self.too_many = False
         self.transport = ""
         self.started_at = time.monotonic()
+        self.ready: Ready | None = None
         self._waiter: asyncio.Future[object] | None = None
+        self._news: asyncio.Future[None] | None = None
+
+    def follow(self, message: Computed | Withdrawn) -> None:
+        """What the producer says of a lease that is still computed."""
+        if isinstance(message, Withdrawn):
+            self.interrupt(message.reason, message.message)
+            return
+        self.ready = message.ready
+        if self._news is not None and not self._news.done():
+            self._news.set_result(None)
+
+    def news(self) -> asyncio.Future[None]:
+        """Done at the next mark."""
+        self._news = asyncio.get_running_loop().create_future()
+        return self._news
 
     def interrupt(self, reason: str, message: str) -> None:
         """End what the pull waits for. The first reason counts; an ended pull takes no notice."""
@@ -128,6 +145,12 @@ class TransferTable:
             pull.unwanted = True
             pull.interrupt("abandoned", "the engine abandoned it")
 
+    def supersede(self, pull_id: str) -> None:
+        """Stop a pull because another source has come; one that is only waiting for its confirmation is let through."""
+        pull = self._pulls.get(pull_id)
+        if pull is not None and pull.progress.state is not State.RELEASING:
+            pull.interrupt("abandoned", "another producer took over")
+
     def drop(self, source: PullSource) -> None:
         """Tell the producer, in the background, that nobody will read this lease."""
         if len(self._drops) >= MAX_DROPS:
@@ -174,19 +197,22 @@ class TransferTable:
     async def _story(self, pull: OpenPull) -> int:
         """The straight line. Returns bytes copied. Raises Refusal, with nothing writing any more."""
         link, claimed, destination = await self._claim(pull)
-        copying = False
         try:
             spans = self._plan(pull, link, claimed, destination)
-            copying = bool(spans)
-            if copying:
+            num_bytes = spans.num_bytes
+            if claimed.ready is not None:
+                await self._copy_as_ready(pull, link, claimed, claimed.ready)
+            elif spans:
                 await self._copy(pull, link, spans)
             pull.progress.step(Happening.COPIED)
             await pull.wait(link.release(pull.source, "consumed"))
         except Refusal as refusal:
             self._fail(pull, link, refusal)
             raise
+        finally:
+            link.follow(pull.source, None)
         pull.progress.step(Happening.CONFIRMED)
-        return spans.num_bytes
+        return num_bytes
 
     async def _claim(self, pull: OpenPull) -> tuple[Link, Claimed, Destination]:
         """Reach the producer and claim the lease; a pooled connection that turns out dead is replaced once."""
@@ -203,6 +229,7 @@ class TransferTable:
             pull.transport = link.memory.transport
             pull.progress.step(Happening.CONNECTED)
             try:
+                link.follow(source, pull.follow)  # before the claim: marks may come right behind its answer
                 answer = link.claim(source)
                 destination = Destination(self._registration.layout, pull.request.local_block_ids)
                 claimed = await pull.wait(answer)
@@ -214,6 +241,7 @@ class TransferTable:
                 pull.progress.step(Happening.PEER_STALE)
                 continue
             except Refusal as refusal:
+                link.follow(source, None)
                 self._step_out(pull, refusal)
                 if isinstance(refusal, Interrupted) and not pull.unwanted:
                     link.release(source, "returned")  # behind the claim on the same connection
@@ -235,6 +263,40 @@ class TransferTable:
         spans = destination.plan(link.layout, remote)
         check_spans(spans, link.num_bytes, self._registration.region.num_bytes)
         return spans
+
+    async def _copy_as_ready(self, pull: OpenPull, link: Link, claimed: Claimed, ready: Ready) -> None:
+        """Copy what is computed, and meanwhile wait for more, until all is here. Raises Refusal, like _copy."""
+        request, ours = pull.request, self._registration.layout
+        copied = Ready()
+        pull.ready = pull.ready or ready
+        pull.progress.step(Happening.PART_COPIED)
+        try:
+            while copied.first_block < len(claimed.block_ids):
+                now_ready = self._checked(pull.ready, copied, link, claimed)
+                if now_ready == copied:
+                    link.readers.add(pull)
+                    await pull.wait(pull.news())
+                    continue
+                parts = parts_between(copied, now_ready, ours.num_layers, request.first_block)
+                spans = plan_parts(
+                    parts, link.layout, claimed.block_ids, ours, request.local_block_ids, request.first_block
+                )
+                check_spans(spans, link.num_bytes, self._registration.region.num_bytes)
+                copied = now_ready
+                if spans:
+                    pull.progress.step(Happening.MORE_READY)
+                    await self._copy(pull, link, spans)
+                    pull.progress.step(Happening.PART_COPIED)
+        finally:
+            link.readers.discard(pull)
+
+    def _checked(self, ready: Ready, copied: Ready, link: Link, claimed: Claimed) -> Ready:
+        """A peer's mark as far as it can be copied. Raises Refusal where it makes no sense."""
+        fault = mark_fault(ready, len(claimed.block_ids), link.layout.num_layers)
+        now_ready = as_copied(ready, link.layout)
+        if fault or not follows(copied, now_ready):
+            raise Refusal("transport", fault or f"the producer said {now_ready} after {copied}")
+        return now_ready
 
     async def _copy(self, pull: OpenPull, link: Link, spans: Spans) -> None:
         """Copy, beating for the lease meanwhile. Raises Refusal when nothing writes any more."""

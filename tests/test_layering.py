@@ -86,6 +86,7 @@ PURE = {
     "sidecar/layout.py",
     "sidecar/leases.py",
     "sidecar/protocol.py",
+    "sidecar/ready.py",
     "sidecar/spans.py",
     "sidecar/transfer.py",
 }

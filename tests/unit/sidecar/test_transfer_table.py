@@ -47,6 +47,7 @@ class Producer:
         self.memory = SimpleNamespace(transport="shm", read=self.read)
         self.readers: set[object] = set()
         self.copy: Copy | None = None
+        self.follower: Any = None
 
     def gate(self, step: str) -> asyncio.Future[Any]:
         self.gates[step] = asyncio.get_running_loop().create_future()
@@ -63,6 +64,9 @@ class Producer:
     def claim(self, source: PullSource) -> Any:
         self.num_claims += 1
         return self.gate("claim")
+
+    def follow(self, source: PullSource, follower: Any) -> None:
+        self.follower = follower
 
     def read(self, spans: object) -> Copy:
         self.copy = Copy(self)
