@@ -84,6 +84,7 @@ def _connect(config: ServerConfig, engine: Engine, socket_path: str) -> SidecarK
         lease_s=config.kv_lease_s,
         pull_timeout_s=config.kv_pull_timeout_s,
         wake=engine.wake,
+        push_timeout_s=config.kv_push_timeout_s,
     )
     try:
         transfer.start()
