@@ -55,6 +55,8 @@ class _Ask:
     max_tokens: int
     num_prompt_tokens_by_source: tuple[int, int] = (0, 0)
     """(local cache hit, external) of the first admission; a preempted sequence's later ones don't count."""
+    num_cached_tokens: int = 0
+    """What `usage` calls cached: of KV that was pushed here it isn't known what its prefiller had cached."""
     is_started: bool = False
 
     def take_prompt_logits(self, start: int, logits: torch.Tensor) -> None:
@@ -292,6 +294,8 @@ class EngineCore:
             ask.is_started = True
             seq = ask.sequence
             ask.num_prompt_tokens_by_source = (seq.num_cached_tokens, seq.num_external_tokens)
+            was_pushed = calls_metaserver(seq.request.kv_transfer_params)
+            ask.num_cached_tokens = seq.num_cached_tokens + (0 if was_pushed else seq.num_external_tokens)
 
     def _decode(self, seqs: list[Sequence]) -> None:
         try:
@@ -325,7 +329,7 @@ class EngineCore:
         ask.sampling.accept(token_id)
         self.counters.num_generation_tokens += 1
         output = RequestOutput(seq.request_id, [token_id], logprobs)
-        output.num_cached_tokens = sum(ask.num_prompt_tokens_by_source)
+        output.num_cached_tokens = ask.num_cached_tokens
         if is_first:
             output.prompt_logprobs = ask.prompt_logprobs
             self._count_prompt(ask)

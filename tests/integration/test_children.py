@@ -27,6 +27,8 @@ ASKED: dict[str, tuple[str, dict[str, Any]]] = {
     "one scored": (CHAT, {"messages": [{"role": "user", "content": LIST[1]}], "prompt_logprobs": 1}),
     "one echo": (COMPLETIONS, {"prompt": [5, 6, 7, 8], "echo": True, "logprobs": 1}),
 }
+ATTEMPT = r"(?<=-r-1)-[0-9a-f]{16}$"
+"""What the layerwise contract adds to a request id for each attempt."""
 STREAMED = ("choices", "list", "ids", "chat")
 
 
@@ -45,9 +47,10 @@ def unsplit(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         command.stop()
 
 
-@pytest.fixture(scope="module")
-def split(tiny_model: Path, unsplit: str) -> Iterator[Deployment]:
-    with Deployment(tiny_model, engine_args=NO_PREFIX_CACHE) as deployment:
+@pytest.fixture(scope="module", params=["pull", "layerwise"])
+def split(tiny_model: Path, unsplit: str, request: pytest.FixtureRequest) -> Iterator[Deployment]:
+    proxy_args = ["--contract", request.param]
+    with Deployment(tiny_model, engine_args=NO_PREFIX_CACHE, proxy_args=proxy_args) as deployment:
         yield deployment
 
 
@@ -65,6 +68,7 @@ async def ask(url: str, path: str, fields: dict[str, Any]) -> bytes:
 def whole(raw: bytes) -> dict[str, Any]:
     answer: dict[str, Any] = json.loads(raw)
     del answer["created"]
+    answer["id"] = re.sub(ATTEMPT, "", answer["id"])
     return answer
 
 

@@ -38,9 +38,10 @@ VICTIMS: dict[str, Callable[[Deployment], Command]] = {
 
 
 @pytest.mark.timeout(240)
-async def test_each_part_killed_in_turn_under_load(tiny_model: Path) -> None:
+@pytest.mark.parametrize("contract", ["pull", "layerwise"])
+async def test_each_part_killed_in_turn_under_load(tiny_model: Path, contract: str) -> None:
     asked = prompts(40, seed=13)[20:]
-    with Deployment(tiny_model, num_prefill=2, num_decode=2) as split:
+    with Deployment(tiny_model, num_prefill=2, num_decode=2, proxy_args=["--contract", contract]) as split:
         async with aiohttp.ClientSession() as session:
             expected = [await ask(session, split.url, prompt, stream=False) for prompt in asked]
             for name, victim in VICTIMS.items():
