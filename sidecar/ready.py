@@ -105,7 +105,7 @@ def plan_parts(
     for first, end, low, high in parts:
         theirs = remote_block_ids[first:end]
         ours = local_block_ids[first - first_block : end - first_block]
-        if len(theirs) != len(ours):
+        if not len(theirs) == len(ours) == end - first:
             raise Refusal("invalid", f"blocks {first} to {end} are not all of this transfer")
         spans = Destination(of_layers(consumer, low, high), ours).plan(of_layers(producer, low, high), theirs)
         remote += spans.remote
