@@ -29,6 +29,8 @@ ASKED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 ATTEMPT = r"(?<=-r-1)-[0-9a-f]{16}$"
 """What the layerwise contract adds to a request id for each attempt."""
+SCORED = ("echo", "scored", "one scored", "one echo")
+"""With logprobs of the prompt, which a decoder of the layerwise contract computes itself."""
 STREAMED = ("choices", "list", "ids", "chat")
 
 
@@ -86,7 +88,7 @@ def streamed(raw: bytes) -> tuple[dict[int, dict[str, Any]], Any, set[str]]:
             one["logprobs"] += (choice.get("logprobs") or {}).get("content") or []
             one["end"] = choice["finish_reason"] or one["end"]
     (usage,) = [event["usage"] for event in parsed if not event["choices"]]
-    return choices, usage, {event["id"] for event in parsed}
+    return choices, usage, {re.sub(ATTEMPT, "", event["id"]) for event in parsed}
 
 
 def locally_computed(split: Deployment) -> float:
@@ -100,8 +102,9 @@ async def test_the_whole_answer_is_the_unsplit_engines(split: Deployment, unspli
     before = locally_computed(split)
     expected = whole(await ask(unsplit, path, fields))
     assert whole(await ask(split.url, path, fields)) == expected
-    # One token a child: the rest of each prompt came over the wire.
-    assert locally_computed(split) - before == len(expected["choices"])
+    if split.proxy_args[-1] == "pull" or name not in SCORED:
+        # One token a child: the rest of each prompt came over the wire.
+        assert locally_computed(split) - before == len(expected["choices"])
     assert split.settles(within_s=5) == {}
 
 
