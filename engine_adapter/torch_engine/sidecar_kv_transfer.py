@@ -123,7 +123,7 @@ class SidecarKvTransfer:
             params["metaserver"],
             request_id,
             PushLanding(
-                request_id=params["request_id"],
+                request_id=params.get("request_id") or request_id,
                 engine_id=hello.engine_id,
                 host=hello.host,
                 port=hello.port,
