@@ -160,7 +160,6 @@ class Pushes:
         return push
 
 
-def push_error(message: str, *, of_decoder: bool = False) -> EngineRequestError:
-    """Retried by a proxy, elsewhere. One that its decoder may be to blame for is no evidence against this instance."""
-    kind = "kv_load_error" if of_decoder else "kv_push_error"
-    return EngineRequestError(f"the prompt's KV could not be pushed to its decoder: {message}", kind, 503)
+def push_error(message: str) -> EngineRequestError:
+    """Retried by a proxy, elsewhere, and no evidence against this instance: of its own sidecar /health tells."""
+    return EngineRequestError(f"the prompt's KV could not be pushed to its decoder: {message}", "kv_load_error", 503)
