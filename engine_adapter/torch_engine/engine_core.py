@@ -236,9 +236,7 @@ class EngineCore:
         output = push.output or RequestOutput(request_id, [], finish_reason="stop")
         if outcome not in DELIVERED:
             logger.warning("event=kv_push_failed request_id=%s outcome=%s", request_id, outcome)
-            output = RequestOutput(
-                request_id, [], finish_reason="error", error=push_error(outcome, of_decoder=outcome != "sidecar_lost")
-            )
+            output = RequestOutput(request_id, [], finish_reason="error", error=push_error(outcome))
         self._outputs.append(output)
         if push.output is None:  # nobody wants the rest of it
             self._forget(push.sequence)

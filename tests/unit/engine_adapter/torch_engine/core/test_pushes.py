@@ -142,7 +142,7 @@ def test_a_push_that_failed_is_an_error_that_is_retried(
     end(prefiller, transfer, "a", outcome)
     error = prefiller.last("a").error
     assert error is not None and error.status == 503 and outcome in error.message
-    assert error.error_type == ("kv_push_error" if outcome == "sidecar_lost" else "kv_load_error")
+    assert error.error_type == "kv_load_error"
     prefiller.assert_idle()
 
 
