@@ -53,20 +53,23 @@ class MockFleet:
         self.options = options
         self.meetings = Meetings(self.ledger)
         self.decodes = Decodes(self.ledger)
+        self.gauges: dict[str, float] = {}
         self.pace = Pace(options.prefill_s, options.first_token_s, options.interval_s)
         self.instances = [
             *(self._instance(port, "prefill") for port in options.prefill_ports),
             *(self._instance(port, "decode") for port in options.decode_ports),
+            *(self._instance(port, "prefill", host) for host, port in map(_address, options.prefill_at)),
+            *(self._instance(port, "decode", host) for host, port in map(_address, options.decode_at)),
             *(self._instance(port, options.role) for port in options.port),
         ]
         self.control = self._instance(options.control_port, "control")
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def _instance(self, port: int, role: str) -> MockInstance:
+    def _instance(self, port: int, role: str, host: str = "") -> MockInstance:
         options = self.options
         given = (
-            options.host, port, role, self.ledger, options.model, self.pace, not options.no_record, self._control,
-            options.num_tokens,
+            host or options.host, port, role, self.ledger, options.model, self.pace, not options.no_record,
+            self._control, options.num_tokens,
         )  # fmt: skip
         if options.contract == "layerwise":
             return LayerwiseInstance(*given, decodes=self.decodes)
@@ -134,6 +137,8 @@ class MockFleet:
             return json_response(200, orjson.dumps({"object": "list", "data": [card]}))
         if path == "/metrics":
             lines = f"# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running {len(instance.running)}\n"
+            for name, value in self.gauges.items():
+                lines += f"{name} {value}\n"
             return json_response(200, lines.encode(), "text/plain; version=0.0.4")
         if path == "/mock/state":
             states = [i.state() for i in self.instances]
@@ -164,6 +169,7 @@ class MockFleet:
         elif path == "/mock/config":
             self.ledger.flavour = fields.pop("flavour", self.ledger.flavour)
             self.options.num_tokens = fields.pop("num_tokens", self.options.num_tokens)
+            self.gauges = fields.pop("gauges", self.gauges)
             self.pace = replace(self.pace, **fields)
             for instance in self.instances:
                 instance.pace, instance.num_tokens = self.pace, self.options.num_tokens
@@ -191,13 +197,20 @@ class MockFleet:
         self.ledger.handed_out.clear()
         self.ledger.counts.clear()
         self.ledger.violations.clear()
-        self._post("/mock/config", {**asdict(Pace()), "flavour": self.options.flavour, "num_tokens": None})
+        self._post(
+            "/mock/config", {**asdict(Pace()), "flavour": self.options.flavour, "num_tokens": None, "gauges": {}}
+        )
 
     def _named(self, fields: dict[str, Any]) -> list[MockInstance]:
         found = [i for i in self.instances if i.port == fields.get("port") or i.role == fields.get("role")]
         if not found:
             raise ValueError(f"no instance with port {fields.get('port')} or role {fields.get('role')}")
         return found
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    return host.strip("[]"), int(port)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -207,6 +220,8 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--role", choices=("prefill", "decode", "both"), default="both")
     options.add_argument("--prefill-ports", type=int, nargs="*", default=[])
     options.add_argument("--decode-ports", type=int, nargs="*", default=[])
+    options.add_argument("--prefill-at", nargs="*", default=[], help="host:port of prefillers on other addresses")
+    options.add_argument("--decode-at", nargs="*", default=[])
     options.add_argument("--control-port", type=int, default=0)
     options.add_argument("--model", default="mock")
     options.add_argument("--contract", choices=("pull", "layerwise", *PAIRS), default="pull")
@@ -223,7 +238,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     options = parser().parse_args()
-    if not (options.port or options.prefill_ports or options.decode_ports):
+    if not (options.port or options.prefill_ports or options.decode_ports or options.prefill_at or options.decode_at):
         parser().error("no instance: give --port, --prefill-ports or --decode-ports")
     uvloop.run(MockFleet(options).run())
 

@@ -195,7 +195,7 @@ class MockInstance:
             one.close()
         self._deaf.clear()
         loop = asyncio.get_running_loop()
-        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        listener = socket.socket(socket.AF_INET6 if ":" in self.host else socket.AF_INET, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((self.host, self.port))
         self.port = listener.getsockname()[1]
@@ -248,7 +248,7 @@ class MockInstance:
             connection.answer(json_response(200, orjson.dumps({"tokens": tokens, "count": len(tokens)})))
             return
         if self.frozen:
-            self._held.append(lambda: None if connection.gone else self.handle(connection, request))
+            self._held.append(lambda: self.abandoned(request) if connection.gone else self.handle(connection, request))
             return
         if self.mute and request.path == "/health":
             return
@@ -282,6 +282,9 @@ class MockInstance:
             self._decode_other(connection, request, fields, api, fault)
         else:
             self._decode(connection, request, fields, chat, fault)
+
+    def abandoned(self, request: Request) -> None:
+        """A request is read whose client is gone: it was frozen meanwhile."""
 
     def finished(self, connection: Connection) -> None:
         self.counts["finished"] += 1
@@ -337,7 +340,7 @@ class MockInstance:
     ) -> None:
         self.counts["prefills"] += 1
         ledger, request_id = self.ledger, request.request_id
-        ledger.check_prefill(_limited(request, fields), request_id)
+        ledger.check_prefill(_limited(request, fields), request_id, can_force=request.path != "/v1/messages")
         delay_s = self._shape(fields, "prefill_s", self.pace.prefill_s)
 
         def answer() -> None:
@@ -399,7 +402,8 @@ class MockInstance:
                 told = whole_answer_of_all(fields, num_tokens, chat, name, self.model)
             body = json_response(200, told)
             if fault is not None and fault.kind == "recomputed":
-                self._answer(connection, json_response(200, given_up(script, fault.after, chat, name, self.model)))
+                given = json_response(200, given_up(script, fault.after, chat, name, self.model))
+                _after(delay_s + interval_s * fault.after, lambda: self._answer(connection, given))
                 return
             answer = self._answer if fault is None else self._fail_within
             arguments = (connection, body) if fault is None else (connection, body, fault)
@@ -449,11 +453,27 @@ class MockInstance:
             body = other_apis.whole(api, script, request.request_id, self.model, num_cached)
             self._answer(connection, json_response(200, body))
             return
-        told = other_apis.events(api, script, request.request_id, self.model)
+        num_cached = self._shape(fields, "decoder_cached_tokens", 0)
+        told = other_apis.events(api, script, request.request_id, self.model, num_cached)
         if fault is not None:
+            self._break_named(connection, api, told, fault)
+            return
+        self._answer(connection, STREAM_HEAD + b"".join(map(chunk, told)) + LAST_CHUNK)
+
+    def _break_named(self, connection: Connection, api: str, told: list[bytes], fault: Fault) -> None:
+        """A stream of named events that its opening, and `after` more, are all of."""
+        if fault.kind in ("error_event", "error_event_mid"):
             after = 0 if fault.kind == "error_event" else fault.after
             told = [*told[: 2 + after], other_apis.error_event(api, fault.message)]
-        self._answer(connection, STREAM_HEAD + b"".join(map(chunk, told)) + LAST_CHUNK)
+            self._answer(connection, STREAM_HEAD + b"".join(map(chunk, told)) + LAST_CHUNK)
+            return
+        connection.send(STREAM_HEAD + b"".join(map(chunk, told[: 2 + fault.after])))
+        if fault.kind == "reset_mid":
+            asyncio.get_running_loop().call_later(0.1, connection.reset)
+        elif fault.kind == "close_mid":
+            connection.close()
+        elif fault.kind == "garbage_mid":
+            asyncio.get_running_loop().call_later(0.1, connection.send, GARBAGE_CHUNK)
 
     def _fail_within(self, connection: Connection, response: bytes, fault: Fault) -> None:
         """A fault in the course of an answer that is not streamed."""

@@ -7,13 +7,15 @@ prefiller pushes where its parameters say, which have to be exactly what the dec
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
 import orjson
 
-from bench.mock_answers import answer_id, prompt_of, scripts_of, whole_answer
+from bench import mock_other_apis as other_apis
+from bench.mock_answers import answer_id, prompt_of, scripts_of
 from bench.mock_faults import Fault
 from bench.mock_http import Connection, Request, json_response
 from bench.mock_instance import MockInstance, _after
@@ -55,10 +57,28 @@ class LayerwiseInstance(MockInstance):
     def _decode(
         self, connection: Connection, request: Request, fields: Fields, chat: bool, fault: Fault | None
     ) -> None:
-        params = fields.get("kv_transfer_params")
         alone = super()._decode
+        self._serve(
+            connection, request, fields, chat, fault,
+            lambda told: alone(connection, request, told, chat, fault),
+        )  # fmt: skip
+
+    def _decode_other(
+        self, connection: Connection, request: Request, fields: Fields, api: str, fault: Fault | None
+    ) -> None:
+        alone = super()._decode_other
+        self._serve(
+            connection, request, fields, True, fault,
+            lambda told: alone(connection, request, told, api, fault),
+        )  # fmt: skip
+
+    def _serve(
+        self, connection: Connection, request: Request, fields: Fields, chat: bool, fault: Fault | None,
+        alone: Callable[[Fields], None],
+    ) -> None:  # fmt: skip
+        params = fields.get("kv_transfer_params")
         if not params:
-            alone(connection, request, fields, chat, fault)
+            alone(fields)
             return
         check, request_id = self.ledger.check, request.request_id
         check(set(params) == {"do_remote_decode", "do_remote_prefill", "metaserver"}, f"decode: told {params}")
@@ -68,7 +88,7 @@ class LayerwiseInstance(MockInstance):
 
         def start(kv: Fields) -> None:
             connection.on_lost = lambda: self.aborted(connection)
-            alone(connection, request, {**fields, "kv_transfer_params": kv}, chat, fault)
+            alone({**fields, "kv_transfer_params": kv})
 
         def left() -> None:
             self.aborted(connection)
@@ -125,7 +145,7 @@ class LayerwiseInstance(MockInstance):
     ) -> None:
         self.counts["prefills"] += 1
         ledger, request_id = self.ledger, request.request_id
-        _one_token(ledger.check, fields)
+        _one_token(ledger.check, request.path, fields)
         waiting = self.decodes.waiting.get(request_id)
         params = dict(fields.get("kv_transfer_params") or {})
         if waiting is not None:
@@ -137,7 +157,9 @@ class LayerwiseInstance(MockInstance):
             ledger.check(not waiting.pushed, f"prefill: {request_id} is prefilled twice")
         else:
             self.counts["prefilled_for_nobody"] += 1
-        body = json_response(200, whole_answer(scripts_of(fields, 1)[0], chat, answer_id(chat, request_id), self.model))
+        first, num_cached = scripts_of(fields, 1)[0], self._shape(fields, "cached_tokens", 0)
+        told = other_apis.prefill_answer(request.path, first, chat, request_id, self.model, num_cached)
+        body = json_response(200, told)
 
         def finish() -> None:
             if connection.gone:
@@ -146,7 +168,7 @@ class LayerwiseInstance(MockInstance):
                 self._fail_within(connection, body, fault)
                 return
             self._push(request_id, scripts_of(fields)[0])
-            self._answer(connection, body)
+            _after(self._shape(fields, "answer_s", 0), lambda: self._answer(connection, body))
 
         _after(self._shape(fields, "prefill_s", self.pace.prefill_s), finish)
 

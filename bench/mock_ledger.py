@@ -48,15 +48,17 @@ class KvLedger:
         if self.strict and not held:
             self.violation(text)
 
-    def check_prefill(self, fields: dict[str, Any], request_id: str) -> None:
-        """The prefill leg: one token, forced, not streamed, one choice, and a request for remote decode."""
+    def check_prefill(self, fields: dict[str, Any], request_id: str, can_force: bool = True) -> None:
+        """The prefill leg: one token, forced where the API can, not streamed, one choice, and a request for remote
+        decode."""
         asked = fields.get("kv_transfer_params") or {}
         self.check(asked.get("do_remote_decode") is True, "prefill: do_remote_decode is not true")
         self.check(asked.get("do_remote_prefill") is False, "prefill: do_remote_prefill is not false")
         self.check(not any(asked.get(key) for key in asked if key.startswith("remote_")), "prefill: remote_* not null")
         self.check(fields.get("max_tokens") == 1, f"prefill: max_tokens is {fields.get('max_tokens')}")
         self.check(fields.get("max_completion_tokens", 1) == 1, "prefill: max_completion_tokens is not 1")
-        self.check(fields.get("min_tokens") == 1, f"prefill: min_tokens is {fields.get('min_tokens')}")
+        least = fields.get("min_tokens")
+        self.check(least == 1 if can_force else least is None, f"prefill: min_tokens is {least}")
         self.check(fields.get("stream") is False, f"prefill: stream is {fields.get('stream')}")
         self.check("stream_options" not in fields, "prefill: stream_options present")
         self.check((fields.get("n") or 1) == 1, f"prefill: n is {fields.get('n')}")

@@ -6,7 +6,7 @@ from typing import Any
 
 import orjson
 
-from bench.mock_answers import CREATED, Script
+from bench.mock_answers import CREATED, Script, answer_id, whole_answer
 
 Json = dict[str, Any]
 PATHS = {"/v1/responses": "responses", "/v1/messages": "messages"}
@@ -37,17 +37,17 @@ def _message(script: Script, name: str, model: str, num_cached: int) -> Json:
         "id": f"chatcmpl-{name}", "type": "message", "role": "assistant", "model": model,
         "content": [{"type": "text", "text": script.text()}], "stop_reason": "max_tokens", "stop_sequence": None,
         "usage": {
-            "input_tokens": script.num_prompt_tokens, "output_tokens": script.num_tokens,
+            "input_tokens": script.num_prompt_tokens - num_cached, "output_tokens": script.num_tokens,
             "cache_read_input_tokens": num_cached,
         },
     }  # fmt: skip
 
 
-def events(api: str, script: Script, name: str, model: str) -> list[bytes]:
+def events(api: str, script: Script, name: str, model: str, num_cached: int = 0) -> list[bytes]:
     """The whole stream. What stands before the first text is said before anything is computed."""
     tokens = [script.token(at) for at in range(script.num_tokens)]
     if api == "responses":
-        final = _response(script, name, model, 0)
+        final = _response(script, name, model, num_cached)
         told = [
             ("response.created", {"response": {**final, "output": []}}),
             ("response.in_progress", {"response": {**final, "output": []}}),
@@ -55,13 +55,13 @@ def events(api: str, script: Script, name: str, model: str) -> list[bytes]:
             ("response.completed", {"response": final}),
         ]
     else:
-        final = _message(script, name, model, 0)
+        final = _message(script, name, model, num_cached)
         told = [
             ("message_start", {"message": {**final, "content": []}}),
             ("content_block_start", {"index": 0, "content_block": {"type": "text", "text": ""}}),
             *(("content_block_delta", {"index": 0, "delta": {"type": "text_delta", "text": one}}) for one in tokens),
             ("content_block_stop", {"index": 0}),
-            ("message_delta", {"delta": {"stop_reason": "max_tokens"}, "usage": {"output_tokens": len(tokens)}}),
+            ("message_delta", {"delta": {"stop_reason": "max_tokens"}, "usage": final["usage"]}),
             ("message_stop", {}),
         ]
     return [named_event(kind, fields) for kind, fields in told]
@@ -75,6 +75,13 @@ def error_event(api: str, message: str) -> bytes:
     if api == "messages":
         return named_event("error", {"error": {"type": "api_error", "message": message}})
     return named_event("error", {"code": "500", "message": message, "param": None})
+
+
+def prefill_answer(path: str, script: Script, chat: bool, request_id: str, model: str, num_cached: int) -> bytes:
+    """What a prefiller answers whose KV goes another way than by its answer."""
+    if api := PATHS.get(path):
+        return whole(api, script, request_id, model, num_cached)
+    return whole_answer(script, chat, answer_id(chat, request_id), model, num_cached_tokens=num_cached)
 
 
 def named_event(kind: str, fields: Json) -> bytes:

@@ -15,7 +15,8 @@ from typing import Any
 
 import orjson
 
-from bench.mock_answers import answer_id, scripts_of, whole_answer
+from bench import mock_other_apis as other_apis
+from bench.mock_answers import scripts_of
 from bench.mock_faults import Fault
 from bench.mock_http import Connection, Request, error_response, json_response
 from bench.mock_instance import MockInstance, _after
@@ -96,7 +97,9 @@ class PairInstance(MockInstance):
             return
         script = scripts_of(fields)[0]
         first = scripts_of(fields, 1)[0]
-        body = json_response(200, whole_answer(first, chat, answer_id(chat, request.request_id), self.model))
+        num_cached = self._shape(fields, "cached_tokens", 0)
+        told = other_apis.prefill_answer(request.path, first, chat, request.request_id, self.model, num_cached)
+        body = json_response(200, told)
 
         def finish() -> None:
             if connection.gone:
@@ -116,7 +119,7 @@ class PairInstance(MockInstance):
                 self.meetings.arrive(meeting, kv)
             else:
                 self.meetings.arrive(meeting, kv)
-                self._answer(connection, body)
+                _after(self._shape(fields, "answer_s", 0), lambda: self._answer(connection, body))
 
         _after(self._shape(fields, "prefill_s", self.pace.prefill_s), finish)
 
@@ -131,20 +134,31 @@ class PairInstance(MockInstance):
     def _decode(
         self, connection: Connection, request: Request, fields: Fields, chat: bool, fault: Fault | None
     ) -> None:
+        alone = super()._decode
+        self._serve(connection, request, fields, lambda asked, told: alone(connection, asked, told, chat, fault))
+
+    def _decode_other(
+        self, connection: Connection, request: Request, fields: Fields, api: str, fault: Fault | None
+    ) -> None:
+        alone = super()._decode_other
+        self._serve(connection, request, fields, lambda asked, told: alone(connection, asked, told, api, fault))
+
+    def _serve(
+        self, connection: Connection, request: Request, fields: Fields, alone: Callable[[Request, Fields], None]
+    ) -> None:
         meeting = self.told_decode(request, fields)
         if meeting is None:
-            super()._decode(connection, request, fields, chat, fault)
+            alone(request, fields)
             return
         if isinstance(meeting, str):
             self._answer(connection, error_response(500, meeting))
             return
-        alone = super()._decode
         request_id = request.request_id.removesuffix("-reclaim").encode()  # one token, for KV that was left
         original = replace(request, headers={**request.headers, b"x-request-id": request_id})
 
         def start(kv: Fields) -> None:
             connection.on_lost = lambda: self.aborted(connection)
-            alone(connection, original, {**fields, "kv_transfer_params": kv}, chat, fault)
+            alone(original, {**fields, "kv_transfer_params": kv})
 
         def left() -> None:
             self.aborted(connection)
@@ -189,7 +203,7 @@ class MooncakeInstance(PairInstance):
         check(set(params) == {"do_remote_decode", "do_remote_prefill", "transfer_id"}, f"prefill: told {params}")
         check(params.get("do_remote_decode") is True, "prefill: do_remote_decode is not true")
         check(params.get("do_remote_prefill") is False, "prefill: do_remote_prefill is not false")
-        _one_token(check, fields)
+        _one_token(check, request.path, fields)
         rank = request.headers.get(b"x-data-parallel-rank", b"").decode()
         check(rank.isdigit() and int(rank) < self.num_ranks, f"prefill: X-data-parallel-rank is {rank!r}")
         try:
@@ -224,9 +238,21 @@ class MooncakeInstance(PairInstance):
         meeting = self.meetings.named(str(params.get("transfer_id")))
         rank = engine_id.rpartition("-")[2]
         self.meetings.come(meeting, "decode", {"port": port, "rank": rank, "id": request.request_id})
-        if fields.get("max_tokens") != 1:  # one token only: it takes KV that was left
+        if 1 not in (
+            fields.get("max_tokens"),
+            fields.get("max_output_tokens"),
+        ):  # one token only: it takes KV that was left
             _agree(check, meeting)
         return meeting
+
+    def abandoned(self, request: Request) -> None:
+        """As vLLM does since 0.32 (`notify_kv_transfer_request_rejected`): the prefiller is told all the same."""
+        params = orjson.loads(request.body or b"{}").get("kv_transfer_params") or {}
+        if self.role == "decode" and (name := params.get("transfer_id")):
+            meeting = self.meetings.named(name)
+            meeting.decoder_left = True
+            if meeting.kv is not None and meeting.start_decode is None:
+                self.ledger.release(meeting.kv)
 
 
 @dataclass(eq=False)
@@ -275,7 +301,8 @@ class P2pNcclInstance(PairInstance):
 
     def told_prefill(self, request: Request, fields: Fields) -> Meeting | None:
         check = self.ledger.check
-        check(fields.get("max_tokens") == 1, f"prefill: max_tokens is {fields.get('max_tokens')}")
+        limit = fields.get("max_output_tokens" if request.path == "/v1/responses" else "max_tokens")
+        check(limit == 1, f"prefill: max_tokens is {limit}")
         check(fields.get("stream") is False, "prefill: streamed")
         return self._addressed("prefill", request, fields)
 
@@ -299,8 +326,10 @@ class P2pNcclInstance(PairInstance):
         return meeting
 
 
-def _one_token(check: Callable[[bool, str], None], fields: Fields) -> None:
-    check(fields.get("max_tokens") == 1 and fields.get("min_tokens") == 1, "prefill: not one forced token")
+def _one_token(check: Callable[[bool, str], None], path: str, fields: Fields) -> None:
+    limit = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
+    least = None if path == "/v1/messages" else 1  # which has no field to force a token
+    check(fields.get(limit) == 1 and fields.get("min_tokens") == least, "prefill: not one forced token")
     check(fields.get("max_completion_tokens", 1) == 1, "prefill: max_completion_tokens is not 1")
     check(fields.get("stream") is False and "stream_options" not in fields, "prefill: streamed")
 

@@ -123,6 +123,10 @@ class ManyTemplates:
     def token_events(self, index: int) -> list[bytes]:
         return [event for one in self._templates for event in one.token_events(index)]
 
+    def recomputed_event(self) -> bytes:
+        """One of the prompts is given up; the rest is not told of any more."""
+        return self._templates[0].recomputed_event()
+
     def last_events(self) -> list[bytes]:
         if self._usage is None:
             return [DONE_EVENT]

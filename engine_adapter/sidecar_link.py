@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from engine_adapter.kv_transfer_params import KvSource
 from sidecar.client import SidecarClient
@@ -74,20 +74,28 @@ class SidecarLink:
         return self._linked[1] if self._linked else ""
 
     def pull(
-        self, pull_id: str, source: PullSource, local_block_ids: list[int], first_block: int, deadline_s: float
+        self,
+        pull_id: str,
+        sources: Sequence[PullSource],
+        local_block_ids: list[int],
+        first_block: int,
+        deadline_s: float,
     ) -> None:
-        """Fetch the lease's blocks from `first_block` on into `local_block_ids`; one PullEnded follows, always."""
+        """Fetch blocks from `first_block` on into `local_block_ids`; one PullEnded follows, always.
+
+        `sources` has the lease of each of the producer's ranks.
+        """
         message = "the sidecar is away"
         if (client := self.client) is not None:
             self._overdue_at[pull_id] = time.monotonic() + deadline_s + self._fence_grace_s
             try:
-                client.pull(pull_id, source, local_block_ids, first_block=first_block, deadline_s=deadline_s)
+                client.pull(pull_id, sources, local_block_ids, first_block=first_block, deadline_s=deadline_s)
                 return
             except SidecarError as error:
                 message = str(error)
         self._overdue_at.pop(pull_id, None)
-        self._drops.append(source)
-        peer = f"{source.engine_id}@{source.host}:{source.port}"
+        self._drops.extend(sources)
+        peer = f"{sources[0].engine_id}@{sources[0].host}:{sources[0].port}"
         self._failed_at_once.append(PullEnded(pull_id, False, "sidecar_lost", message, 0, 0, 0.0, "", peer))
 
     def land(self, pull_id: str, local_block_ids: list[int], first_block: int, deadline_s: float) -> Landing | None:

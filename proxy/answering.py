@@ -6,6 +6,7 @@ from proxy import http1, server_timing
 from proxy.answer import Answer
 from proxy.errors import ProxyError
 from proxy.flow import Flow
+from proxy.keep_alive import end_with_error
 
 SMALL_BYTES = 16384  # below it, joining head and body costs less than a second write
 
@@ -13,6 +14,9 @@ SMALL_BYTES = 16384  # below it, joining head and body costs less than a second 
 def send_whole(flow: Flow, answer: Answer) -> None:
     flow.status = answer.status
     body = answer.body
+    if flow.headers_sent:  # by keep-alive comments; only errors come here then
+        end_with_error(flow, answer.status, body)
+        return
     head = answer.head.rebuilt(flow.request_id, _lines_for(flow, len(body)), flow.close)
     if len(body) < SMALL_BYTES:
         flow.client.write(head + body)
@@ -31,7 +35,10 @@ def send_error(flow: Flow, error: ProxyError) -> None:
     flow.status = error.status
     flow.outcome = "refused" if error.status < 500 else "error"
     if flow.headers_sent:
-        flow.client.break_off()
+        if flow.keep_alive is not None:
+            end_with_error(flow, error.status, error.body(flow.route))
+        else:
+            flow.client.break_off()
         return
     flow.client.write(
         http1.simple_response(

@@ -3,51 +3,64 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import os
 import signal
 import socket
 from collections.abc import Callable
 from time import monotonic
+from typing import Any
 
 from aiohttp import web
 
+from proxy.access import Access
 from proxy.access_log import AccessLog
 from proxy.admission import Admission
 from proxy.auto_contract import ContractFinder
 from proxy.bootstrap import Bootstrap
+from proxy.callers import Callers
 from proxy.capacity import CapacityReader
 from proxy.config import Address, ProxyConfig
 from proxy.contracts import AUTO, CONTRACTS
 from proxy.control_api import ControlApi
 from proxy.control_http import control_protocols
+from proxy.descriptors import raise_descriptor_limit
 from proxy.discovery.dns import NameWatcher, Resolve, look_up
 from proxy.discovery.kubernetes import PodWatcher
 from proxy.dispatch import Dispatcher
 from proxy.drain import wait_until
-from proxy.errors import StartError
+from proxy.errors import ConfigError, StartError
 from proxy.fan_out import FanOut
-from proxy.frontend import ClientConnection, Services
+from proxy.frontend import LINGER_S, ClientConnection, Services
 from proxy.health_probe import Prober
 from proxy.instance import Fleet, Role
 from proxy.instances_api import InstancesApi
+from proxy.keys import upstream_bearer_line
 from proxy.kv_ledger import KvLedger
 from proxy.legs import Legs
+from proxy.listening import is_loopback, listening_sockets, metaserver_url
 from proxy.load_ledger import settle_speeds
 from proxy.membership import Membership
-from proxy.metaserver import PATH as METASERVER_PATH
 from proxy.metaserver import Metaserver
 from proxy.metrics import ProxyMetrics, Readings
 from proxy.pass_through import PassThrough
+from proxy.prefix_board import SharedPrefixes
 from proxy.reclaim import Reclaimer
 from proxy.reload import reload
 from proxy.report import Reporter
 from proxy.scheduling import make_policy
+from proxy.scheduling.prefix_affinity import PrefixAffinity
+from proxy.tls import server_context
 from proxy.upstream_pool import SWEEP_S
+from proxy.workers.accepting import Acceptor, Connections
+from proxy.workers.crew import Crew
+from proxy.workers.metrics import dump
+from proxy.workers.seat import Seat
+from proxy.workers.snapshot import restore, taken
 
 log = logging.getLogger(__name__)
 
+FORWARD_TIMEOUT_S = 5.0  # for another worker to answer a decoder's call, beyond --metaserver-wait-s
 TICK_S = SWEEP_S  # of the one coarse timer: overdue and idle connections, the access log, speeds, drained instances
 SPEED_DRIFT_A_TICK = 0.03  # the outdated speed of an idle instance is half forgotten after about 6 s
 
@@ -55,18 +68,28 @@ SPEED_DRIFT_A_TICK = 0.03  # the outdated speed of an idle instance is half forg
 class ProxyApp:
     """`start()`, then `drain()`, then `stop()`. `addresses` is where it listens."""
 
-    def __init__(self, config: ProxyConfig, loop: asyncio.AbstractEventLoop, resolve: Resolve = look_up) -> None:
+    def __init__(
+        self,
+        config: ProxyConfig,
+        loop: asyncio.AbstractEventLoop,
+        resolve: Resolve = look_up,
+        crew: Crew | None = None,
+    ) -> None:
         self.config = config
+        self._crew = crew
         self._read = config  # as the file and the flags had it last
         self._loop = loop
-        bearer = os.environ.get("OPENAI_API_KEY")
-        bearer_line = f"Authorization: Bearer {bearer}\r\n".encode("latin-1") if bearer else b""
+        self.access = Access(config)
+        self._tls = server_context(config)
+        bearer_line = upstream_bearer_line(config.upstream_api_key, config.upstream_api_key_file)
         contract = CONTRACTS["pull" if config.contract == AUTO else config.contract]()
         self.bootstrap = Bootstrap(config, loop)
-        self.fleet = Fleet(config, loop)
+        self.fleet = Fleet(config, loop, crew.row if crew is not None else None)
         self.kv_ledger = KvLedger()
         self.metrics = ProxyMetrics(self.fleet, self.kv_ledger, self._readings())
-        self.metaserver = Metaserver(config.metaserver_wait_s, loop, self.metrics.metaserver_calls)
+        self.metaserver = Metaserver(
+            config.metaserver_wait_s, Callers(config.metaserver_allow, self.fleet), loop, self.metrics.metaserver_calls
+        )
         self.reclaimer = Reclaimer(config, self.fleet, self.kv_ledger, loop)
         wants_lines = log.isEnabledFor(logging.INFO) or "access_log" in config.model_fields_set
         self._access_log = AccessLog(config.access_log if wants_lines else "off")
@@ -80,31 +103,39 @@ class ProxyApp:
         self.dispatcher = Dispatcher(config, legs, self.admission, reporter, loop, bearer_line)
         self._capacity_reader = CapacityReader(config, self.fleet, loop, bearer_line)
         self.prober = Prober(config, self.fleet, loop, bearer_line)
-        self.membership = Membership(config, self.fleet, self.kv_ledger, self.prober, loop)
+        self.membership = Membership(config, self.fleet, self.kv_ledger, self.prober, self._capacity_reader, loop)
         self._names = NameWatcher(self.fleet, self.membership, config.dns_refresh_interval, loop, resolve)
         self._pods = PodWatcher(config, self.membership, loop) if config.discover == "k8s" else None
         self._pass_through = PassThrough(config, self.fleet, reporter, bearer_line)
         self.contract_finder = ContractFinder(
             config, self.fleet, self.bootstrap, self.dispatcher.speak, loop, bearer_line
         )
+        instances = InstancesApi(
+            self.fleet,
+            self.membership,
+            self.kv_ledger,
+            self.reclaimer,
+            self.admission,
+            self.num_in_flight,
+            self.contract_finder,
+            crew,
+        )
         control = ControlApi(
             self.fleet,
             self.metrics,
             self.num_in_flight,
             bearer_line,
-            InstancesApi(
-                self.fleet,
-                self.membership,
-                self.kv_ledger,
-                self.reclaimer,
-                self.admission,
-                self.num_in_flight,
-                self.contract_finder,
-            ),
+            instances,
             FanOut(self.fleet, bearer_line),
             self._pass_through,
             self.metaserver,
+            crew,
         )
+        if crew is not None:
+            self._join(crew, instances)
+            for role, policy in policies.items():
+                if isinstance(policy, PrefixAffinity):
+                    policy.share(SharedPrefixes(crew.seat.prefixes[role.value], crew.row))
         self._runner = web.AppRunner(
             control.application(),
             access_log=None,
@@ -113,9 +144,28 @@ class ProxyApp:
             auto_decompress=False,
         )
         self._services: Services
-        self._servers: list[asyncio.Server] = []
+        self._servers: list[asyncio.Server | Acceptor] = []
         self._ticker: asyncio.Task[None] | None = None
         self.addresses: list[Address] = []
+
+    def _join(self, crew: Crew, instances: InstancesApi) -> None:
+        """What the other workers may ask of this one."""
+        crew.shows(lambda: dump(self.metrics.collected()), instances.shown)
+        for verb, change in instances.verbs.items():
+            crew.does(f"instances/{verb}", change)
+
+        async def post(params: dict[str, Any]) -> None:
+            await self.metaserver.post(params["request_id"], params)
+
+        async def forward(worker: int, params: dict[str, Any]) -> None:
+            await crew.elsewhere(worker, "metaserver", params, self.config.metaserver_wait_s + FORWARD_TIMEOUT_S)
+
+        async def snapshot(_: None) -> dict[str, Any]:
+            return taken(self._read, self.fleet, self.membership)
+
+        crew.does("metaserver", post)
+        crew.does("snapshot", snapshot)
+        self.metaserver.worker, self.metaserver.forward = crew.worker, forward
 
     def _readings(self) -> Readings:
         return Readings(
@@ -139,20 +189,29 @@ class ProxyApp:
 
     async def start(self) -> None:
         """Raises StartError if it cannot listen; nothing is left open then."""
-        sockets = listening_sockets(self.config.host, self.config.port, self.config.listen_backlog)
+        crew = self._crew
+        if crew is None:
+            sockets = listening_sockets(self.config.host, self.config.port, self.config.listen_backlog)
+        else:
+            sockets = crew.seat.listeners
+            if crew.seat.replaces and (known := await crew.snapshot()) is not None:
+                self._read = restore(known, self.config, self.fleet, self.membership)
         await self._runner.setup()
         server = self._runner.server
         assert server is not None
         control = control_protocols(server, self._loop)
-        self._services = Services(self.config, self._loop, self.dispatcher.serve, control, self._reporter.refused)
+        self._services = Services(
+            self.config, self._loop, self.dispatcher.serve, control, self._reporter.refused, self.access
+        )
+        if crew is not None:
+            self._services.connections = Connections(crew.row)
+        raise_descriptor_limit(self.config.max_connections)
         for one in sockets:
-            self._servers.append(
-                await self._loop.create_server(
-                    lambda: ClientConnection(self._services), sock=one, backlog=self.config.listen_backlog
-                )
-            )
             self.addresses.append(Address(*one.getsockname()[:2]))
+            self._servers.append(await self._listen(one))
         self.metaserver.url = metaserver_url(self.config, self.addresses[0].port)
+        if crew is not None:
+            self.metaserver.url += f"/{crew.worker}"
         self.contract_finder.start()
         self.prober.follow()
         self.admission.tick()
@@ -161,6 +220,32 @@ class ProxyApp:
         if self._pods is not None:
             self._pods.start()
         self._ticker = self._loop.create_task(self._tick())
+        self._warn_of_open_admin()
+
+    def _warn_of_open_admin(self) -> None:
+        is_first = self._crew is None or not self._crew.worker
+        if is_first and self.access.admin_is_open and not all(map(is_loopback, self.addresses)):
+            log.warning(
+                "event=admin_is_open listen=%s: whoever reaches it may change /instances; give --admin-api-key",
+                ",".join(map(str, self.addresses)),
+            )
+
+    async def _listen(self, one: socket.socket) -> asyncio.Server | Acceptor:
+        connections = self._services.connections
+        if self._crew is None or not isinstance(connections, Connections):
+            return await self._loop.create_server(
+                self._connection,
+                sock=one,
+                backlog=self.config.listen_backlog,
+                ssl=self._tls,
+                ssl_handshake_timeout=self.config.header_read_timeout_s if self._tls is not None else None,
+            )
+        acceptor = Acceptor(one, self._connection, connections, self._crew.row, self._loop, self._tls)
+        acceptor.start()
+        return acceptor
+
+    def _connection(self) -> ClientConnection:
+        return ClientConnection(self._services)
 
     async def _tick(self) -> None:
         while True:
@@ -172,11 +257,16 @@ class ProxyApp:
                 instance.pool.sweep(now)
             for connection in list(self._services.connections):
                 connection.check_idle(now)
+            for handed in list(self._services.handed_over):
+                handed.check_idle(now, LINGER_S)
             for role in Role:
                 settle_speeds((one.load for one in self.fleet.members[role]), SPEED_DRIFT_A_TICK)
             self.membership.tick(now)
             self.admission.tick()
+            self.access.follow()
             self._access_log.flush()
+            if self._crew is not None:
+                self._crew.row.beat()
 
     async def drain(self) -> bool:
         """Take no more connections and wait for what is in flight. Returns whether all of it ended in time."""
@@ -188,7 +278,7 @@ class ProxyApp:
         return await wait_until(lambda: not self.num_in_flight(), self.config.drain_timeout_s)
 
     def reload(self, reread: Callable[[], ProxyConfig]) -> None:
-        self._read = reload(self.config, self._read, reread, self.membership)
+        self._read = reload(self.config, self._read, reread, self.membership, self.access, self._tls)
 
     async def stop(self) -> None:
         for connection in list(self._services.connections):
@@ -213,54 +303,6 @@ class ProxyApp:
         self._access_log.flush()
 
 
-def metaserver_url(config: ProxyConfig, port: int) -> str:
-    base = config.advertise_url.rstrip("/") or f"http://{Address(config.host.strip('[]'), port)}"
-    return base if base.endswith(METASERVER_PATH) else base + METASERVER_PATH
-
-
-def listening_sockets(host: str, port: int, backlog: int) -> list[socket.socket]:
-    """One bound socket for each address `host` means, all on one port. Raises StartError."""
-    try:
-        found = socket.getaddrinfo(host.strip("[]") or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError as error:
-        raise StartError(f"--host {host}: {error.strerror or error}") from None
-    sockets: list[socket.socket] = []
-    unusable: OSError | None = None
-    for family, kind, protocol, _, address in dict.fromkeys(found):
-        try:
-            one = socket.socket(family, kind, protocol)
-        except OSError as error:  # an address family this machine lacks
-            unusable = error
-            continue
-        try:
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            one.bind((address[0], port or (sockets[0].getsockname()[1] if sockets else 0), *address[2:]))
-            one.listen(backlog)
-            one.setblocking(False)
-            sockets.append(one)
-        except OSError as error:
-            one.close()
-            unusable = error
-            if error.errno == errno.EADDRNOTAVAIL:
-                continue  # localhost may name ::1 where there is no IPv6
-            for other in sockets:
-                other.close()
-            raise StartError(_cannot_listen(host, port, error)) from None
-    if not sockets:
-        raise StartError(_cannot_listen(host, port, unusable))
-    return sockets
-
-
-def _cannot_listen(host: str, port: int, error: OSError | None) -> str:
-    if error is not None and error.errno == errno.EADDRINUSE:
-        return f"port {port} on {host} is in use; stop what listens there or choose another with --port"
-    if error is not None and error.errno == errno.EACCES:
-        return f"port {port} needs privileges; choose one above 1023 with --port"
-    return f"cannot listen on {host}:{port}: {error.strerror if error else 'no address'}; choose another with --host"
-
-
 async def run(config: ProxyConfig, reread: Callable[[], ProxyConfig]) -> None:
     """Serve until SIGTERM or SIGINT, then drain. A second signal ends it at once. SIGHUP: `reread` and follow."""
     loop = asyncio.get_running_loop()
@@ -271,16 +313,54 @@ async def run(config: ProxyConfig, reread: Callable[[], ProxyConfig]) -> None:
     loop.add_signal_handler(signal.SIGHUP, app.reload, reread)
     await app.start()
     print("ready", " ".join(f"listen={address}" for address in app.addresses), flush=True)
+    log_ready(config)
+    await told.wait()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.remove_signal_handler(number)
+        signal.signal(number, lambda *_: os._exit(1))
+    await _end(app)
+
+
+def log_ready(config: ProxyConfig) -> None:
     log.info(
         "event=ready contract=%s prefill_policy=%s decode_policy=%s prefillers=%s decoders=%s",
         config.contract, config.policy_of(Role.PREFILL), config.policy_of(Role.DECODE),
         ",".join(map(str, config.prefillers)), ",".join(map(str, config.decoders)),
     )  # fmt: skip
-    await told.wait()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.remove_signal_handler(number)
-        signal.signal(number, lambda *_: os._exit(1))
-    log.info("event=draining in_flight=%d timeout_s=%s", app.num_in_flight(), config.drain_timeout_s)
+
+
+async def _end(app: ProxyApp) -> None:
+    log.info("event=draining in_flight=%d timeout_s=%s", app.num_in_flight(), app.config.drain_timeout_s)
     in_time = await app.drain()
     await app.stop()
     log.info("event=stopped drained=%s", in_time)
+
+
+async def run_worker(seat: Seat, config: ProxyConfig, reread: Callable[[], ProxyConfig]) -> None:
+    """One of several: serve until SIGTERM, or until the parent is gone, then drain. The parent says when to reload."""
+    loop = asyncio.get_running_loop()
+    told = asyncio.Event()
+    loop.add_signal_handler(signal.SIGTERM, told.set)
+    crew = Crew(seat, loop)
+    await crew.peers.connect()
+    try:
+        app = ProxyApp(config, loop, crew=crew)
+
+        async def reload(_: None) -> None:
+            app.reload(reread)
+
+        crew.does("reload", reload)
+        await app.start()
+    except (StartError, ConfigError) as error:
+        crew.peers.tell_parent("failed", str(error))
+        await asyncio.sleep(0)
+        crew.peers.close()
+        raise
+    crew.serve()
+    await asyncio.wait(
+        [loop.create_task(told.wait()), loop.create_task(crew.peers.parent_is_gone.wait())],
+        return_when=asyncio.FIRST_COMPLETED,
+    )
+    crew.leaving()
+    await _end(app)
+    crew.stop()

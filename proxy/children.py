@@ -130,6 +130,7 @@ class Family:
         self._serve = serve
         self._ended = asyncio.get_running_loop().create_future()
         self.paused = False
+        self._is_silent = True
         self._children: list[Child] = []
         head = copy.copy(parent.head)  # what the client's HTTP version can't do is not the children's matter
         head.version, head.keep_alive = "1.1", True
@@ -180,11 +181,13 @@ class Family:
         if child.head.status >= 300:
             self._pass_on(child)
         elif self._num_left == 0:
-            if self._parent.headers_sent:
+            if not self._parent.headers_sent:
+                self._send_whole()
+            elif all(child.streams for child in self._children):
                 self._tell(child, self._joiner.end())
                 self._end("ok")
             else:
-                self._send_whole()
+                self.fail(child)
 
     def fail(self, child: Child) -> None:
         """A child's answer broke off where not even an error could be said."""
@@ -236,12 +239,15 @@ class Family:
             return
         chunked = parent.head.version == "1.1"
         data = http1.chunk(payload) if chunked else payload
+        if self._is_silent:
+            self._is_silent = False
+            parent.stop_keep_alive()
+            parent.client.relay_from(self)
         if not parent.headers_sent:
             parent.headers_sent = True
             parent.first_event_at = monotonic()
             parent.status = 200
             parent.close = parent.close or not chunked
-            parent.client.relay_from(self)
             framing = http1.CHUNKED_LINE if chunked else b""
             data = child.head.rebuilt(parent.request_id, framing, parent.close) + data
         parent.client.write(data)

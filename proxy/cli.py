@@ -9,17 +9,19 @@ import importlib.metadata
 import logging
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import uvloop
 
 from proxy.access_log import LogFormat
-from proxy.app import run
+from proxy.app import log_ready, run, run_worker
 from proxy.config import ProxyConfig, load_config, nearest
 from proxy.errors import ConfigError, StartError
+from proxy.listening import listening_sockets
 from proxy.long_body import keep_freed_memory
+from proxy.workers.supervisor import Supervisor
 
 # The seeds write these in the singular too.
 SINGULAR = {
@@ -28,6 +30,7 @@ SINGULAR = {
     "decoder_hosts": "--decoder-host",
     "decoder_ports": "--decoder-port",
 }
+REPEATED = frozenset(("api_key", "admin_api_key"))  # given twice, both count
 # A request leaves no cycles behind, so collecting every 700 allocations (Python's default) is a search for nothing.
 GC_ALLOCATIONS = 50_000
 
@@ -63,7 +66,10 @@ def parser() -> argparse.ArgumentParser:
         if field.annotation is bool:
             made.add_argument(*flags, dest=name, action="store_true", default=argparse.SUPPRESS, help=help_text)
         elif typing.get_origin(field.annotation) is tuple:
-            made.add_argument(*flags, dest=name, nargs="+", default=argparse.SUPPRESS, metavar="X", help=help_text)
+            action = "extend" if name in REPEATED else "store"
+            made.add_argument(
+                *flags, dest=name, nargs="+", action=action, default=argparse.SUPPRESS, metavar="X", help=help_text
+            )
         else:
             made.add_argument(*flags, dest=name, default=argparse.SUPPRESS, metavar="X", help=help_text)
     return made
@@ -94,11 +100,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     gc.freeze()
     gc.set_threshold(GC_ALLOCATIONS, 20, 50)
     try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(run(config, lambda: read_config(words)))
-    except StartError as error:
+        serve(config, lambda: read_config(words))
+    except (StartError, ConfigError) as error:  # a file it names, keys or a certificate, may be unusable
         print(f"pd-proxy: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(1 if isinstance(error, StartError) else 2)
+
+
+def serve(config: ProxyConfig, reread: Callable[[], ProxyConfig]) -> None:
+    """Until told to stop. Several workers have a parent, one has none. Raises StartError."""
+    if config.workers == 1:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(run(config, reread))
+        return
+    listeners = listening_sockets(config.host, config.port, config.listen_backlog)
+    supervisor = Supervisor(config, listeners, lambda seat: run_worker(seat, config, reread))
+    log_ready(config)
+    if status := supervisor.run():
+        sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,15 @@ from collections.abc import Callable
 import orjson
 
 from proxy import http1
+from proxy.chunked_body import ChunkDecoder
 from proxy.continuation import RECOMPUTED, Continuation, Delivered, delivered_in, is_recomputed, parsed_object
 from proxy.errors import BadHead
+from proxy.prompt_facts import with_cached_tokens
 from proxy.sse import EVENT_END, error_of
 
 USAGE = b'"usage":{'
 ERROR = b'data: {"error"'
+NAMED_ERRORS = (b"event: error", b"event: response.failed")
 _FINISH = b'"finish_reason":null'
 _EVENT_AND_CHUNK_END = b"\n\n\r\n"
 _STREAM_END = _EVENT_AND_CHUNK_END + http1.LAST_CHUNK
@@ -38,7 +41,7 @@ def token_tail(read: bytes) -> bytes:
 
 class ClientStream:
     """`sink_for` gives what a decoder's body is fed to, one decoder after the other; `write` gets what the client is
-    sent, in chunks unless `chunked` is false (an HTTP/1.0 client)."""
+    sent, in chunks unless `chunked` is false (an HTTP/1.0 client). `is_named`: events have names (/v1/messages)."""
 
     def __init__(
         self,
@@ -46,6 +49,7 @@ class ClientStream:
         *,
         chunked: bool,
         one_choice: bool,
+        is_named: bool = False,
         max_kept_bytes: int,
         max_event_bytes: int,
     ) -> None:
@@ -53,10 +57,12 @@ class ClientStream:
         self._frame = http1.chunk if chunked else bytes
         self._chunked = chunked
         self._one_choice = one_choice
+        self._is_named = is_named
+        self._error_marks = NAMED_ERRORS if is_named else ERROR
         self._max_event_bytes = max_event_bytes
         self._kept: list[bytes] = []
         self._room = max_kept_bytes
-        self._decoder: http1.ChunkDecoder | None = None
+        self._decoder: ChunkDecoder | None = None
         self._chunked_in = True
         self._pending = b""
         self._torn = False
@@ -124,7 +130,7 @@ class ClientStream:
             return False
         complete = False
         if self._chunked_in:
-            decoder = self._decoder = self._decoder or http1.ChunkDecoder()
+            decoder = self._decoder = self._decoder or ChunkDecoder()
             try:
                 pieces, _ = decoder.feed(data)
             except BadHead:  # the parser of the connection took it; two readers that differ must not go on
@@ -154,6 +160,7 @@ class ClientStream:
         return (
             self._chunked and self._chunked_in and self.continuation is None and not self.broken_by
             and data.endswith((_EVENT_AND_CHUNK_END, _STREAM_END)) and RECOMPUTED not in data and ERROR not in data
+            and not (self._is_named and any(mark in data for mark in NAMED_ERRORS))
             and (self.cached_tokens is None or USAGE not in data)
         )  # fmt: skip
 
@@ -198,11 +205,13 @@ class ClientStream:
         return b"".join(out)
 
     def _edited(self, event: bytes) -> bytes:
-        if event.startswith(ERROR) and (error := error_of(event)) is not None and error[0] >= 500:
+        if event.startswith(self._error_marks) and (error := error_of(event)) is not None and error[0] >= 500:
             self.broken_by, self.error = "error_event", event
             return b""
         rest = self.continuation
         usage = USAGE in event and (self.cached_tokens is not None or rest is not None)
+        if usage and self.cached_tokens is not None and event.startswith(b"event:"):
+            return with_cached_tokens(event, self.cached_tokens)
         if not event.startswith(b"data:") or not (usage or rest is not None or RECOMPUTED in event):
             return event
         parsed = parsed_object(event[5:])

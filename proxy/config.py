@@ -55,7 +55,7 @@ class ProxyConfig(BaseModel):
     retry_delay: float = Field(0.001, ge=0, le=60, description="seconds before the first retry, doubled for each next")
     max_waiting_retries: int = Field(3, ge=1, description="probes before an added instance that is down is dropped")
     waiting_retry_interval: float = Field(10, gt=0, description="seconds between probes of an added instance")
-    workers: int = Field(1, ge=1, description="processes (only 1 so far)")
+    workers: int = Field(1, ge=1, le=64, description="processes that serve on one port; each takes up to one core")
     log_level: LogLevel = Field("INFO", description="DEBUG, INFO, WARNING, ERROR or CRITICAL")
     access_log: AccessLogForm = Field(
         "text", description="a line a request on stderr: text (key=value), json or off; by default off above INFO"
@@ -115,9 +115,18 @@ class ProxyConfig(BaseModel):
     decoder_kv_overcommit: float = Field(
         1.0, gt=0, le=100, description="part of the KV its /metrics say that is reserved; above 1 counts on early ends"
     )
-    capacity_interval_s: Seconds = Field(10, description="between readings of the decoders' KV capacity")
+    capacity_interval_s: Seconds = Field(
+        10, description="between readings of instances' /metrics: KV capacity, own queue"
+    )
     max_queued_requests: int = Field(1024, ge=0, description="requests that may wait for a decoder; beyond it 429")
     queue_timeout_s: Seconds = Field(60, description="how long a request may wait for a decoder; after it 503")
+    keepalive_interval: float = Field(
+        0,
+        ge=0,
+        le=3600,
+        description="seconds between SSE comments to a client whose stream has not begun (queue, prefill); 0: none. "
+        "The first one commits the 200: what fails after it is told by an error event in the stream, not by a status",
+    )
 
     # answers that go on after a decoder is lost, or gave up the KV
     max_continuations: int = Field(
@@ -172,6 +181,48 @@ class ProxyConfig(BaseModel):
         5, ge=1, description="consecutive requests that fail on an instance (5xx, reset, no answer) before it is out"
     )
 
+    # what a hostile network may do (docs/security.md)
+    max_header_fields: int = Field(100, ge=1, le=10_000, description="header fields of a request; beyond it 431")
+    max_connections: int = Field(
+        8192, ge=1, description="clients' connections open at once; beyond it only /health and /metrics answer"
+    )
+    header_read_timeout_s: Seconds = Field(10, description="for a client to send a request's head, from its first byte")
+    min_upload_bytes_per_s: int = Field(
+        256, ge=0, description="a request's body that comes more slowly for 10 s is given up; 0 is no limit"
+    )
+    client_write_timeout_s: Seconds = Field(
+        120, description="for a client that takes nothing of its answer, while some waits for it"
+    )
+
+    tls_cert: str = Field("", description="certificate chain (PEM) to serve HTTPS with; read again at SIGHUP")
+    tls_key: str = Field("", description="its private key (PEM)")
+    upstream_tls: bool = Field(False, description="speak HTTPS to the instances, as with hosts written https://HOST")
+    upstream_ca: str = Field("", description="certificate authorities of the instances (PEM; default: the system's)")
+    upstream_server_name: str = Field(
+        "", description="name that the instances' certificates are checked for (default: each one's own host)"
+    )
+    upstream_tls_insecure: bool = Field(False, description="do not check the instances' certificates")
+
+    api_key: tuple[str, ...] = Field((), description="keys that clients may use; none asks for none")
+    api_key_file: str = Field("", description="more of them, one a line, # begins a comment; followed as it changes")
+    admin_api_key: tuple[str, ...] = Field(
+        (), description="keys for /instances, /reset_prefix_cache, profiles and the engines' own admin routes"
+    )
+    admin_api_key_file: str = Field("", description="more of them, as in --api-key-file")
+    metrics_auth: Literal["open", "client", "admin"] = Field("open", description="whose key /metrics asks for")
+    upstream_api_key: str = Field("", description="key the instances are called with (default: OPENAI_API_KEY)")
+    upstream_api_key_file: str = Field("", description="file with that key")
+    metaserver_allow: tuple[str, ...] = Field(
+        (), description="addresses or networks, besides the decoders' own, that may call /v1/metaserver; any for all"
+    )
+    allow_engine_admin_routes: bool = Field(
+        False, description="pass /sleep, /pause, /load_lora_adapter and the like on without an admin key"
+    )
+
+    @property
+    def speaks_tls_upstream(self) -> bool:
+        return self.upstream_tls or any(_is_https(host) for host in (*self.prefiller_hosts, *self.decoder_hosts))
+
     def policy_of(self, role: str) -> str:
         """The name of the policy for `role`, "prefill" or "decode"."""
         return (self.decode_policy if role == "decode" else self.prefill_policy) or self.policy
@@ -222,11 +273,19 @@ def expand(
         )
     if all_ports and max(all_ports) > 65535:
         raise ConfigError(f"--{role}-ports-inc goes beyond port 65535")
-    found = tuple(Address(host.strip("[]"), port) for host, port in zip(all_hosts, all_ports, strict=True))
+    found = tuple(Address(_bare(host), port) for host, port in zip(all_hosts, all_ports, strict=True))
     twice = next((address for i, address in enumerate(found) if address in found[:i]), None)
     if twice:
         raise ConfigError(f"--{role}-hosts and --{role}-ports name {twice} twice")
     return found
+
+
+def _is_https(host: str) -> bool:
+    return host.lower().startswith("https://")
+
+
+def _bare(host: str) -> str:
+    return (host[len("https://") :].rstrip("/") if _is_https(host) else host).strip("[]")
 
 
 # What a reload may change: who the instances are.
@@ -260,7 +319,8 @@ def load_config(path: Path | None, flags: Mapping[str, Any]) -> ProxyConfig:
         first = error.errors()[0]
         key = str(first["loc"][0])
         name = "--" + key.replace("_", "-") if key in flags else f"{path}: '{key}'"
-        raise ConfigError(f"{name}: {first['msg']}, got {first['input']!r}") from None
+        got = "" if "api_key" in key else f", got {first['input']!r}"  # a secret is not for a terminal, or a log
+        raise ConfigError(f"{name}: {first['msg']}{got}") from None
     _check(config)
     return config
 
@@ -275,10 +335,22 @@ def _check(config: ProxyConfig) -> None:
     for name, value, known in choices:
         if value not in known:
             raise ConfigError(f"--{name} {value}: not one of {', '.join(known)}{nearest(value, list(known))}")
-    if config.workers > 1:
-        raise ConfigError("--workers: only 1 is supported so far; start one proxy a core behind a balancer instead")
     _ = config.prefillers, config.decoders  # raise where hosts and ports do not fit together
+    _check_tls(config)
     check_contract(config)
+
+
+def _check_tls(config: ProxyConfig) -> None:
+    hosts = (*config.prefiller_hosts, *config.decoder_hosts)
+    clear = next((host for host in hosts if not _is_https(host)), None)
+    if config.speaks_tls_upstream and not config.upstream_tls and clear is not None:
+        raise ConfigError(f"host {clear}: write https:// before all hosts, or before none, or use --upstream-tls")
+    odd = next((host for host in hosts if "://" in host and not _is_https(host)), None)
+    if odd is not None:
+        raise ConfigError(f"host {odd}: write the host alone, or https://HOST")
+    for key in ("upstream_ca", "upstream_server_name", "upstream_tls_insecure"):
+        if getattr(config, key) and not config.speaks_tls_upstream:
+            raise ConfigError(f"--{key.replace('_', '-')} needs --upstream-tls, or hosts written https://HOST")
 
 
 def check_contract(config: ProxyConfig) -> None:

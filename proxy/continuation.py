@@ -18,11 +18,12 @@ from typing import Any
 import orjson
 
 from proxy.openai_api import ApiCall
-from proxy.sse import EVENT_END
+from proxy.sse import EVENT_END, name_of
 
 Json = dict[str, Any]
 COMPLETION_DEFAULT_TOKENS = 16  # OpenAI's and vLLM's, where a completion has no max_tokens at all
 RECOMPUTED = b'"recomputed"'
+_LAST_NAMES = frozenset((b"message_stop", b"response.completed", b"response.incomplete"))
 # Fields whose effect depends on what was generated before, or on a state that is lost with the decoder.
 _STATEFUL = (
     *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "presence_penalty"),
@@ -109,6 +110,7 @@ def delivered_in(payload: bytes) -> Delivered:
     for end in EVENT_END.finditer(payload):
         event, start = payload[start : end.start()], end.end()
         if not event.startswith(b"data:"):
+            found.done = found.done or (event.startswith(b"event:") and name_of(event) in _LAST_NAMES)
             continue
         said = event[5:].strip()
         if said == b"[DONE]":

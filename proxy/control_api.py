@@ -18,6 +18,7 @@ from proxy.metaserver import Metaserver
 from proxy.metrics import CONTENT_TYPE, ProxyMetrics
 from proxy.pass_through import PassThrough
 from proxy.status_page import status_page
+from proxy.workers.crew import Crew
 
 MODELS_TIMEOUT_S = 3.0
 MAX_ADMIN_BODY_BYTES = 1 << 20
@@ -34,7 +35,9 @@ class ControlApi:
         fan_out: FanOut,
         pass_through: PassThrough,
         metaserver: Metaserver,
+        crew: Crew | None = None,
     ) -> None:
+        self._crew = crew
         self._fleet = fleet
         self._metrics = metrics
         self._num_in_flight = num_in_flight
@@ -81,7 +84,8 @@ class ControlApi:
         app.router.add_route(hdrs.METH_ANY, "/{path:.*}", other)
 
     async def health(self, _: web.Request) -> web.Response:
-        """200 while a request could be served: each role has an instance that is enabled and well."""
+        """200 while a request could be served: each role has an instance that is enabled and well. The body is empty,
+        unless a worker process is missing."""
         missing = [
             role.value
             for role, members in self._fleet.members.items()
@@ -92,18 +96,22 @@ class ControlApi:
                 503, f"No healthy {' and no healthy '.join(missing)} instance.",
                 error_type="ServiceUnavailableError", retry_after_s=1,
             )  # fmt: skip
+        if self._crew is not None and (gone := self._crew.missing()):
+            return json_answer({"status": "degraded", "workers_missing": gone})
         return web.Response()
 
     async def healthcheck(self, _: web.Request) -> web.Response:
-        members = self._fleet.members
-        return json_answer(
-            {
-                "status": "ok",
-                "prefill_instances": len(members[Role.PREFILL]),
-                "decode_instances": len(members[Role.DECODE]),
-                "request_num": self._num_in_flight(),
-            }
-        )
+        members, crew = self._fleet.members, self._crew
+        shown = {
+            "status": "ok",
+            "prefill_instances": len(members[Role.PREFILL]),
+            "decode_instances": len(members[Role.DECODE]),
+            "request_num": self._num_in_flight(),
+        }
+        if crew is not None:
+            shown["status"] = "degraded" if crew.missing() else "ok"
+            shown["request_num"] = (await crew.instances())["num_in_flight"]
+        return json_answer(shown)
 
     async def _first(self, request: web.Request, path: bytes) -> bytes | list[str]:
         """The body of the first instance that answers `path` with success, or why each did not."""
@@ -131,7 +139,8 @@ class ControlApi:
         return web.Response(body=found, content_type="application/json")
 
     async def metrics(self, _: web.Request) -> web.Response:
-        return web.Response(body=self._metrics.exposition(), headers={"Content-Type": CONTENT_TYPE})
+        body = self._metrics.exposition() if self._crew is None else await self._crew.exposition()
+        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
 
     async def version(self, request: web.Request) -> web.Response:
         """The engines' own answer, with the proxy's version beside it."""

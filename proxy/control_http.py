@@ -38,14 +38,20 @@ def bearer_line(request: web.Request, own: bytes) -> bytes:
     return f"Authorization: {given}\r\n".encode() if given else own
 
 
-async def close_after(_: web.Request, response: web.StreamResponse) -> None:
+async def close_after(request: web.Request, response: web.StreamResponse) -> None:
     """A connection is handed over for one request: the next one may be for a hot route, which isn't served here."""
     response.force_close()
+    protocol = request.protocol
+    assert isinstance(protocol, ControlProtocol)
+    protocol.answer_has_begun = True
+    response.headers["X-Request-Id"] = request.headers["X-Request-Id"]  # the frontend has seen to it that there is one
     response.headers["Connection"] = "close"  # aiohttp has written its own headers before this is called
 
 
 class ControlProtocol(web.RequestHandler):
     """A connection that was handed over. What aiohttp's parser refuses is answered in the OpenAI shape, untraced."""
+
+    answer_has_begun = False
 
     def handle_error(
         self,
@@ -54,6 +60,7 @@ class ControlProtocol(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
+        self.answer_has_begun = True
         if request.writer.output_size > 0:
             raise ConnectionError("the answer has begun already")
         if status >= 500:

@@ -24,6 +24,7 @@ from proxy.errors import BadRequest, Failure, ProxyError
 from proxy.flow import Flow
 from proxy.frontend import ClientConnection
 from proxy.http1 import RequestHead
+from proxy.keep_alive import KeepAlive
 from proxy.legs import Legs, PassOn
 from proxy.openai_api import ROUTES, parse_call
 from proxy.prompt_facts import with_cached_tokens, with_scored_prompt
@@ -98,15 +99,22 @@ class Dispatcher:
         legs, tell, relayer = self._legs, self._tell, self._relayer
         try:
             self._read(flow, body)
+            if self._config.keepalive_interval and flow.stream and not flow.is_child:
+                flow.keep_alive = KeepAlive(flow, self._config.keepalive_interval, self._loop)
             if flow.divided:
                 await Family(flow, self._flow, self._start).answer()
                 flow.client.answered(close=flow.close)
                 return
             await self._admission.admit(flow)  # before the prefill: a prompt nobody can decode is not worth computing
             answer = await tell(flow, legs)
-            if answer.complete and not answer.head.event_stream and relayer.must_look(flow, answer):
+            streams = answer.head.event_stream
+            look = answer.complete and relayer.must_look(flow, answer)
+            if look and not streams:
                 answer = await relayer.whole(flow, answer)
-            if answer.complete and not (answer.head.event_stream and relayer.must_look(flow, answer)):
+                look = False
+            if flow.headers_sent and not streams:
+                raise _no_stream(answer)
+            if answer.complete and not look and not flow.headers_sent:
                 flow.outcome = "ok"
                 answer = told_of_prompt(flow, answer)
                 self._reporter.whole(flow, answer)
@@ -128,6 +136,7 @@ class Dispatcher:
             log.exception("event=internal_error request_id=%s", flow.request_id)
             send_error(flow, ProxyError(500, "Internal error in the proxy.", error_type="InternalServerError"))
         finally:
+            flow.stop_keep_alive()
             flow.release_loads()
             legs.give_kv_back(flow)
             self.open.discard(flow)
@@ -139,6 +148,8 @@ class Dispatcher:
         flow.call = call = parse_call(flow.route, body)
         if call.own_kv_transfer_params and not self._config.allow_client_kv_transfer_params:
             raise BadRequest("'kv_transfer_params' is not accepted from clients.", "kv_transfer_params")
+        if call.own_bootstrap and not self._config.allow_client_kv_transfer_params:
+            raise BadRequest(f"'{call.own_bootstrap}' is not accepted from clients.", call.own_bootstrap)
         flow.stream = call.stream
         flow.cost = cost_of(call)
         flow.forwarded = flow.head.forwarded
@@ -162,6 +173,12 @@ class Dispatcher:
         """The decoder computes the prompt itself."""
         flow.split = False
         self._reporter.recompute(reason)
+
+
+def _no_stream(answer: Answer) -> ProxyError:
+    if not answer.complete:
+        answer.connection.close()
+    return ProxyError(502, "The decode instance answered a stream with something else.", error_type="upstream_error")
 
 
 def told_of_prompt(flow: Flow, answer: Answer) -> Answer:

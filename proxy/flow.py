@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from proxy.continuation import Continuation
 from proxy.downstream import Downstream
@@ -17,6 +17,10 @@ from proxy.scheduling.cost import Cost
 from proxy.scheduling.policy import Reason
 from proxy.scheduling.prefix_affinity import prefix_of
 from proxy.scheduling.session import session_key_of
+
+if TYPE_CHECKING:
+    from proxy.client_stream import ClientStream
+    from proxy.keep_alive import KeepAlive
 
 
 class Flow:
@@ -45,6 +49,7 @@ class Flow:
         "head",
         "headers_sent",
         "is_child",
+        "keep_alive",
         "leg_id",
         "num_chunks",
         "num_output_tokens",
@@ -58,6 +63,7 @@ class Flow:
         "prefiller",
         "promised",
         "prompt_tokens",
+        "relayed",
         "request_id",
         "route",
         "scored_prompt",
@@ -107,6 +113,8 @@ class Flow:
         self.prefill_attempts = 0
         self.avoid: set[Instance] = set()
         self.headers_sent = False
+        self.keep_alive: KeepAlive | None = None
+        """Who tells the client that its stream will come; None if nobody does, or when the stream has begun."""
         self.is_child = False
         self.stream = False
         self.status = 0
@@ -123,6 +131,8 @@ class Flow:
         self.prompt_tokens: int | None = None
         """As the first prefill's answer counts them."""
         self.continuation: Continuation | None = None
+        self.relayed: ClientStream | None = None
+        """The client's stream, once it has begun."""
 
     @property
     def kv(self) -> dict[str, Any] | None:
@@ -162,14 +172,21 @@ class Flow:
             self.decode_hold = hold
 
     def note_prefill_usage(self, num_prompt_tokens: int | None, num_cached_tokens: int) -> None:
-        """What a prefill's answer counted. Of a continuation's it says how much was generated before. Raises NotExact
-        if nothing is left to generate."""
+        """What a prefill's answer counted. Of a continuation's, where it comes before the decoder is asked, it says how
+        much was generated before. Raises NotExact if nothing is left to generate."""
         if self.continuation is None:
             self.prompt_tokens = num_prompt_tokens
             self.cached_tokens = num_cached_tokens
+            if self.relayed is not None:  # the legs run at once, and the decoder was quicker
+                self.relayed.cached_tokens = num_cached_tokens
         elif num_prompt_tokens is not None and self.prompt_tokens is not None:
             self.continuation.recount(num_prompt_tokens - self.prompt_tokens)
             self.call = self.continuation.call
+
+    def stop_keep_alive(self) -> None:
+        if self.keep_alive is not None:
+            self.keep_alive.stop()
+            self.keep_alive = None
 
     def release_loads(self) -> None:
         if self.prefill_load is not None:

@@ -12,21 +12,32 @@ from typing import Protocol
 
 import httptools
 
+from proxy.chunked_body import ChunkDecoder
 from proxy.errors import BadHead
+from proxy.request_fields import (
+    API_KEY,
+    AUTHORIZATION,
+    CODING,
+    CONNECTION,
+    CONTENT_CODING,
+    HOST,
+    KIND_OF,
+    LENGTH,
+    NOT_PASSED,
+    PASSED,
+    REQUEST_ID,
+    SERVER_TIMING,
+    kind_of,
+)
 
 HEAD_END = b"\r\n\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 LAST_CHUNK = b"0\r\n\r\n"
 MAX_REQUEST_ID_CHARS = 256
-MAX_CHUNK_LINE_BYTES = 4096
 
-# Never passed on to an instance: hop-by-hop fields (RFC 9110 section 7.6.1), what we set ourselves, what is said to us
-# (X-Server-Timing), and Accept-Encoding, because an answer has to be looked into until its first event.
-NOT_FORWARDED = frozenset(
-    b"connection keep-alive proxy-connection proxy-authenticate proxy-authorization te trailer upgrade "
-    b"transfer-encoding content-length host expect accept-encoding x-server-timing".split()
-)
-NOT_RETURNED = frozenset(b"connection keep-alive proxy-connection upgrade trailer x-request-id".split())
+NOT_RETURNED = frozenset(b"keep-alive proxy-connection upgrade trailer x-request-id".split())
+_HOST_CHARS = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._~!$&'()*+,;=%:[]"
+_MAX_KNOWN_NAMES = 1000
 
 
 def status_line(status: int) -> bytes:
@@ -38,10 +49,13 @@ def status_line(status: int) -> bytes:
 
 
 class RequestHead:
-    """One request's head, filled by llhttp's callbacks. `forwarded` is the header block an instance gets."""
+    """One request's head, filled by llhttp's callbacks.
+
+    `forwarded` is the header block an instance gets, `identity` what tells the sender from others."""
 
     __slots__ = (
         "_parser",
+        "api_key",
         "authorization",
         "chunked",
         "complete",
@@ -49,7 +63,9 @@ class RequestHead:
         "content_encoding",
         "content_length",
         "expects_continue",
+        "has_length",
         "host_seen",
+        "identity",
         "keep_alive",
         "lines",
         "method",
@@ -71,10 +87,13 @@ class RequestHead:
         self.lines: list[bytes] = []
         self.connection_tokens = b""
         self.content_length = 0
+        self.has_length = False
         self.content_encoding = b""
         self.chunked = False
         self.expects_continue = False
-        self.authorization = False
+        self.authorization: bytes | None = None
+        self.api_key: bytes | None = None
+        self.identity = b""
         self.host_seen = False
         self.request_id: str | None = None
         self.server_timing = 0
@@ -92,7 +111,9 @@ class RequestHead:
             pass  # the request asks for another protocol: it is ignored, as RFC 9110 section 7.8 allows
         except httptools.HttpParserError as error:
             cause = error.__context__
-            raise (cause if isinstance(cause, BadHead) else BadHead(f"Malformed HTTP request: {error}")) from None
+            if isinstance(cause, BadHead):
+                raise cause from None
+            raise BadHead(f"Malformed HTTP request: {error}", 505 if "HTTP version" in str(error) else 400) from None
         if self.complete:
             self._parser = None  # it holds our methods: a cycle a request would be work for the garbage collector
 
@@ -101,30 +122,56 @@ class RequestHead:
         self.target += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        lower = name.lower()
-        if lower not in NOT_FORWARDED:
-            if lower == b"x-request-id":
-                self.request_id = clean_request_id(value)
-                return
-            if lower == b"authorization":
-                self.authorization = True
-            elif lower == b"content-encoding":
-                self.content_encoding = value.lower()
+        kind = KIND_OF.get(name)
+        if kind is None:
+            kind = kind_of(name)
+        if kind is PASSED:
             self.lines.append(b"%b: %b\r\n" % (name, value))
-        elif lower == b"content-length":
-            self.content_length = int(value)
-        elif lower == b"transfer-encoding":
-            if value.lower() != b"chunked":
-                raise BadHead("Only Transfer-Encoding: chunked is understood.", 501)
-            self.chunked = True
-        elif lower == b"connection":
-            self.connection_tokens += b"," + value.lower()
-        elif lower == b"host":
+        elif kind is not NOT_PASSED:
+            self._special(kind, name, value.strip(b" \t"))
+
+    def _special(self, kind: int, name: bytes, value: bytes) -> None:
+        if kind is HOST:
+            if self.host_seen or value.translate(None, _HOST_CHARS):
+                raise BadHead("There must be one valid Host header.")
             self.host_seen = True
-        elif lower == b"expect" and value.lower() == b"100-continue":
-            self.expects_continue = True
-        elif lower == b"x-server-timing":
+        elif kind is LENGTH:
+            if self.has_length or self.chunked or not value.isdigit() or len(value) > 18:
+                raise BadHead("There must be one Content-Length, a number, and none beside Transfer-Encoding.")
+            self.content_length = int(value)
+            self.has_length = True
+        elif kind is CODING:
+            self._coded(value.lower())
+        elif kind is REQUEST_ID:
+            self.request_id = clean_request_id(value)
+        elif kind is AUTHORIZATION:
+            if self.authorization is not None:
+                raise BadHead("There must be one Authorization header.")
+            self.authorization = self.identity = value
+        elif kind is API_KEY:
+            if self.api_key is not None:
+                raise BadHead("There must be one x-api-key header.")
+            self.api_key = value
+            self.identity = self.identity or value
+        elif kind is CONTENT_CODING:
+            self.content_encoding = value.lower()
+            self.lines.append(b"%b: %b\r\n" % (name, value))
+        elif kind is CONNECTION:
+            self.connection_tokens += b"," + value.lower()
+        elif kind is SERVER_TIMING:
             self.server_timing = int(value not in (b"", b"0"))
+        elif value.lower() == b"100-continue":
+            self.expects_continue = True
+        else:
+            raise BadHead("Only Expect: 100-continue is understood.", 417)
+
+    def _coded(self, value: bytes) -> None:
+        if self.chunked or self.has_length:
+            raise BadHead("There must be one Transfer-Encoding, and none beside Content-Length.")
+        if value != b"chunked":
+            ends_chunked = value.rpartition(b",")[2].strip(b" \t") == b"chunked"
+            raise BadHead("Only Transfer-Encoding: chunked is understood.", 501 if ends_chunked else 400)
+        self.chunked = True
 
     def on_headers_complete(self) -> None:
         self.complete = True
@@ -134,13 +181,10 @@ class RequestHead:
         self.version = parser.get_http_version()
         self.keep_alive = parser.should_keep_alive()  # only here: with the message's end the parser forgets
         target = self.target
+        if self.method == b"CONNECT":
+            raise BadHead("CONNECT is not served here.", 501)
         if not target.startswith(b"/"):  # absolute form (RFC 9112 section 3.2.2)
-            try:
-                parsed = httptools.parse_url(target)
-            except httptools.HttpParserInvalidURLError:
-                raise BadHead("Malformed request target.") from None
-            target = (parsed.path or b"/") + (b"?" + parsed.query if parsed.query else b"")
-            self.target = target
+            self.target = target = _origin_form(target)
         self.path, _, self.query = target.partition(b"?")
         if self.version not in ("1.1", "1.0"):
             raise BadHead("Only HTTP/1.1 and HTTP/1.0 are spoken here.", 505)
@@ -152,25 +196,46 @@ class RequestHead:
     @property
     def forwarded(self) -> bytes:
         """The header lines to pass on, each ended by CRLF, without what `Connection` names."""
-        lines = self.lines
+        lines = [*self.lines, *self.credentials]
         if self.connection_tokens and self.connection_tokens not in (b",close", b",keep-alive"):
-            named = {token.strip() for token in self.connection_tokens.split(b",")}
+            named = self.named_by_connection
             lines = [line for line in lines if line.partition(b":")[0].lower() not in named]
         return b"".join(lines)
 
+    @property
+    def credentials(self) -> list[bytes]:
+        """The client's own, as header lines, unless they were for the proxy."""
+        given = ((b"Authorization", self.authorization), (b"X-Api-Key", self.api_key))
+        return [b"%b: %b\r\n" % (name, value) for name, value in given if value]
+
+    @property
+    def named_by_connection(self) -> set[bytes]:
+        return {token.strip() for token in self.connection_tokens.split(b",")}
+
+
+def _origin_form(target: bytes) -> bytes:
+    try:
+        parsed = httptools.parse_url(target)
+    except httptools.HttpParserInvalidURLError:
+        parsed = None
+    if parsed is None or (parsed.schema or b"").lower() not in (b"http", b"https") or not parsed.host:
+        raise BadHead("Malformed request target.")
+    return (parsed.path or b"/") + (b"?" + parsed.query if parsed.query else b"")
+
 
 def clean_request_id(value: bytes) -> str | None:
-    """The client's request id if it may be used as one (printable ASCII without blanks, bounded), else None."""
-    if not 0 < len(value) <= MAX_REQUEST_ID_CHARS or not value.isascii():
+    """The client's request id if it may be used as one (printable ASCII without blanks, bounded), else None.
+
+    vLLM's P2pNcclConnector reads the addresses of both sides out of the id, so a client's must not look like that."""
+    if not 0 < len(value) <= MAX_REQUEST_ID_CHARS or not value.isascii() or b"_addr_" in value:
         return None
     text = value.decode("ascii")
     return text if text.isprintable() and " " not in text else None
 
 
 # What a response field is to us, by its name as the engine spells it: engines send the same few again and again.
-_ORDINARY, _CONTENT_LENGTH, _TRANSFER_ENCODING, _DROPPED, _CONTENT_TYPE = range(5)
+_ORDINARY, _CONTENT_LENGTH, _TRANSFER_ENCODING, _DROPPED, _CONTENT_TYPE, _HOP = range(6)
 _SPECIAL: dict[bytes, int] = {}
-_MAX_KNOWN_NAMES = 1000
 
 
 def _classify(name: bytes) -> int:
@@ -180,6 +245,8 @@ def _classify(name: bytes) -> int:
         special = _DROPPED
     elif lower == b"content-type":
         special = _CONTENT_TYPE
+    elif lower == b"connection":
+        special = _HOP
     if len(_SPECIAL) < _MAX_KNOWN_NAMES:
         _SPECIAL[name] = special
     return special
@@ -188,7 +255,16 @@ def _classify(name: bytes) -> int:
 class ResponseHead:
     """One response's head: `status`, the fields that may be returned, and how the body is framed."""
 
-    __slots__ = ("chunked", "close_delimited", "content_length", "event_stream", "fields", "keep_alive", "status")
+    __slots__ = (
+        "chunked",
+        "close_delimited",
+        "content_length",
+        "event_stream",
+        "fields",
+        "keep_alive",
+        "named_by_connection",
+        "status",
+    )
 
     def __init__(self) -> None:
         self.status = 0
@@ -198,28 +274,44 @@ class ResponseHead:
         self.close_delimited = False
         self.event_stream = False
         self.keep_alive = True
+        self.named_by_connection = b""
 
     def add(self, name: bytes, value: bytes) -> None:
+        """Raises BadHead where the framing could be read in two ways."""
         special = _SPECIAL.get(name)
         if special is None:
             special = _classify(name)
         if special:
             if special == _CONTENT_LENGTH:
+                if self.content_length is not None or self.chunked or not (value := value.strip(b" \t")).isdigit():
+                    raise BadHead("no valid Content-Length")
                 self.content_length = int(value)
                 return
             if special == _TRANSFER_ENCODING:
-                self.chunked = value.lower().endswith(b"chunked")
+                if value.strip(b" \t").lower() != b"chunked" or self.chunked or self.content_length is not None:
+                    raise BadHead("a Transfer-Encoding other than chunked")
+                self.chunked = True
                 return
             if special == _DROPPED:
                 return
+            if special == _HOP:
+                self.named_by_connection += b"," + value.lower()
+                return
             self.event_stream = value[:17].lower() == b"text/event-stream"
         self.fields.append((name, value))
+
+    def _returned(self) -> list[tuple[bytes, bytes]]:
+        """The fields, without what `Connection` names."""
+        if self.named_by_connection in (b"", b",close", b",keep-alive"):
+            return self.fields
+        named = {token.strip() for token in self.named_by_connection.split(b",")}
+        return [field for field in self.fields if field[0].lower() not in named]
 
     def rebuilt(self, request_id: str, framing: bytes, close: bool) -> bytes:
         """The head for the client. `framing` is its Transfer-Encoding or Content-Length line, CRLF included."""
         return b"%b%b%bX-Request-Id: %b\r\n%b\r\n" % (
             _STATUS_200 if self.status == 200 else status_line(self.status),
-            b"".join([b"%b: %b\r\n" % field for field in self.fields]),
+            b"".join([b"%b: %b\r\n" % field for field in self._returned()]),
             framing,
             request_id.encode("ascii"),
             b"Connection: close\r\n" if close else b"",
@@ -249,6 +341,8 @@ def simple_response(
         lines.append(b"X-Request-Id: %b\r\n" % request_id.encode("ascii"))
     if retry_after_s is not None:
         lines.append(b"Retry-After: %d\r\n" % retry_after_s)
+    if status == 401:
+        lines.append(b"WWW-Authenticate: Bearer\r\n")
     if close:
         lines.append(b"Connection: close\r\n")
     return b"".join([*lines, more_lines, b"\r\n", body])
@@ -256,63 +350,6 @@ def simple_response(
 
 def chunk(payload: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(payload), payload)
-
-
-class ChunkDecoder:
-    """A chunked body (RFC 9112 section 7.1), fed in any pieces. Strict: CRLF only, hexadecimal sizes, bounded lines."""
-
-    __slots__ = ("_line", "_remaining", "_state", "complete")
-
-    def __init__(self) -> None:
-        self._line = bytearray()
-        self._remaining = 0
-        self._state = "size"
-        self.complete = False
-
-    @property
-    def between_chunks(self) -> bool:
-        return self._state == "size" and not self._line
-
-    def feed(self, data: bytes) -> tuple[list[bytes], int]:
-        """Return the payload pieces in `data` and how many of its bytes belong to this body. Raises BadHead."""
-        pieces: list[bytes] = []
-        at, end = 0, len(data)
-        while at < end and not self.complete:
-            if self._state == "payload":
-                take = min(self._remaining, end - at)
-                pieces.append(data[at : at + take])
-                at += take
-                self._remaining -= take
-                if not self._remaining:
-                    self._state = "payload_end"
-            else:
-                newline = data.find(b"\n", at)
-                stop = end if newline < 0 else newline + 1
-                self._line += data[at:stop]
-                at = stop
-                if len(self._line) > MAX_CHUNK_LINE_BYTES:
-                    raise BadHead("A line of the chunked body is too long.")
-                if newline >= 0:
-                    line, self._line = bytes(self._line), bytearray()
-                    self._end_line(line)
-        return pieces, at
-
-    def _end_line(self, line: bytes) -> None:
-        if not line.endswith(b"\r\n"):
-            raise BadHead("A line of the chunked body does not end in CRLF.")
-        text = line[:-2]
-        if self._state == "size":
-            digits = text.partition(b";")[0].rstrip(b" \t")
-            if not digits or len(digits) > 15 or digits.strip(b"0123456789abcdefABCDEF"):
-                raise BadHead("A chunk size is not hexadecimal.")
-            self._remaining = int(digits, 16)
-            self._state = "payload" if self._remaining else "trailer"
-        elif self._state == "payload_end":
-            if text:
-                raise BadHead("A chunk is longer than its size says.")
-            self._state = "size"
-        elif not text:  # the empty line that ends the trailer section; trailers themselves are dropped
-            self.complete = True
 
 
 def dechunk(raw: bytes) -> bytes:

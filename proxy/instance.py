@@ -10,6 +10,7 @@ from collections import Counter
 
 from proxy.config import Address, ProxyConfig
 from proxy.health import Health
+from proxy.load_board import BoardRow, SharedLoad
 from proxy.load_ledger import InstanceLoad
 from proxy.upstream_pool import UpstreamPool
 
@@ -63,6 +64,7 @@ class Instance:
         "load",
         "name",
         "num_probes",
+        "num_waiting",
         "pool",
         "role",
         "source",
@@ -76,6 +78,7 @@ class Instance:
         loop: asyncio.AbstractEventLoop,
         source: Source = Source.CONFIG,
         name: Address | None = None,
+        load: InstanceLoad | None = None,
     ) -> None:
         self.role = role
         self.address = address
@@ -85,31 +88,41 @@ class Instance:
         self.enabled = True
         self.drain_by = math.inf
         self.num_probes = 0
+        self.num_waiting: int | None = None
+        """Requests in the engine's own queue, when it was last read; None where it doesn't say."""
         self.health = Health(config.health_max_failures, config.health_max_request_failures)
-        self.load = InstanceLoad()
+        self.load = load or InstanceLoad()
         self.failures: Counter[str] = Counter()
         self.pool = UpstreamPool(address, config, loop)
         if name is not None:  # a server that tells virtual hosts apart knows itself by its name
-            self.pool.host_line = UpstreamPool(name, config, loop).host_line
+            named = UpstreamPool(name, config, loop)
+            self.pool.host_line, self.pool.server_name = named.host_line, named.server_name
 
     @property
     def num_open(self) -> int:
         """Requests it is working on, those included that nobody waits for any more; probes of ours are none."""
         return max(self.load.num_requests, len(self.pool.active) - self.num_probes)
 
+    def close(self) -> None:
+        self.pool.close()
+        self.load.leave()
+
     def __repr__(self) -> str:
         return f"<Instance {self.role.value} {self.key} enabled={self.enabled} healthy={self.health.healthy}>"
 
 
 class Fleet:
-    """The members. The tuples are replaced, never changed, so whoever holds one sees one consistent set."""
+    """The members. The tuples are replaced, never changed, so whoever holds one sees one consistent set.
 
-    def __init__(self, config: ProxyConfig, loop: asyncio.AbstractEventLoop) -> None:
+    `board` is there where several worker processes share the loads."""
+
+    def __init__(self, config: ProxyConfig, loop: asyncio.AbstractEventLoop, board: BoardRow | None = None) -> None:
         self._config = config
         self._loop = loop
+        self.board = board
         self.members: dict[Role, tuple[Instance, ...]] = {
-            Role.PREFILL: tuple(Instance(Role.PREFILL, one, config, loop) for one in config.prefillers),
-            Role.DECODE: tuple(Instance(Role.DECODE, one, config, loop) for one in config.decoders),
+            Role.PREFILL: tuple(self.create(Role.PREFILL, one, Source.CONFIG) for one in config.prefillers),
+            Role.DECODE: tuple(self.create(Role.DECODE, one, Source.CONFIG) for one in config.decoders),
         }
         self._num_picks = 0
 
@@ -127,12 +140,17 @@ class Fleet:
         return [one for one in self.members[role] if wanted in (canonical(one.address), canonical(one.name))]
 
     def picked(self, instance: Instance) -> None:
+        if self.board is not None and isinstance(instance.load, SharedLoad):
+            instance.load.picked()
+            return
         self._num_picks += 1
         instance.load.last_pick = self._num_picks
 
     def create(self, role: Role, address: Address, source: Source, name: Address | None = None) -> Instance:
         """An instance that is not a member yet."""
-        return Instance(role, address, self._config, self._loop, source, name)
+        board, key = self.board, str(canonical(address))
+        load = board.load_of(role.value, key, str(address)) if board is not None else None
+        return Instance(role, address, self._config, self._loop, source, name, load)
 
     def admit(self, instance: Instance) -> None:
         self.members = {**self.members, instance.role: (*self.members[instance.role], instance)}
@@ -141,4 +159,4 @@ class Fleet:
         """It leaves; what is still open on it is cut off."""
         rest = tuple(one for one in self.members[instance.role] if one is not instance)
         self.members = {**self.members, instance.role: rest}
-        instance.pool.close()
+        instance.close()

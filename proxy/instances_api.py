@@ -5,10 +5,11 @@ Bodies and reply keys of `add` and `remove` are the seeds' (ascend-proxy.md 2.1,
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from time import monotonic
 from typing import Any
 
@@ -25,7 +26,10 @@ from proxy.instance_state import InstanceState
 from proxy.kv_ledger import KvLedger, KvState
 from proxy.membership import Membership
 from proxy.reclaim import Reclaimer
+from proxy.workers.crew import Crew
 
+Fields = dict[str, Any]
+Verb = Callable[[Fields], Awaitable[Fields]]
 MAX_SECONDS = 86400.0
 _ADDRESS = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<host>[^\s:/\[\]@?#%]+)):(?P<port>[0-9]{1,5})")
 
@@ -62,6 +66,7 @@ class InstancesApi:
         admission: Admission,
         num_in_flight: Callable[[], int],
         contract_finder: ContractFinder,
+        crew: Crew | None = None,
     ) -> None:
         self._fleet = fleet
         self._membership = membership
@@ -70,48 +75,55 @@ class InstancesApi:
         self._admission = admission
         self._num_in_flight = num_in_flight
         self._contract_finder = contract_finder
+        self._crew = crew
+        self.verbs: dict[str, Verb] = {
+            "add": self._add,
+            "remove": self._remove,
+            "role": self._role,
+            "register": self._register,
+            "deregister": self._deregister,
+        }
+        """What the routes that change something do with the body they are sent. They raise ProxyError."""
 
     def routes(self) -> list[web.RouteDef]:
         return [
             web.get("/instances", self.show),
-            web.post("/instances/add", self.add),
-            web.post("/instances/remove", self.remove),
-            web.post("/instances/role", self.role),
-            web.post("/instances/register", self.register),
-            web.delete("/instances/register", self.deregister),
-            web.post("/instances/deregister", self.deregister),
+            *(web.post(f"/instances/{verb}", self._changes(verb)) for verb in self.verbs),
+            web.delete("/instances/register", self._changes("deregister")),
         ]
 
     async def show(self, _: web.Request) -> web.Response:
+        return json_answer(self.shown() if self._crew is None else await self._crew.instances())
+
+    def shown(self) -> dict[str, Any]:
+        """What this process has."""
         ledger, membership = self._ledger, self._membership
         now, held = monotonic(), membership.kv_held()
-        return json_answer(
-            {
-                "instances": [self._describe(one, held, now) for one in self._fleet.all],
-                "waiting": [
-                    {
-                        "role": one.instance.role.value,
-                        "address": one.instance.key,
-                        "state": InstanceState.WAITING.value,
-                        "source": one.instance.source.value,
-                        "num_probes": one.num_probes,
-                        "last_error": one.last_error,
-                    }
-                    for one in membership.waiting.values()
-                ],
-                "contract": self._contract_finder.state(),
-                "num_in_flight": self._num_in_flight(),
-                "num_queued": self._admission.num_waiting,
-                "num_reservations": sum(one.load.num_requests for one in self._fleet.all),
-                "kv_ledger": {
-                    "num_entries": len(ledger.open),
-                    "held": ledger.count(KvState.HELD),
-                    "reclaiming": ledger.count(KvState.RECLAIMING),
-                    "totals": {state.value: count for state, count in ledger.totals.items()},
-                },
-                "num_reclaims_open": self._reclaimer.num_open,
-            }
-        )
+        return {
+            "instances": [self._describe(one, held, now) for one in self._fleet.all],
+            "waiting": [
+                {
+                    "role": one.instance.role.value,
+                    "address": one.instance.key,
+                    "state": InstanceState.WAITING.value,
+                    "source": one.instance.source.value,
+                    "num_probes": one.num_probes,
+                    "last_error": one.last_error,
+                }
+                for one in membership.waiting.values()
+            ],
+            "contract": self._contract_finder.state(),
+            "num_in_flight": self._num_in_flight(),
+            "num_queued": self._admission.num_waiting,
+            "num_reservations": sum(one.load.num_requests for one in self._fleet.all),
+            "kv_ledger": {
+                "num_entries": len(ledger.open),
+                "held": ledger.count(KvState.HELD),
+                "reclaiming": ledger.count(KvState.RECLAIMING),
+                "totals": {state.value: count for state, count in ledger.totals.items()},
+            },
+            "num_reclaims_open": self._reclaimer.num_open,
+        }
 
     def _describe(self, one: Instance, held: Counter[str], now: float) -> dict[str, Any]:
         lease = self._membership.leases.get((one.role, canonical(one.address)))
@@ -131,6 +143,7 @@ class InstancesApi:
             "num_failed_legs": sum(one.failures.values()),
             "last_error": one.health.last_error,
             "kv_held": held[one.key] if one.role is Role.PREFILL else 0,
+            "queue": {"num_open": one.num_open, "num_waiting": one.num_waiting},
             "load": {
                 "num_requests": one.load.num_requests,
                 "num_tokens": one.load.num_tokens,
@@ -144,56 +157,70 @@ class InstancesApi:
             "connections": {"active": len(one.pool.active), "idle": len(one.pool.idle)},
         }
 
-    async def add(self, request: web.Request) -> web.Response:
-        role, addresses, _ = await _read(request)
+    def _changes(self, verb: str) -> Callable[[web.Request], Awaitable[web.Response]]:
+        async def change(request: web.Request) -> web.Response:
+            fields = await json_object(request)
+            if self._crew is None:
+                return json_answer(await self.verbs[verb](fields))
+            here = asyncio.ensure_future(self.verbs[verb](fields))
+            await asyncio.sleep(0)
+            if here.done():
+                here.result()  # what is refused here is not tried elsewhere
+            wait_s = _seconds(fields, "wait_s", 0.0) if verb == "remove" else 0.0
+            answer, others = await asyncio.gather(here, self._crew.everywhere(f"instances/{verb}", fields, wait_s))
+            if any(other.get("was_registered") for other in others):
+                answer["was_registered"] = True
+            return json_answer(answer)
+
+        return change
+
+    async def _add(self, fields: Fields) -> Fields:
+        role, addresses = _read(fields)
         for address in addresses:
             self._membership.add(role, address)
         return self._reply(f"Adding {role.value} instances", addresses)
 
-    async def remove(self, request: web.Request) -> web.Response:
+    async def _remove(self, fields: Fields) -> Fields:
         """No new work from now on. `drain_timeout_s` replaces the configured deadline, `wait_s` answers only when they
         are gone, or after so long."""
-        role, addresses, body = await _read(request)
-        timeout_s, wait_s = (_seconds(body, key, 0.0) for key in ("drain_timeout_s", "wait_s"))
+        role, addresses = _read(fields)
+        timeout_s, wait_s = (_seconds(fields, key, 0.0) for key in ("drain_timeout_s", "wait_s"))
         for address in addresses:
             self._membership.remove(role, address, timeout_s=timeout_s)
         if wait_s:
             await wait_until(lambda: not any(self._fleet.named(role, one) for one in addresses), wait_s)
         return self._reply(f"Removing {role.value} instances", addresses)
 
-    async def role(self, request: web.Request) -> web.Response:
+    async def _role(self, fields: Fields) -> Fields:
         """From now on these are to be `type`: drained in the other role first, then joined in this one."""
-        role, addresses, _ = await _read(request)
+        role, addresses = _read(fields)
         for address in addresses:
             self._membership.change_role(role, address)
         return self._reply(f"Making {role.value} instances of", addresses)
 
-    async def register(self, request: web.Request) -> web.Response:
+    async def _register(self, fields: Fields) -> Fields:
         """The instance's own call: again before `ttl_s` is over, or it is drained."""
-        role, (address,), body = await _read(request, "instance")
-        ttl_s = _seconds(body, "ttl_s", None)
+        role, (address,) = _read(fields, "instance")
+        ttl_s = _seconds(fields, "ttl_s", None)
         has = self._membership.register(role, address, ttl_s, monotonic())
         joined = self._fleet.find(has, address) is not None
-        return json_answer({"type": has.value, "instance": str(address), "ttl_s": ttl_s, "joined": joined})
+        return {"type": has.value, "instance": str(address), "ttl_s": ttl_s, "joined": joined}
 
-    async def deregister(self, request: web.Request) -> web.Response:
-        role, (address,), _ = await _read(request, "instance")
-        return json_answer({"instance": str(address), "was_registered": self._membership.deregister(role, address)})
+    async def _deregister(self, fields: Fields) -> Fields:
+        role, (address,) = _read(fields, "instance")
+        return {"instance": str(address), "was_registered": self._membership.deregister(role, address)}
 
-    def _reply(self, message: str, addresses: list[Address]) -> web.Response:
+    def _reply(self, message: str, addresses: list[Address]) -> Fields:
         members = self._fleet.members
-        return json_answer(
-            {
-                "message": f"{message}: {', '.join(map(str, addresses))}.",
-                "current_prefill_instances": [one.key for one in members[Role.PREFILL]],
-                "current_decode_instances": [one.key for one in members[Role.DECODE]],
-            }
-        )
+        return {
+            "message": f"{message}: {', '.join(map(str, addresses))}.",
+            "current_prefill_instances": [one.key for one in members[Role.PREFILL]],
+            "current_decode_instances": [one.key for one in members[Role.DECODE]],
+        }
 
 
-async def _read(request: web.Request, key: str = "instances") -> tuple[Role, list[Address], dict[str, Any]]:
-    """The body, with the role and the addresses it names; `key` "instance" takes exactly one."""
-    body = await json_object(request)
+def _read(body: Fields, key: str = "instances") -> tuple[Role, list[Address]]:
+    """The role and the addresses that a body names; `key` "instance" takes exactly one."""
     try:
         role = Role(str(body.get("type")))
     except ValueError:
@@ -205,7 +232,7 @@ async def _read(request: web.Request, key: str = "instances") -> tuple[Role, lis
         raise BadRequest(f"'{key}' must be host:port{'' if wants_one else ' or a list of them'}.", key)
     if wants_one and len(texts) > 1:
         raise BadRequest("'instance' must be one host:port.", key)
-    return role, [parse_address(text) for text in texts], body
+    return role, [parse_address(text) for text in texts]
 
 
 def _seconds(body: dict[str, Any], key: str, default: float | None) -> float:

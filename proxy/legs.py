@@ -21,8 +21,10 @@ from proxy.errors import Failure, NoInstance, ProxyError, UpstreamFailure
 from proxy.flow import Flow
 from proxy.instance import Fleet, Instance, Role
 from proxy.kv_ledger import KvLedger
+from proxy.load_ledger import Reservation
 from proxy.long_body import Body
 from proxy.metaserver import Metaserver
+from proxy.prompt_facts import cached_tokens_of, prompt_tokens_of, says_usage
 from proxy.reclaim import Reclaimer
 from proxy.report import Reporter
 from proxy.retry import TABLE, Action, Evidence, Leg
@@ -30,6 +32,7 @@ from proxy.scheduling import Policy
 from proxy.scheduling.candidate import candidates
 from proxy.upstream import UpstreamConnection
 
+USAGE_WAIT_S = 0.2  # how long a whole answer is held for what its prefiller, which was quicker, says of the prompt
 HANG_UP_S = 5.0  # how long an abandoned prefill is listened to, for the KV it may still hand out
 
 
@@ -172,7 +175,10 @@ class Legs:
         return self._choose(role, flow, self._candidates(role, flow), num_tokens)
 
     def _candidates(self, role: Role, flow: Flow) -> Sequence[Instance]:
-        fit = candidates(self._fleet.members[role], flow.avoid, monotonic())
+        fleet = self._fleet
+        if fleet.board is not None:
+            fleet.board.look(fleet.members[role])
+        fit = candidates(fleet.members[role], flow.avoid, monotonic())
         if not fit:
             raise NoInstance(role.value, "none is enabled")
         return fit
@@ -192,6 +198,35 @@ class Legs:
         if not instance.health.healthy:
             instance.health.begin_trial(monotonic())
         return instance
+
+    def reserve_prefiller(self, flow: Flow, same: bool) -> tuple[Instance, Reservation]:
+        """Reserve the `same` prefiller as before, or one that is picked, for one more attempt."""
+        num_tokens = flow.cost.prefill_tokens
+        if not same or flow.prefiller is None:
+            flow.prefiller = self.pick(Role.PREFILL, flow, num_tokens)
+        flow.prefill_load = load = flow.prefiller.load.reserve(num_tokens)
+        flow.budget.spend(Leg.PREFILL)
+        return flow.prefiller, load
+
+    def prefilled(self, instance: Instance, load: Reservation, began: float) -> float:
+        """A prefill has ended well: note how long it took. Returns the time."""
+        now = monotonic()
+        instance.load.observe_queue(load.num_tokens, began, now)
+        self.reporter.prefilled(now - began)
+        return now
+
+    def note_usage(self, flow: Flow, prefill_answer: bytes) -> None:
+        """What a prefill that runs beside its decode says of the prompt. That of a continuation counts what was
+        generated as prompt: the first one's word stands."""
+        if flow.continuation is None and says_usage(prefill_answer):
+            flow.note_prefill_usage(prompt_tokens_of(prefill_answer), cached_tokens_of(prefill_answer, None))
+
+    async def let_finish(self, prefill: asyncio.Task[None], answer: Answer) -> None:
+        """The decoder has all of the KV. Where its answer is whole already, what the prefiller says of the prompt is
+        waited for a moment; for all else, and if it fails, the prefill goes on by itself."""
+        self.let_run(prefill)
+        if answer.complete and says_usage(answer.raw):
+            await asyncio.wait({prefill}, timeout=USAGE_WAIT_S)
 
     def reserve_decoder(self, flow: Flow, only_with_room: bool = False) -> bool:
         """Reserve a decoder that has room for the request's KV. Where none has: any, or none and False."""

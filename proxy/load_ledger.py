@@ -19,6 +19,8 @@ class InstanceLoad:
     """Open work of one instance. `num_tokens`, `num_requests`, `kv_tokens` are zero when nothing is open.
 
     `max_streams` and `max_kv_tokens` say how much it can hold (0: unknown); `on_release` is told of work that ended.
+    What is open is counted for this process. `others_*` is what other worker processes have open there, as last read
+    from the load board: always zero with one.
     """
 
     __slots__ = (
@@ -33,6 +35,10 @@ class InstanceLoad:
         "num_requests",
         "num_tokens",
         "on_release",
+        "others_kv_tokens",
+        "others_policy_load",
+        "others_requests",
+        "others_tokens",
         "policy_load",
         "speed",
         "total_requests",
@@ -42,6 +48,10 @@ class InstanceLoad:
         self.num_tokens = 0
         self.num_requests = 0
         self.kv_tokens = 0
+        self.others_tokens = 0
+        self.others_requests = 0
+        self.others_kv_tokens = 0
+        self.others_policy_load = 0
         self.max_streams = 0
         self.max_kv_tokens = 0
         self.on_release: Callable[[], None] | None = None
@@ -62,6 +72,19 @@ class InstanceLoad:
         if self.max_streams and self.num_requests >= self.max_streams:
             return False
         return not self.max_kv_tokens or self.kv_tokens + kv_tokens <= self.max_kv_tokens
+
+    @property
+    def all_requests(self) -> int:
+        return self.num_requests + self.others_requests
+
+    def changed(self) -> None:
+        """Told after what a policy holds has changed."""
+
+    def is_used_elsewhere(self) -> bool:
+        return False
+
+    def leave(self) -> None:
+        """Its instance is none of ours any more."""
 
     def reserve(self, num_tokens: int, kv_tokens: int = 0) -> Reservation:
         self.num_tokens += num_tokens
@@ -110,7 +133,7 @@ class Reservation:
         self._load: InstanceLoad | None = load
         self._kv_tokens = kv_tokens
         self.num_tokens = num_tokens
-        self.ahead = load.num_tokens - num_tokens
+        self.ahead = load.num_tokens + load.others_tokens - num_tokens
 
     def release(self) -> None:
         load = self._load
@@ -132,12 +155,14 @@ class Hold:
         self._load: InstanceLoad | None = load
         self._amount = amount
         load.policy_load += amount
+        load.changed()
 
     def release(self) -> None:
         load = self._load
         if load is not None:
             self._load = None
             load.policy_load -= self._amount
+            load.changed()
 
 
 def settle_speeds(loads: Iterable[InstanceLoad], drift: float) -> None:

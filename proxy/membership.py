@@ -15,7 +15,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import monotonic
+from typing import Any
 
+from proxy.capacity import CapacityReader
 from proxy.config import Address, ProxyConfig
 from proxy.errors import ProxyError
 from proxy.health_probe import Prober
@@ -49,12 +51,19 @@ class Lease:
 
 class Membership:
     def __init__(
-        self, config: ProxyConfig, fleet: Fleet, ledger: KvLedger, prober: Prober, loop: asyncio.AbstractEventLoop
+        self,
+        config: ProxyConfig,
+        fleet: Fleet,
+        ledger: KvLedger,
+        prober: Prober,
+        capacity: CapacityReader,
+        loop: asyncio.AbstractEventLoop,
     ) -> None:
         self._config = config
         self._fleet = fleet
         self._ledger = ledger
         self._prober = prober
+        self._capacity = capacity
         self._loop = loop
         self.waiting: dict[Key, Waiting] = {}
         self.leases: dict[Key, Lease] = {}
@@ -79,6 +88,7 @@ class Membership:
         if source is Source.ADMIN:
             self._barred.pop(key, None)
             self._moved.pop(key, None)
+            self._forget_becoming(key)
         else:
             key = (self._moved.get(key, role), key[1])
             if key in self._barred or self._is_becoming(key):
@@ -97,6 +107,14 @@ class Membership:
 
     def _is_becoming(self, key: Key) -> bool:
         return any((role, canonical(one.address)) == key for one, role in self.becoming.items())
+
+    def _forget_becoming(self, key: Key) -> Instance | None:
+        """Of an instance that has left in one role and has not begun in the other: another worker still has it."""
+        for one in self.becoming:
+            if (one.role, canonical(one.address)) == key and one not in self._fleet.all:
+                del self.becoming[one]
+                return one
+        return None
 
     def _begin(self, key: Key, address: Address, source: Source, name: Address | None, at_once: bool) -> None:
         instance = self._fleet.create(key[0], address, source, name)
@@ -127,11 +145,12 @@ class Membership:
             if self.waiting.get(key) is waiting:
                 del self.waiting[key]
             if self._fleet.find(key[0], instance.address) is not instance:
-                instance.pool.close()
+                instance.close()
 
     def _admit(self, instance: Instance) -> None:
         self._fleet.admit(instance)
         self._prober.follow()
+        self._capacity.read_soon(instance)
         log.info(
             "event=instance_added role=%s instance=%s source=%s",
             instance.role.value, instance.key, instance.source.value,
@@ -227,6 +246,9 @@ class Membership:
     def change_role(self, role: Role, address: Address) -> None:
         """Drain it in the other role; then it joins in `role`. Raises ProxyError if nobody knows it."""
         here, there = (role, canonical(address)), (role.other, canonical(address))
+        if (back := self._forget_becoming(here)) is not None:
+            self._begin(here, address, back.source, None, False)
+            return
         waiting, known = self.waiting.get(there), self._fleet.find(role.other, address)
         if known is None and waiting is None:
             if self._fleet.find(role, address) is None and here not in self.waiting:
@@ -271,6 +293,21 @@ class Membership:
             self.remove(role, address, Source.LEASE)
         return held
 
+    # --- for another worker process
+
+    def memory(self) -> list[list[list[Any]]]:
+        """What is remembered beside the members: who is barred until when (None: for good), who moved, who leaves as
+        soon as there is another."""
+        barred = [[*_plain(key), None if until == math.inf else until] for key, until in self._barred.items()]
+        moved = [[*_plain(key), to.value] for key, to in self._moved.items()]
+        return [barred, moved, [_plain(key) for key in self._to_replace]]
+
+    def remember(self, memory: list[list[list[Any]]]) -> None:
+        barred, moved, to_replace = memory
+        self._barred = {_key(*key): math.inf if until is None else until for *key, until in barred}
+        self._moved = {_key(*key): Role(to) for *key, to in moved}
+        self._to_replace = {_key(*key) for key in to_replace}
+
     # --- time
 
     def tick(self, now: float) -> None:
@@ -288,6 +325,8 @@ class Membership:
             for one in leaving:
                 if self.state(one, held, now) is InstanceState.GONE:
                     self._let_go(one, late=now >= one.drain_by)
+        for one in [one for one in self.becoming if one not in self._fleet.all]:
+            self._become(one)
 
     def _let_go(self, instance: Instance, late: bool) -> None:
         log.log(
@@ -297,11 +336,17 @@ class Membership:
         )  # fmt: skip
         self._fleet.drop(instance)
         self._prober.follow()
-        role = self.becoming.pop(instance, None)
-        if role is not None:
-            key = (role, canonical(instance.address))
-            if self._fleet.find(role, instance.address) is None and key not in self.waiting:
-                self._begin(key, instance.address, instance.source, None, False)
+        if instance in self.becoming:
+            self._become(instance)
+
+    def _become(self, instance: Instance) -> None:
+        """It has left in its old role here: it begins in the other once all workers have let it go."""
+        if instance.load.is_used_elsewhere():
+            return
+        role = self.becoming.pop(instance)
+        key = (role, canonical(instance.address))
+        if self._fleet.find(role, instance.address) is None and key not in self.waiting:
+            self._begin(key, instance.address, instance.source, None, False)
 
     def kv_held(self) -> Counter[str]:
         """By the key of a prefiller: hand-outs that a decoder may still come for."""
@@ -318,3 +363,12 @@ class Membership:
     def stop(self) -> None:
         for key in list(self.waiting):
             self._stop_waiting(key)
+
+
+def _plain(key: Key) -> list[Any]:
+    role, address = key
+    return [role.value, *address]
+
+
+def _key(role: str, host: str, port: int) -> Key:
+    return Role(role), Address(host, port)

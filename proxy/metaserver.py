@@ -1,8 +1,10 @@
 """Where layerwise decoders call: `POST /v1/metaserver` (ascend-proxy.md 2.2).
 
-Only ids that are expected are answered, each belongs to one request in flight. All children of a list of prompts are
-joined, then one prefill is started for them. A call is answered with its outcome if that comes soon, and with "ok" if
-not: a decoder has few threads for these calls and no time-out on them, and joined children would wait for one another.
+Only ids that are expected are answered, each belongs to one request in flight, and only callers at a decoder's address
+(or one that `--metaserver-allow` names): who answers in a decoder's place has a prompt's KV sent to him. All children
+of a list of prompts are joined, then one prefill is started for them. A call is answered with its outcome if that comes
+soon, and with "ok" if not: a decoder has few threads for these calls and no time-out on them, and joined children would
+wait for one another.
 """
 
 from __future__ import annotations
@@ -16,9 +18,11 @@ from typing import Any
 import orjson
 from aiohttp import web
 
+from proxy.callers import Callers
 from proxy.errors import BadRequest, ProxyError
 
 PATH = "/v1/metaserver"
+Forward = Callable[[int, dict[str, Any]], Awaitable[None]]
 StartPrefill = Callable[[dict[str, dict[str, Any]]], Awaitable[None]]
 
 
@@ -66,12 +70,17 @@ class Handoff:
 class Metaserver:
     """`url` is what decoders are told; `calls` counts answers by their outcome."""
 
-    def __init__(self, wait_s: float, loop: asyncio.AbstractEventLoop, calls: Counter[str]) -> None:
+    def __init__(self, wait_s: float, callers: Callers, loop: asyncio.AbstractEventLoop, calls: Counter[str]) -> None:
         self._wait_s = wait_s
+        self._callers = callers
         self._loop = loop
         self._expected: dict[str, Handoff] = {}
         self.url = ""
         self.calls = calls
+        self.worker: int | None = None
+        """Of several worker processes. The URL ends in its number then, so that any of them knows whose a call is."""
+        self.forward: Forward | None = None
+        """Hands a call to another worker. Raises ProxyError as `post` does."""
 
     @property
     def num_expected(self) -> int:
@@ -90,11 +99,24 @@ class Metaserver:
             handoff.end()
 
     def routes(self) -> list[web.RouteDef]:
-        return [web.post(PATH, self.serve)]
+        with_worker = PATH + r"/{worker:\d{1,4}}"
+        return [web.post(PATH, self.serve), *([web.post(with_worker, self.serve)] if self.worker is not None else [])]
 
     async def serve(self, request: web.Request) -> web.Response:
-        """Raises ProxyError: 404 for an id that is not expected, 502 if the prefill failed."""
+        """Raises ProxyError: 403 for a stranger, 404 for an id that is not expected, 502 if the prefill failed."""
+        if not self._callers.include(request):
+            self.calls["stranger"] += 1
+            raise ProxyError(403, "Only decoders call this (--metaserver-allow).", error_type="PermissionDeniedError")
         child_id, params = self._read(await request.read())
+        worker = int(request.match_info.get("worker", -1))
+        if self.forward is not None and worker not in (-1, self.worker):
+            await self.forward(worker, params)
+        else:
+            await self.post(child_id, params)
+        return web.Response(body=b'{"status":"ok"}', content_type="application/json")
+
+    async def post(self, child_id: str, params: dict[str, Any]) -> None:
+        """A decoder's call. Raises ProxyError as `serve` does."""
         handoff = self._expected.get(child_id)
         if handoff is None:
             self.calls["unknown"] += 1
@@ -106,7 +128,6 @@ class Metaserver:
             self.calls["failed"] += 1
             raise ProxyError(502, f"The prefill failed: {failure}.", error_type="upstream_error")
         self.calls["ok"] += 1
-        return web.Response(body=b'{"status":"ok"}', content_type="application/json")
 
     @staticmethod
     def _read(body: bytes) -> tuple[str, dict[str, Any]]:

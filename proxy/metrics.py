@@ -97,6 +97,10 @@ class ProxyMetrics(Collector):
     def exposition(self) -> bytes:
         return generate_latest(self._registry)
 
+    def collected(self) -> Iterable[Metric]:
+        """Every family as it stands now: what other worker processes add theirs to."""
+        return self._registry.collect()
+
     def collect(self) -> Iterator[Metric]:
         histograms = {
             "queue": self.queue, "prefill": self.prefill, "handoff": self.handoff, "ttft": self.ttft,

@@ -41,9 +41,15 @@ _FORCED: dict[str, dict[str, Any]] = {
     route: {"stream": False, "min_tokens": 1, **dict.fromkeys(limits, 1)} for route, limits in LIMITS.items()
 }
 _FORCED["responses"]["store"] = False
+del _FORCED["messages"]["min_tokens"]  # no field of that API: it has no way to force a token
 _HAS_FORMAT = {"responses": "text", "messages": "output_config"}  # what else these hold may shape the prompt
-_REWRITTEN = _NOT_FOR_ONE_TOKEN | {"n", "max_completion_tokens", "max_output_tokens", *_HAS_FORMAT.values()}
-_UNUSUAL = frozenset(
+_ONE = ("n", "max_completion_tokens", "max_output_tokens")
+_REWRITTEN = _NOT_FOR_ONE_TOKEN | {*_ONE, *_HAS_FORMAT.values()}
+# By these, whoever routes tells SGLang where KV comes from: a client must not.
+BOOTSTRAP_FIELDS = frozenset(
+    ("bootstrap_host", "bootstrap_port", "bootstrap_room", "bootstrap_pair_key", "disagg_prefill_dp_rank")
+)
+_UNUSUAL = BOOTSTRAP_FIELDS | frozenset(
     (
         "n", "best_of", "seed", "use_beam_search", "prompt_embeds", "prompt_logprobs", "echo", "vllm_xargs",
         "kv_transfer_params", "previous_response_id", "background",
@@ -75,6 +81,8 @@ class ApiCall:
     """Why one KV is not enough for it and it can't be divided either; empty where there is no such reason."""
     scores_prompt: bool = False
     """Whether the answer has logprobs of the prompt's tokens, which only who computes the prompt can give."""
+    own_bootstrap: str = ""
+    """A field of the client's that only who routes to SGLang may say; empty where it has none."""
 
 
 def parse_call(route: str, body: bytes) -> ApiCall:
@@ -126,6 +134,7 @@ def _look_closer(call: ApiCall) -> None:
     """A call with fields that few have: whether it can be divided, whose the logprobs of its prompt are, what else it
     must not say. Raises BadRequest."""
     get = call.fields.get
+    call.own_bootstrap = min(BOOTSTRAP_FIELDS & call.fields.keys(), default="")
     if "kv_transfer_params" in call.fields:
         _take_out_if_empty(call)
     xargs = get("vllm_xargs")  # vLLM puts both into the same dictionary
@@ -226,14 +235,19 @@ def _prompts(prompt: Any, embeds: Any) -> tuple[int, int | None]:
     return len(prompt), None
 
 
-def one_token(call: ApiCall, kv_transfer_params: dict[str, Any]) -> dict[str, Any]:
-    """The call's fields for a leg that computes the prompt: one forced token, one choice, not streamed.
+def one_token(
+    call: ApiCall, kv_transfer_params: dict[str, Any] | None, *, every_choice: bool = False
+) -> dict[str, Any]:
+    """The call's fields for a leg that computes the prompt: one forced token, one choice (or `every_choice`, where each
+    has KV of its own), not streamed.
 
     `min_tokens` keeps the end token from being that token: an engine hands KV out only if the request ends by length
     (ascend-proxy.md 2.4)."""
-    fields = {**call.fields, **_FORCED[call.route], "kv_transfer_params": kv_transfer_params}
+    fields = {**call.fields, **_FORCED[call.route]}
+    if kv_transfer_params is not None:
+        fields["kv_transfer_params"] = kv_transfer_params
     if not _REWRITTEN.isdisjoint(call.fields):
-        for name in ("n", "max_completion_tokens", "max_output_tokens"):
+        for name in ("max_completion_tokens", "max_output_tokens") if every_choice else _ONE:
             if name in fields:
                 fields[name] = 1
         for name in _NOT_FOR_ONE_TOKEN:
@@ -261,9 +275,9 @@ def without_prompt_scores(call: ApiCall) -> ApiCall:
     )
 
 
-def one_token_body(call: ApiCall, kv_transfer_params: dict[str, Any]) -> Body:
+def one_token_body(call: ApiCall, kv_transfer_params: dict[str, Any] | None, *, every_choice: bool = False) -> Body:
     """`one_token` as JSON."""
-    return rewritten(call.body, call.fields, one_token(call, kv_transfer_params))
+    return rewritten(call.body, call.fields, one_token(call, kv_transfer_params, every_choice=every_choice))
 
 
 def spliced(body: bytes, fields: dict[str, Any], key: str, value: Any) -> Body:

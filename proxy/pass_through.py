@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import AsyncIterator, Iterable, Iterator
 from time import monotonic
 from typing import Any
@@ -23,7 +24,7 @@ from yarl import URL
 from proxy.config import ProxyConfig
 from proxy.errors import BadRequest, ProxyError, TooLarge
 from proxy.instance import Fleet, Instance, Role
-from proxy.openai_api import BYTES_PER_TOKEN
+from proxy.openai_api import BOOTSTRAP_FIELDS, BYTES_PER_TOKEN
 from proxy.report import Reporter
 from proxy.route_memory import RouteMemory
 
@@ -38,7 +39,9 @@ _NOT_PASSED = frozenset(
         "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade",
     }
 )  # fmt: skip
-_OWN_KEY = b"kv_transfer_params"
+_OWN_NAMES = BOOTSTRAP_FIELDS | {"kv_transfer_params"}
+_OWN_KEYS = tuple(name.encode() for name in _OWN_NAMES)
+_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 
 
 class _NextInstance(Exception):
@@ -147,21 +150,25 @@ class PassThrough:
             raise TooLarge(limit)
         given = request.headers.get(hdrs.CONTENT_TYPE)
         is_json = given is None or "json" in request.content_type
+        is_multipart = request.content_type.startswith("multipart/")
         hold = limit if is_json else min(HOLD_BYTES, limit)
         held = bytearray()
         try:
             async with asyncio.timeout(self._config.request_read_timeout_s):
                 while len(held) <= hold and not request.content.at_eof():
                     held += await request.content.readany()
+                    if not (is_json or is_multipart) and _may_be_json(held):  # whatever its sender calls it
+                        is_json, hold = True, limit
         except TimeoutError:
             raise ProxyError(408, "The request did not arrive in time.") from None
         complete = request.content.at_eof()
         if len(held) > limit:
             raise TooLarge(limit)
-        if is_json and held and not self._config.allow_client_kv_transfer_params:
+        if held and not self._config.allow_client_kv_transfer_params:
             if request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity":
                 raise ProxyError(415, "A compressed request body is not understood.", param="Content-Encoding")
-            _refuse_own_kv(bytes(held))
+            if is_json:
+                _refuse_own_kv(bytes(held))
         return _Body(request, bytes(held), complete, limit)
 
     def _in_order(self, request: web.Request) -> Iterator[Instance]:
@@ -176,7 +183,7 @@ class PassThrough:
             raise ProxyError(
                 503, "No instance is enabled.", error_type="ServiceUnavailableError", retry_after_s=1
             )  # fmt: skip
-        fit.sort(key=lambda one: (not one.health.healthy, one.load.num_requests, one.load.last_pick))
+        fit.sort(key=lambda one: (not one.health.healthy, one.load.all_requests, one.load.last_pick))
         best = [next((one for one in fit if one.role is role), None) for role in Role]
         first = sorted((one for one in best if one is not None), key=fit.index)
         for instance in [*first, *(one for one in fit if one not in first)]:
@@ -185,13 +192,21 @@ class PassThrough:
 
     async def _ask(self, request: web.Request, instance: Instance, body: _Body) -> web.StreamResponse:
         target = request.raw_path if request.raw_path.startswith("/") else request.rel_url.raw_path_qs
-        url = URL(f"http://{instance.address}{target}", encoded=True)
+        pool = instance.pool
+        url = URL(f"{'http' if pool.tls is None else 'https'}://{instance.address}{target}", encoded=True)
         headers = self._request_headers(request, instance, body)
         data = body.stream() if body.held or not body.complete else None
         try:
             async with self._client().request(
-                request.method, url, headers=headers, data=data, allow_redirects=False
+                request.method,
+                url,
+                headers=headers,
+                data=data,
+                allow_redirects=False,
+                ssl=pool.tls if pool.tls is not None else True,
+                server_hostname=pool.server_name if pool.tls is not None else None,
             ) as answer:
+                _refuse_odd(instance, answer)
                 if answer.status in (404, 405):
                     await self._lacking(request, instance, answer)
                 return await self._relay(request, instance, answer)
@@ -232,7 +247,8 @@ class PassThrough:
     ) -> web.StreamResponse:
         headers = _passed(answer.headers.items(), answer.headers.get(hdrs.CONNECTION, ""))
         if hdrs.LOCATION in headers:  # a redirect to itself is one to us
-            headers[hdrs.LOCATION] = headers[hdrs.LOCATION].removeprefix(f"http://{instance.name}")
+            scheme = "http" if instance.pool.tls is None else "https"
+            headers[hdrs.LOCATION] = headers[hdrs.LOCATION].removeprefix(f"{scheme}://{instance.name}")
         given = web.StreamResponse(status=answer.status, reason=answer.reason, headers=headers)
         length = answer.headers.get(hdrs.CONTENT_LENGTH)
         if length is not None:
@@ -255,31 +271,55 @@ def _passed(fields: Iterable[tuple[str, str]], connection: str) -> CIMultiDict[s
     return CIMultiDict((k, v) for k, v in fields if k.lower() not in _NOT_PASSED and k.lower() not in named)
 
 
+def _refuse_odd(instance: Instance, answer: aiohttp.ClientResponse) -> None:
+    """aiohttp reads answers more leniently than the hot routes do. Raises ProxyError where one could be read in two
+    ways."""
+    fields = answer.headers
+    codings, lengths = fields.getall(hdrs.TRANSFER_ENCODING, []), fields.getall(hdrs.CONTENT_LENGTH, [])
+    is_chunked = (
+        not lengths and answer.version == aiohttp.HttpVersion11 and [one.lower() for one in codings] == ["chunked"]
+    )
+    length_is_one = len(lengths) <= 1 and all(one.isascii() and one.isdigit() for one in lengths)
+    if answer.status < 200 or (codings and not is_chunked) or not length_is_one or not all(map(_is_token, fields)):
+        answer.close()
+        raise ProxyError(502, f"{instance.key} gave a malformed answer.", error_type="upstream_error")
+
+
+def _is_token(name: str) -> bool:
+    return _TOKEN.fullmatch(name) is not None
+
+
 def _names_an_object(body: bytes) -> bool:
     """Whether a 404 is about an object: vLLM says `NotFoundError` then, and a bare `Not Found` for a route."""
     return b'"NotFoundError"' in body
 
 
+def _may_be_json(held: bytes | bytearray) -> bool:
+    return bytes(held[:64]).lstrip(b"\xef\xbb\xbf\xff\xfe\x00 \t\r\n")[:1] in (b"{", b"[")
+
+
 def _refuse_own_kv(body: bytes) -> None:
-    """Raises BadRequest where a member called `kv_transfer_params` stands anywhere in the JSON."""
-    if _OWN_KEY not in body and b"\\u" not in body:
+    """Raises BadRequest where a member that is a connector's stands anywhere in the JSON."""
+    if b"\x00" in body or body[:2] in (b"\xff\xfe", b"\xfe\xff"):  # Python's reader of JSON takes UTF-16 and UTF-32 too
+        raise BadRequest("The request body is not UTF-8.")
+    if b"\\u" not in body and not any(name in body for name in _OWN_KEYS):
         return
     try:
-        value = orjson.loads(body)
+        value = orjson.loads(body.removeprefix(b"\xef\xbb\xbf"))
     except orjson.JSONDecodeError as error:
         raise BadRequest(f"The request body is not valid JSON: {error}.") from None
-    if _has_own_kv(value):
-        raise BadRequest("'kv_transfer_params' is not accepted from clients.", "kv_transfer_params")
+    if (name := _own_key_in(value)) is not None:
+        raise BadRequest(f"'{name}' is not accepted from clients.", name)
 
 
-def _has_own_kv(value: Any) -> bool:
+def _own_key_in(value: Any) -> str | None:
     open_values = [value]
     while open_values:
         one = open_values.pop()
         if isinstance(one, dict):
-            if _OWN_KEY.decode() in one:
-                return True
+            if found := _OWN_NAMES & one.keys():
+                return min(found)
             open_values.extend(one.values())
         elif isinstance(one, list):
             open_values.extend(one)
-    return False
+    return None

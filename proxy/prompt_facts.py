@@ -15,7 +15,10 @@ from proxy.openai_api import ApiCall
 
 Json = dict[str, Any]
 _CACHED = re.compile(rb'"cached_tokens"\s*:\s*(\d+)')
+_CACHE_READ = re.compile(rb'"cache_read_input_tokens"\s*:\s*(\d+)')
+_FLAT_USAGE = re.compile(rb'"usage"\s*:\s*(\{[^{}]*\})')
 _PROMPT_TOKENS = re.compile(rb'"usage"\s*:\s*\{[^{}]*?"prompt_tokens"\s*:\s*(\d+)')
+_USAGE = re.compile(rb'"usage"\s*:\s*\{')
 _NO_DETAILS = re.compile(rb'"(prompt_tokens_details|input_tokens_details)"\s*:\s*null')
 # An engine's words on limits that the prefill leg has rewritten: about one token, where the client asked for more.
 _ABOUT_LIMITS = re.compile(rb"(?:max|min)_[a-z_]*tokens|output tokens|context length")
@@ -29,7 +32,7 @@ def cached_tokens_of(prefill_answer: bytes, kv: Json | None) -> int:
     if type(told) is int:
         return told
     at = prefill_answer.rfind(b'"cached_tokens"')
-    found = _CACHED.match(prefill_answer, at) if at >= 0 else None
+    found = _CACHED.match(prefill_answer, at) if at >= 0 else _CACHE_READ.search(prefill_answer)
     return int(found[1]) if found else 0
 
 
@@ -42,8 +45,7 @@ def prompt_tokens_of(prefill_answer: bytes) -> int | None:
 def with_cached_tokens(answer: bytes, num_cached: int) -> bytes:
     """`answer` with the prefiller's number in its usage, where it has one; the same object if nothing is to change.
 
-    The decoder counts the KV it was sent as cached, which is not what the client pays for. (Anthropic's usage has other
-    names, whose sum would have to stay; vLLM leaves them out.)"""
+    The decoder counts the KV it was sent as cached, which is not what the client pays for."""
     at = answer.rfind(b'"cached_tokens"')
     if at >= 0:
         if answer.startswith(b":%d}" % num_cached, at + 15):
@@ -55,7 +57,25 @@ def with_cached_tokens(answer: bytes, num_cached: int) -> bytes:
     if num_cached and (nothing := _NO_DETAILS.search(answer)) is not None:
         start, end = nothing.span()
         return b'%b"%b":{"cached_tokens":%d}%b' % (answer[:start], nothing[1], num_cached, answer[end:])
+    if b'"cache_read_input_tokens"' in answer:
+        edited = _FLAT_USAGE.sub(lambda found: _with_cache_read(found, num_cached), answer)
+        return edited if edited != answer else answer
     return answer
+
+
+def _with_cache_read(found: re.Match[bytes], num_cached: int) -> bytes:
+    """Anthropic's usage: what was cached does not count as input, so the sum of both stays."""
+    usage = orjson.loads(found[1])
+    read, num_input = usage.get("cache_read_input_tokens"), usage.get("input_tokens")
+    if type(read) is not int or type(num_input) is not int or read == num_cached:
+        return found[0]
+    usage["cache_read_input_tokens"] = num_cached
+    usage["input_tokens"] = max(0, num_input + read - num_cached)
+    return b'"usage":' + orjson.dumps(usage)
+
+
+def says_usage(prefill_answer: bytes) -> bool:
+    return _USAGE.search(prefill_answer) is not None
 
 
 def speaks_of_limits(error: bytes) -> bool:

@@ -78,7 +78,7 @@ class Reclaimer:
         tried: set[Instance] = set()
         while True:
             fit = candidates(self._fleet.members[Role.DECODE], tried, monotonic())
-            decoder = min(fit, key=lambda one: one.load.num_requests, default=None)
+            decoder = min(fit, key=lambda one: one.load.all_requests, default=None)
             if decoder is None or decoder in tried:  # all were asked: perhaps one comes back in time
                 await asyncio.sleep(AGAIN_S)
                 tried.clear()

@@ -15,7 +15,7 @@ import orjson
 
 from proxy import http1, server_timing, sse
 from proxy.answer import Answer
-from proxy.client_stream import ERROR, USAGE, ClientStream
+from proxy.client_stream import ERROR, NAMED_ERRORS, USAGE, ClientStream
 from proxy.config import ProxyConfig
 from proxy.continuation import (
     RECOMPUTED,
@@ -27,6 +27,7 @@ from proxy.continuation import (
     needs_ids,
     parsed_object,
 )
+from proxy.contracts import Order
 from proxy.errors import Failure, ProxyError, UpstreamFailure
 from proxy.flow import Flow
 from proxy.http1 import ResponseHead
@@ -39,6 +40,7 @@ from proxy.stories import Story
 from proxy.upstream import UpstreamConnection
 
 MIN_MEASURED_CHUNKS = 8  # a shorter stream says little about the time of a decode step
+NAMED = ("messages", "responses")  # routes whose events have names
 GAVE_UP = "recomputed"
 TOKENIZE_TIMEOUT_S = 5.0
 BROKEN = {
@@ -58,9 +60,13 @@ class Relayer:
     def must_look(self, flow: Flow, answer: Answer) -> bool:
         """Whether an answer that came whole cannot be passed on as it is."""
         raw = answer.raw
-        if not answer.head.event_stream or RECOMPUTED in raw:
-            return RECOMPUTED in raw
-        return ERROR in raw or (flow.cached_tokens is not None and USAGE in raw)
+        if RECOMPUTED in raw:
+            return True
+        if not answer.head.event_stream:
+            return False
+        if ERROR in raw or (flow.route in NAMED and any(mark in raw for mark in NAMED_ERRORS)):
+            return True
+        return flow.cached_tokens is not None and USAGE in raw
 
     # --- streams
 
@@ -88,6 +94,8 @@ class Relayer:
     def _open(self, flow: Flow, answer: Answer) -> tuple[ClientStream, bytes]:
         chunked = flow.head.version == "1.1"
         flow.close = flow.close or not chunked
+        is_told = flow.headers_sent  # a keep-alive was
+        flow.stop_keep_alive()
         flow.headers_sent = True
         flow.status = answer.head.status
         call, config = flow.call, self._config
@@ -95,10 +103,14 @@ class Relayer:
             flow.client.transport.write,
             chunked=chunked,
             one_choice=call.num_prompts == 1 and call.num_choices == 1,
+            is_named=flow.route in NAMED,
             max_kept_bytes=config.max_continuation_bytes,
             max_event_bytes=config.max_first_event_bytes,
         )
         stream.cached_tokens = flow.cached_tokens
+        flow.relayed = stream
+        if is_told:
+            return stream, b""
         lines = http1.CHUNKED_LINE if chunked else b""
         if flow.head.server_timing:
             lines += server_timing.line(flow)
@@ -216,9 +228,11 @@ class Relayer:
         return answer, so_far
 
     async def _tokenize(self, flow: Flow, call: ApiCall, delivered: Delivered) -> None:
-        """Ask the prefiller, which has the model's tokenizer, for the ids of the text where only ids can go on. Raises
-        NotExact."""
-        if not delivered.text or flow.prefiller is None or not needs_ids(call, delivered):
+        """Ask the prefiller, which has the model's tokenizer, for the ids of the text where only ids can go on, and for
+        their number where no prefill will have counted them before the decoder is told its limit. Raises NotExact."""
+        by_ids = needs_ids(call, delivered)
+        counted = delivered.is_counted or self._legs.contract.order is Order.PREFILL_FIRST
+        if not delivered.text or flow.prefiller is None or (counted and not by_ids):
             return
         head = b"POST /tokenize HTTP/1.1\r\n%bX-Request-Id: %b-tokenize\r\n" % (
             flow.forwarded,
@@ -227,12 +241,14 @@ class Relayer:
         asked = {"model": call.fields.get("model"), "prompt": delivered.text, "add_special_tokens": False}
         try:
             answer = await flow.prefiller.pool.call(head, orjson.dumps(asked), timeout_s=TOKENIZE_TIMEOUT_S)
+            tokens = (parsed_object(answer.body) or {}).get("tokens") if answer.status == 200 else None
         except UpstreamFailure:
-            raise NotExact("no_token_ids") from None
-        tokens = (parsed_object(answer.body) or {}).get("tokens") if answer.status == 200 else None
-        if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+            tokens = None
+        if isinstance(tokens, list) and all(type(token) is int for token in tokens):
+            delivered.ids_of_text = tokens if by_ids else None
+            delivered.num_tokens = max(delivered.num_tokens, 0 if counted else len(tokens))
+        elif by_ids:
             raise NotExact("no_token_ids")
-        delivered.ids_of_text = tokens
 
     # --- the story once more
 

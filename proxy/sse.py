@@ -104,6 +104,18 @@ def _named_error(event: bytes) -> tuple[int, bytes] | None:
     return status, orjson.dumps({"error": error}) if name == b"response.failed" else data
 
 
+def as_event(status: int, body: bytes, route: str) -> bytes:
+    """The body of an error answer as an event, for a client that has its 200 already."""
+    parsed = _json_of(b"data:" + body)
+    error = parsed.get("error")
+    fields = error if isinstance(error, dict) else parsed
+    message = fields.get("message") or f"An instance answered {status}."
+    if not isinstance(error, dict) or route == "responses" or (route == "messages" and "type" not in parsed):
+        return error_event(status, str(message), str(fields.get("type") or "upstream_error"), route)
+    name = b"event: error\n" if route == "messages" else b""
+    return name + b"data: " + orjson.dumps(parsed) + b"\n\n"
+
+
 def error_event(status: int, message: str, error_type: str, route: str = "") -> bytes:
     """An error in the middle of an answer, as the API of `route` has it."""
     body = error_body(status, message, error_type, None, route)

@@ -18,7 +18,7 @@ import httptools
 
 from proxy import http1, sse
 from proxy.answer import Answer
-from proxy.errors import Failure, UpstreamFailure
+from proxy.errors import BadHead, Failure, UpstreamFailure
 from proxy.http1 import HEAD_END, ResponseHead
 from proxy.long_body import Body, LongBody
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 GATHER_WHOLE, GATHER_FIRST_EVENT = False, True
 _QUICKACK: int | None = getattr(socket, "TCP_QUICKACK", None)  # Linux only
+_NOT_HTTP = (httptools.HttpParserError, httptools.HttpParserUpgrade)  # nobody was asked for another protocol
 GRACE_S = 1.0  # for whoever waited in vain to close the connection
 
 
@@ -100,6 +101,8 @@ class UpstreamConnection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         self._head.status = self._parser.get_status_code()
+        if self._head.chunked and self._parser.get_http_version() != "1.1":
+            raise BadHead("Transfer-Encoding in an answer that is not HTTP/1.1")
 
     def on_message_complete(self) -> None:
         if self._head.status < 200:
@@ -145,7 +148,7 @@ class UpstreamConnection(asyncio.Protocol):
             return
         try:
             self._feed(data)
-        except httptools.HttpParserError:
+        except _NOT_HTTP:
             self._ended(Failure.GARBAGE_MID_ANSWER)
             return
         if self._overrun:
@@ -171,8 +174,8 @@ class UpstreamConnection(asyncio.Protocol):
             self._raw = bytearray(raw) + data
         try:
             self._feed(data)
-        except httptools.HttpParserError as error:
-            self._failed(Failure.GARBAGE, f"not HTTP: {error}")
+        except _NOT_HTTP as error:
+            self._failed(Failure.GARBAGE, f"not HTTP: {error.__context__ or error}")
             return
         if self._overrun:
             self._failed(Failure.GARBAGE, "more than one answer to one request")
@@ -304,7 +307,8 @@ class UpstreamConnection(asyncio.Protocol):
         )
         self.deadline = deadline
         self._first_event_only = GATHER_WHOLE
-        self.transport.write_eof()
+        if self.transport.can_write_eof():  # TLS has no such half: the answer is waited for, and nobody told
+            self.transport.write_eof()
 
     def close(self) -> None:
         self.pool.active.discard(self)

@@ -10,6 +10,7 @@ from proxy.answer import Answer
 from proxy.config import Address, ProxyConfig
 from proxy.errors import Failure, UpstreamFailure
 from proxy.long_body import Body
+from proxy.tls import upstream_context
 from proxy.upstream import GATHER_WHOLE, UpstreamConnection
 
 SWEEP_S = 0.25  # between calls of `sweep`
@@ -25,6 +26,9 @@ class UpstreamPool:
         self.config = config
         self.loop = loop
         self.host_line = b"Host: %b\r\n" % str(address).encode("idna" if not address.host.isascii() else "ascii")
+        self.tls = upstream_context(config)
+        self.server_name = config.upstream_server_name or address.host
+        """What the instance's certificate must be for."""
         self.idle: list[UpstreamConnection] = []
         self.active: set[UpstreamConnection] = set()
         self.closed = False
@@ -47,14 +51,21 @@ class UpstreamPool:
         host, port = self.address
         try:
             async with asyncio.timeout(self.config.connect_timeout_s):
-                _, connection = await self.loop.create_connection(lambda: UpstreamConnection(self), host, port)
+                _, connection = await self.loop.create_connection(
+                    lambda: UpstreamConnection(self),
+                    host,
+                    port,
+                    ssl=self.tls,
+                    server_hostname=self.server_name if self.tls is not None else None,
+                )
         except TimeoutError:
             self.num_breaks += 1
             raise UpstreamFailure(Failure.CONNECT_TIMEOUT, f"{self.address}: no connection in time") from None
         except OSError as error:
             self.num_breaks += 1
             kind = Failure.CONNECT_TIMEOUT if error.errno in _UNREACHABLE else Failure.REFUSED
-            raise UpstreamFailure(kind, f"{self.address}: {error.strerror or error}") from None
+            reason = getattr(error, "verify_message", "") or error.strerror or error
+            raise UpstreamFailure(kind, f"{self.address}: {reason}") from None
         self.active.add(connection)
         return connection
 

@@ -154,29 +154,24 @@ class SidecarClient:
         self, request_id: str, block_ids: Sequence[int], num_tokens: int, ttl_s: float, target: PushTarget, ready: Ready
     ) -> Offer:
         """Like `offer`, of blocks that are still computed, to a landing elsewhere; `mark_ready` follows."""
-        ids = list(block_ids)
-        return self._call(lambda id: PushBlocks(id, request_id, ids, num_tokens, ttl_s, ready, target), Offer)
+        return self._call(
+            lambda id: PushBlocks(id, request_id, list(block_ids), num_tokens, ttl_s, ready, target), Offer
+        )
 
     def mark_ready(self, transfer_id: str, ready: Ready) -> None:
-        """More of a push is computed and lies in the pool. Sends, and waits for nothing. Raises SidecarUnavailable."""
+        """More of a push lies in the pool. Sends, and waits for nothing. Raises SidecarUnavailable."""
         self._send(MarkReady(transfer_id, ready))
 
     def land(
         self, pull_id: str, local_block_ids: Sequence[int], *, first_block: int = 0, deadline_s: float = 30.0
     ) -> Landing | None:
-        """Keep blocks for a producer that comes by itself; one PullEnded follows, as with `pull`.
+        """Keep blocks for a producer that comes by itself; one PullEnded follows. None: the sidecar was lost meanwhile.
 
-        None: the sidecar was lost meanwhile, which the event says. Raises OfferRefused or SidecarUnavailable, and then
-        no event follows, or ValueError on a pull_id in use.
+        Raises OfferRefused or SidecarUnavailable, and then no event follows, or ValueError on a pull_id in use.
         """
-        ids = list(local_block_ids)
-        with self._lock:
-            self._check_alive()
-            if pull_id in self._pulls:
-                raise ValueError(f"pull {pull_id!r} is open already")
-            self._pulls[pull_id] = None
+        self._open(pull_id, None)
         try:
-            return self._call(lambda id: Land(id, pull_id, ids, first_block, deadline_s), Landing)
+            return self._call(lambda id: Land(id, pull_id, list(local_block_ids), first_block, deadline_s), Landing)
         except SidecarError:
             with self._lock:
                 if pull_id in self._pulls:
@@ -191,25 +186,27 @@ class SidecarClient:
     def pull(
         self,
         pull_id: str,
-        source: PullSource,
+        source: PullSource | Sequence[PullSource],
         local_block_ids: Sequence[int],
         *,
         first_block: int = 0,
         deadline_s: float = 30.0,
+        stage_layers: Sequence[int] = (),
     ) -> None:
         """Fetch the lease's blocks from `first_block` on into `local_block_ids`; one PullEnded follows.
+
+        A producer of several ranks gives one lease a rank, all of them go into `source`, see protocol.Pull.
 
         Raises SidecarUnavailable, and then no event follows, or ValueError on a pull_id in use or a negative number.
         """
         ids = list(local_block_ids)
         if first_block < 0 or deadline_s < 0 or (ids and min(ids) < 0):
             raise ValueError("first_block, deadline_s and block ids cannot be negative")
-        payload = encode(Pull(pull_id, source, ids, first_block, deadline_s))
-        with self._lock:
-            self._check_alive()
-            if pull_id in self._pulls:
-                raise ValueError(f"pull {pull_id!r} is open already")
-            self._pulls[pull_id] = source
+        sources = (source,) if isinstance(source, PullSource) else tuple(source)
+        if not sources:
+            raise ValueError("there is no source to pull from")
+        payload = encode(Pull(pull_id, sources, ids, first_block, deadline_s, tuple(stage_layers)))
+        self._open(pull_id, sources[0])
         try:
             self._send_payload(payload)
         except SidecarUnavailable:
@@ -263,6 +260,13 @@ class SidecarClient:
             pidfd, self._pidfd = self._pidfd, None
         if pidfd is not None:
             os.close(pidfd)
+
+    def _open(self, pull_id: str, source: PullSource | None) -> None:
+        with self._lock:
+            self._check_alive()
+            if pull_id in self._pulls:
+                raise ValueError(f"pull {pull_id!r} is open already")
+            self._pulls[pull_id] = source
 
     def _call(
         self,
@@ -343,11 +347,11 @@ class SidecarClient:
             return True
         if isinstance(message, PullEnded):
             with self._lock:
-                expected = message.pull_id in self._pulls
-                self._pulls.pop(message.pull_id, None)
-            if expected:
-                self._events.append(message)
-            return expected
+                if message.pull_id not in self._pulls:
+                    return False
+                del self._pulls[message.pull_id]
+            self._events.append(message)
+            return True
         if isinstance(message, PoolRegistered | Offer | Landing | CallFailed):
             with self._lock:
                 call = self._calls.pop(message.call_id, None)

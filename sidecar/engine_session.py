@@ -168,7 +168,7 @@ class EngineSession:
         if self._tenancy is not None and not self._joined:
             self._tenancy.pulls.begin(message)
             return
-        source = message.source
+        source = message.sources[0]
         peer = f"{source.engine_id}@{source.host}:{source.port}"
         why = "only the process that registered the pool may pull" if self._joined else "no pool is registered"
         self.send(PullEnded(message.pull_id, False, "invalid", why, 0, 0, 0.0, "", peer))

@@ -167,7 +167,9 @@ class Landings:
         landing.filling = landing.sources[-1]
         request = landing.request
         left_s = max(0.0, landing.ends_at - self._loop.time())
-        self.pulls.begin(Pull(request.pull_id, landing.filling, request.local_block_ids, request.first_block, left_s))
+        self.pulls.begin(
+            Pull(request.pull_id, (landing.filling,), request.local_block_ids, request.first_block, left_s)
+        )
 
     def _expire(self, landing: OpenLanding) -> None:
         """A pull that runs ends by its own deadline, which is the same."""

@@ -3,6 +3,9 @@
 A lease is offered by the engine, claimed by one consumer before it reads a byte, and released after. A claim extends
 the lease while its heartbeats come; a claimant whose connection dies gives it back. What ended is remembered for a
 while, so that a late reader hears why.
+
+A consumer of several ranks reads a lease with several readers (see Reader): it is consumed when all of them have read,
+and stays whole until then, so that a group that failed in the middle can be followed by another that begins anew.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import heapq
 import hmac
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from sidecar.errors import Refusal
@@ -30,8 +33,9 @@ class State(StrEnum):
 class Happening(StrEnum):
     CLAIM = "claim"
     HEARTBEAT = "heartbeat"
-    CONSUME = "consume"
-    RETURN = "return"
+    CONSUME = "consume"  # by the last of its readers
+    LEAVE = "leave"  # one of several readers has read or gives up, others still read
+    RETURN = "return"  # nobody reads any more, and not all have read
     DROP = "drop"
     EXPIRE = "expire"
     REVOKE = "revoke"
@@ -42,9 +46,10 @@ TRANSITIONS: dict[tuple[State, Happening], State] = {
     (State.OFFERED, Happening.DROP): State.DROPPED,
     (State.OFFERED, Happening.EXPIRE): State.EXPIRED,
     (State.OFFERED, Happening.REVOKE): State.REVOKED,
-    (State.CLAIMED, Happening.CLAIM): State.CLAIMED,  # the same engine over a new connection
+    (State.CLAIMED, Happening.CLAIM): State.CLAIMED,  # another of its readers, or one over a new connection
     (State.CLAIMED, Happening.HEARTBEAT): State.CLAIMED,
     (State.CLAIMED, Happening.CONSUME): State.CONSUMED,
+    (State.CLAIMED, Happening.LEAVE): State.CLAIMED,
     (State.CLAIMED, Happening.RETURN): State.OFFERED,
     (State.CLAIMED, Happening.DROP): State.DROPPED,
     (State.CLAIMED, Happening.EXPIRE): State.EXPIRED,
@@ -53,6 +58,7 @@ TRANSITIONS: dict[tuple[State, Happening], State] = {
 """What is legal; everything else is refused. CONSUMED, DROPPED, EXPIRED and REVOKED are final."""
 
 FINAL = frozenset({State.CONSUMED, State.DROPPED, State.EXPIRED, State.REVOKED})
+MAX_READERS = 4096
 MAX_REMEMBERED = 4096
 """Ended leases that can still be told from unknown ones; about half a megabyte."""
 
@@ -65,9 +71,24 @@ class Claimant:
     connection_id: int
 
 
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Reader number `index` of `num_readers` that read the lease together, for the request that `group` names."""
+
+    group: str = ""
+    index: int = 0
+    num_readers: int = 1
+
+
+ALONE = Reader()
+
+
 @dataclass(slots=True)
 class Lease:
-    """Blocks handed out. `expires_at` moves with claims and heartbeats, `offer_expires_at` does not."""
+    """Blocks handed out. `expires_at` moves with claims and heartbeats, `offer_expires_at` does not.
+
+    `readers` has the index of each reader that reads now, by the id of its connection, `have_read` those that have.
+    """
 
     transfer_id: str
     token: str
@@ -81,6 +102,9 @@ class Lease:
     claimed_at: float = 0.0
     ready: Ready | None = None
     """How much is computed, normal; None: all."""
+    group: tuple[str, str, int] = ("", "", 1)
+    readers: dict[int, int] = field(default_factory=dict)
+    have_read: set[int] = field(default_factory=set)
 
 
 class LeaseTable:
@@ -123,13 +147,26 @@ class LeaseTable:
         heapq.heappush(self._expiries, (expires_at, transfer_id))
         return lease
 
-    def claim(self, transfer_id: str, token: str, claimant: Claimant, now: float) -> Lease:
-        """Give the lease to `claimant`. Raises Refusal."""
+    def claim(self, transfer_id: str, token: str, claimant: Claimant, now: float, reader: Reader = ALONE) -> Lease:
+        """Give the lease to `claimant` as one reader; a new group begins anew. Raises Refusal."""
         lease = self._find(transfer_id, token, claimant.engine_id, now)
+        group = (claimant.engine_id, reader.group, reader.num_readers)
+        if not 0 <= reader.index < reader.num_readers <= MAX_READERS:
+            raise Refusal("invalid", f"reader {reader.index} of {reader.num_readers} makes no sense")
+        if group != lease.group:
+            if lease.readers:
+                raise Refusal("wrong_engine", f"transfer {transfer_id!r} is being read for another request")
+            lease.group = group
+            lease.have_read.clear()
         self._step(lease, Happening.CLAIM)
+        if lease.claimant is None:
+            lease.claimed_at = now
         lease.claimant = claimant
-        lease.claimed_at = now
-        lease.expires_at = max(lease.offer_expires_at, now + self._claim_ttl_s)
+        lease.readers = {connection: index for connection, index in lease.readers.items() if index != reader.index} | {
+            claimant.connection_id: reader.index
+        }
+        lease.have_read.discard(reader.index)
+        lease.expires_at = max(lease.expires_at, now + self._claim_ttl_s)
         return lease
 
     def advance(self, transfer_id: str, ready: Ready) -> Lease | None:
@@ -151,15 +188,30 @@ class LeaseTable:
         return lease
 
     def consume(self, transfer_id: str, token: str, claimant: Claimant, now: float) -> None:
-        """Confirm that what `claimant` read was valid until now; the lease ends. Raises Refusal if it was not."""
+        """Confirm that what `claimant` read was valid until now; after its last reader the lease ends.
+
+        Raises Refusal if it was not valid, or not claimed over this connection.
+        """
         lease = self._find(transfer_id, token, claimant.engine_id, now)
         if lease.ready is not None and lease.ready.first_block < len(lease.block_ids):
             raise Refusal("invalid", f"transfer {transfer_id!r} is not computed yet: nobody can have read it")
-        self._end(lease, Happening.CONSUME)
+        index = self._leave(lease, claimant)
+        lease.have_read.add(index)
+        if len(lease.have_read) == lease.group[2]:
+            self._end(lease, Happening.CONSUME)
+        elif lease.readers:
+            self._step(lease, Happening.LEAVE)
+        else:
+            self._return(lease, now)
 
     def give_back(self, transfer_id: str, token: str, claimant: Claimant, now: float) -> None:
-        """The claimant did not read it; another may claim it while the offer lasts. Raises Refusal."""
-        self._return(self._find(transfer_id, token, claimant.engine_id, now), now)
+        """The claimant did not read it; it may be claimed again while the offer lasts. Raises Refusal."""
+        lease = self._find(transfer_id, token, claimant.engine_id, now)
+        self._leave(lease, claimant)
+        if lease.readers:
+            self._step(lease, Happening.LEAVE)
+        else:
+            self._return(lease, now)
 
     def drop(self, transfer_id: str, token: str, engine_id: str, now: float) -> None:
         """Nobody will read it. Raises Refusal, also if another engine has it claimed."""
@@ -181,11 +233,12 @@ class LeaseTable:
 
     def connection_lost(self, connection_id: int, now: float) -> None:
         """Give back all that was claimed through this connection."""
-        lost = [
-            lease for lease in self._leases.values() if lease.claimant and lease.claimant.connection_id == connection_id
-        ]
-        for lease in lost:
-            self._return(lease, now)
+        for lease in [lease for lease in self._leases.values() if connection_id in lease.readers]:
+            del lease.readers[connection_id]
+            if lease.readers:
+                self._step(lease, Happening.LEAVE)
+            else:
+                self._return(lease, now)
 
     def expire(self, now: float) -> None:
         """End every lease whose time has run out."""
@@ -241,10 +294,19 @@ class LeaseTable:
             raise Refusal("unknown", f"transfer {lease.transfer_id!r} is {lease.state}: no {happening} possible")
         lease.state = state
 
+    def _leave(self, lease: Lease, claimant: Claimant) -> int:
+        """The index of the reader that leaves. Raises Refusal if none reads over this connection."""
+        index = lease.readers.pop(claimant.connection_id, None)
+        if index is None:
+            raise Refusal("unknown", f"transfer {lease.transfer_id!r} is not claimed over this connection")
+        return index
+
     def _return(self, lease: Lease, now: float) -> None:
+        """Back to the time of the offer; with some of it read, to the last claim's, for the readers yet to come."""
         self._step(lease, Happening.RETURN)
         lease.claimant = None
-        lease.expires_at = lease.offer_expires_at
+        if not lease.have_read:
+            lease.expires_at = lease.offer_expires_at
         if lease.expires_at <= now:
             self._end(lease, Happening.EXPIRE)
         else:

@@ -46,6 +46,10 @@ class SidecarMetrics:
             self._bytes.labels(transport, peer).inc(num_bytes)
             self._seconds.labels(transport).observe(seconds)
 
+    def also_read(self, transport: str, peer: str, num_bytes: int) -> None:
+        """Count what a pull that ended well has read from another rank than its first."""
+        self._bytes.labels(transport, self._peer(peer)).inc(num_bytes)
+
     def offer_ended(self, outcome: str) -> None:
         self._offers_ended.labels(outcome).inc()
 

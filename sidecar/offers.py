@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from sidecar.config import SidecarConfig
 from sidecar.errors import OfferRefused, Refusal
-from sidecar.leases import Claimant, Lease, LeaseTable, State
+from sidecar.leases import ALONE, Claimant, Lease, LeaseTable, Reader, State
 from sidecar.metrics import SidecarMetrics
 from sidecar.protocol import Computed, MarkReady, Message, Offer, OfferBlocks, OfferEnded, PushBlocks, Withdrawn
 from sidecar.ready import mark_fault, normal
@@ -66,11 +66,11 @@ class Offers:
         self._settle()
         return Offer(transfer_id, token, self._epoch, time.time() + request.ttl_s, request.call_id)
 
-    def claim(self, transfer_id: str, token: str, claimant: Claimant) -> tuple[Lease, float]:
-        """The lease, now the claimant's, and the seconds it lasts without a heartbeat. Raises Refusal."""
+    def claim(self, transfer_id: str, token: str, claimant: Claimant, reader: Reader = ALONE) -> tuple[Lease, float]:
+        """The lease, now that reader's, and the seconds it lasts without a heartbeat. Raises Refusal."""
         now = self._loop.time()
         try:
-            lease = self._table.claim(transfer_id, token, claimant, now)
+            lease = self._table.claim(transfer_id, token, claimant, now, reader)
         finally:
             self._settle_soon()
         return lease, lease.expires_at - now

@@ -16,7 +16,7 @@ from sidecar.connection import FrameConnection
 from sidecar.errors import FrameError, Refusal
 from sidecar.landings import Landings
 from sidecar.layout import layout_fault, mismatch
-from sidecar.leases import Claimant
+from sidecar.leases import Claimant, Reader
 from sidecar.metrics import SidecarMetrics
 from sidecar.offers import Offers
 from sidecar.protocol import (
@@ -154,7 +154,8 @@ class PeerSession:
             tenant.landings.deliver(message.landing_id, message.token, message.source)
             return Done(message.call_id)
         if isinstance(message, Claim):
-            lease, lasts_s = offers.claim(message.transfer_id, message.token, self._claimant)
+            reader = Reader(message.group, message.reader, message.num_readers)
+            lease, lasts_s = offers.claim(message.transfer_id, message.token, self._claimant, reader)
             offers.follow(lease, self._send)
             return Claimed(message.call_id, list(lease.block_ids), lease.num_tokens, lasts_s, lease.ready)
         if isinstance(message, Heartbeat):

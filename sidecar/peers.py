@@ -15,6 +15,7 @@ from typing import Protocol
 from sidecar.config import SidecarConfig
 from sidecar.errors import PeerLost, Refusal
 from sidecar.layout import layout_fault, mismatch
+from sidecar.leases import Reader
 from sidecar.metrics import SidecarMetrics
 from sidecar.peer_control import Answer, PeerControl, dial
 from sidecar.protocol import (
@@ -33,6 +34,7 @@ from sidecar.protocol import (
     Withdrawn,
 )  # fmt: skip
 from sidecar.registration import Identity, Registration
+from sidecar.reshard import Reshard, reshard_between
 from sidecar.transport.contract import PeerMemory, Transport, common
 
 logger = logging.getLogger(__name__)
@@ -41,8 +43,8 @@ Key = tuple[str, int, str, str]
 """Host, port, engine id, epoch."""
 
 
-class Reader(Protocol):
-    """A pull, as its link sees it."""
+class Reading(Protocol):
+    """A read under way, as its link sees it."""
 
     source: PullSource
 
@@ -50,21 +52,31 @@ class Reader(Protocol):
 
 
 class Link:
-    """One producer, reached and checked: control connection, transport chosen, its pool at hand."""
+    """One producer's rank, reached and checked: control connection, transport chosen, its pool at hand.
 
-    def __init__(self, key: Key, control: PeerControl, welcome: PeerWelcome, memory: PeerMemory) -> None:
+    `reshard` is None where its blocks are copied whole.
+    """
+
+    def __init__(
+        self, key: Key, control: PeerControl, welcome: PeerWelcome, memory: PeerMemory, reshard: Reshard | None
+    ) -> None:
         self.key = key
         self.name = f"{key[2]}@{key[0]}:{key[1]}"
         self.layout = welcome.layout
         self.num_bytes = welcome.layout.pool_bytes
         self.memory = memory
-        self.readers: set[Reader] = set()
+        self.reshard = reshard
+        self.readers: set[Reading] = set()
         self.used_at = asyncio.get_running_loop().time()
         self.control = control
 
-    def claim(self, source: PullSource) -> Answer:
+    def claim(self, source: PullSource, reader: Reader) -> Answer:
         """Ask for the lease; Claimed or Refusal."""
-        return self.control.call(lambda call_id: Claim(call_id, source.transfer_id, source.token))
+        return self.control.call(
+            lambda call_id: Claim(
+                call_id, source.transfer_id, source.token, reader.group, reader.index, reader.num_readers
+            )
+        )
 
     def follow(self, source: PullSource, follower: Callable[[Computed | Withdrawn], None] | None) -> None:
         """Tell `follower` what becomes of a lease that is still computed; before it is claimed. None ends that."""
@@ -85,7 +97,7 @@ class Link:
             answer.add_done_callback(partial(self._beaten, reader))
 
     @staticmethod
-    def _beaten(reader: Reader, done: Answer) -> None:
+    def _beaten(reader: Reading, done: Answer) -> None:
         refusal = None if done.cancelled() else done.exception()
         if isinstance(refusal, Refusal) and not isinstance(refusal, PeerLost):
             reader.interrupt(refusal.reason, refusal.message)
@@ -202,7 +214,8 @@ class PeerTable:
                 if local is not None:
                     control.close("continued over the peer socket")
                     control = local
-            link = Link(key, control, welcome, await self._reach(control, welcome, same_host=same_host))
+            memory = await self._reach(control, welcome, same_host=same_host)
+            link = Link(key, control, welcome, memory, reshard_between(welcome.layout, self._registration.layout))
         except BaseException:
             control.close("no pull is possible")
             raise

@@ -12,7 +12,7 @@ from typing import Annotated, TypeVar
 import msgspec
 
 from sidecar.errors import FrameError
-from sidecar.layout import KvLayout, Plane
+from sidecar.layout import MAX_RANKS, KvLayout, Plane
 from sidecar.ready import Ready
 
 __all__ = ["CHANGES", "PROTOCOL_VERSION", "KvLayout", "Plane", "Ready"]
@@ -20,6 +20,7 @@ __all__ = ["CHANGES", "PROTOCOL_VERSION", "KvLayout", "Plane", "Ready"]
 CHANGES = {
     1: "the first: engine socket, peer control, transports shm and mooncake, pull direction",
     2: "join_pool: an engine's second process offers blocks of the pool that the first one registered",
+    3: "layouts say which rank they are of; pull from several ranks' leases; a lease has several readers (claim)",
     4: "layerwise push: land, push and its marks from engines; deliver, computed and withdrawn between sidecars",
 }
 """What each version changed; an end speaks exactly one."""
@@ -43,9 +44,6 @@ class Refused(Message, tag="refused", frozen=True):
 
     reason: str
     message: str
-
-
-# Between an engine and its sidecar.
 
 
 class EngineHello(Message, tag="engine_hello", frozen=True):
@@ -159,20 +157,22 @@ class PullSource(msgspec.Struct, frozen=True):
 
 
 class Pull(Message, tag="pull", frozen=True):
-    """local_block_ids[i] receives the lease's block number first_block + i."""
+    """local_block_ids[i] receives block number first_block + i of what the leases hold, in blocks of our size.
+
+    `sources` has one lease a rank of the producer, stage by stage; `stage_layers` as in its layout. The same pull_id
+    at every rank of the consumer makes them readers of one group. Which ranks are read is the sidecar's choice.
+    """
 
     pull_id: Id
-    source: PullSource
+    sources: Annotated[tuple[PullSource, ...], msgspec.Meta(min_length=1, max_length=MAX_RANKS)]
     local_block_ids: list[Natural]
     first_block: Natural
     deadline_s: Seconds
+    stage_layers: tuple[int, ...] = ()
 
 
 class Land(Message, tag="land", frozen=True):
-    """Keep local blocks for a producer that comes by itself; PullEnded follows under `pull_id`.
-
-    local_block_ids[i] receives block number first_block + i of what is pushed.
-    """
+    """Keep blocks for a producer that comes by itself: local_block_ids[i] for its block number first_block + i."""
 
     call_id: Natural
     pull_id: Id
@@ -209,7 +209,10 @@ class OfferEnded(Message, tag="offer_ended", frozen=True):
 
 
 class PullEnded(Message, tag="pull_ended", frozen=True):
-    """The pull has stopped writing. `reason` is "" or one of errors.REASONS; `peer` is engine_id@host:port."""
+    """The pull has stopped writing. `reason` is "" or one of errors.REASONS; `peer` is engine_id@host:port.
+
+    Of several sources `peer` is the one that failed, or else the first.
+    """
 
     pull_id: str
     ok: bool
@@ -229,8 +232,6 @@ class SidecarLost(msgspec.Struct, frozen=True):
 
 
 Event = OfferEnded | PullEnded | SidecarLost
-
-# Between sidecars.
 
 
 class PeerHello(Message, tag="peer_hello", frozen=True):
@@ -278,9 +279,14 @@ class RegionOpened(Message, tag="region_opened", frozen=True):
 
 
 class Claim(Message, tag="claim", frozen=True):
+    """As reader number `reader` of the `num_readers` that read the lease for the request that `group` names."""
+
     call_id: Natural
     transfer_id: Id
     token: Id
+    group: Id = ""
+    reader: Natural = 0
+    num_readers: Natural = 1
 
 
 class Claimed(Message, tag="claimed", frozen=True):
@@ -290,8 +296,7 @@ class Claimed(Message, tag="claimed", frozen=True):
     block_ids: list[Natural]
     num_tokens: Natural
     expires_in_s: float
-    ready: Ready | None = None
-    """None: all of it is computed. Else Computed follows on this connection until it is."""
+    ready: Ready | None = None  # None: all is computed; else Computed follows on this connection until it is
 
 
 class Computed(Message, tag="computed", frozen=True):

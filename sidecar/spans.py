@@ -37,6 +37,10 @@ class Spans:
     def num_bytes(self) -> int:
         return sum(self.lengths)
 
+    def part(self, first: int, end: int) -> Spans:
+        """Those from number `first` to before `end`."""
+        return Spans(self.remote[first:end], self.local[first:end], self.lengths[first:end])
+
     def surely_within(self, remote_bytes: int, local_bytes: int) -> bool:
         """Whether the longest span would fit at the last offset of either side, and so every one does."""
         longest = max(self.lengths)
@@ -57,14 +61,14 @@ class Destination:
     def __init__(self, layout: KvLayout, block_ids: Sequence[int]) -> None:
         self.layout = layout
         self.block_ids = block_ids
-        self.fault = _id_fault("the consumer's", block_ids, layout.num_blocks)
+        self.fault = id_fault("the consumer's", block_ids, layout.num_blocks)
         if len(set(block_ids)) != len(block_ids):
             self.fault = self.fault or "a local block id occurs twice: two blocks would be written over each other"
         self.offsets = [_offsets(plane.offset, plane.stride_bytes, block_ids) for plane in layout.planes]
 
     def plan(self, producer: KvLayout, remote_block_ids: Sequence[int]) -> Spans:
         """Spans that copy block remote_block_ids[i] to our i-th block, neighbours joined. Raises Refusal("invalid")."""
-        if fault := self.fault or _id_fault("the producer's", remote_block_ids, producer.num_blocks):
+        if fault := self.fault or id_fault("the producer's", remote_block_ids, producer.num_blocks):
             raise Refusal("invalid", fault)
         starts, run_blocks = _runs(remote_block_ids, self.block_ids)
         remote: list[int] = []
@@ -106,7 +110,8 @@ def check_spans(spans: Spans | Sequence[Span], remote_bytes: int, local_bytes: i
             )
 
 
-def _id_fault(whose: str, block_ids: Sequence[int], num_blocks: int) -> str:
+def id_fault(whose: str, block_ids: Sequence[int], num_blocks: int) -> str:
+    """Why `block_ids` are not all in a pool; "" if they are."""
     if block_ids and (min(block_ids) < 0 or max(block_ids) >= num_blocks):
         return f"{whose} block ids reach from {min(block_ids)} to {max(block_ids)}, its pool has {num_blocks}"
     return ""

@@ -9,10 +9,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
-from engine_adapter.cluster import demo
+from engine_adapter.cluster import demo, deployment_rules, rank_table_command
 from engine_adapter.cluster.config import load, with_flags
-from engine_adapter.cluster.errors import ClusterError, nearest
+from engine_adapter.cluster.deployment import is_deployment, text_of
+from engine_adapter.cluster.deployment_plan import deployment_plan
+from engine_adapter.cluster.errors import ClusterError, ConfigError, nearest
+from engine_adapter.cluster.plan_output import as_json, local_as_json
 from engine_adapter.cluster.screen import Screen
+from engine_adapter.cluster.shell_script import script
 from engine_adapter.cluster.up import Deployment, check, deployment, up
 
 USAGE_STATUS = 2
@@ -49,6 +53,13 @@ def _parse(words: list[str]) -> argparse.Namespace:
         "plan": _command(commands, "plan", _plan, "print every command in start order and start nothing"),
         "demo": _command(commands, "demo", _demo, "like up, with one streamed answer shown and measured"),
     }
+    by_name["plan"].add_argument(
+        "--node", metavar="ADDRESS", help="of a deployment over several nodes: this one's share"
+    )
+    by_name["plan"].add_argument(
+        "--format", choices=("shell", "json"), default="shell", help="shell runs as it is with bash (%(default)s)"
+    )
+    by_name["ranktable"] = rank_table_command.add_to(commands)
     by_name["up"].add_argument("--check-only", action="store_true", help="say whether it could start here, and end")
     by_name["demo"].add_argument("--once", action="store_true", help="stop after the answer")
     by_name["demo"].add_argument("--prompt", default=demo.PROMPT, help="what to ask")
@@ -65,7 +76,9 @@ def _parse(words: list[str]) -> argparse.Namespace:
 def _command(commands: argparse._SubParsersAction[Parser], name: str, run: object, what: str) -> Parser:
     command = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
     command.set_defaults(run=run)
-    command.add_argument("file", type=Path, metavar="FILE", help="a deployment, see configs/examples/")
+    command.add_argument(
+        "file", type=Path, metavar="FILE", help="a deployment, see configs/examples/ and configs/deployments/"
+    )
     command.add_argument("--model", metavar="DIR", help="serve this Hugging Face directory instead of the file's model")
     command.add_argument("--port", type=int, help="the proxy's port, instead of the file's")
     command.add_argument("--dir", type=Path, default=Path(".baton"), help="for logs and made models (%(default)s)")
@@ -74,6 +87,10 @@ def _command(commands: argparse._SubParsersAction[Parser], name: str, run: objec
 
 def _deployment(arguments: argparse.Namespace) -> Deployment:
     source = str(arguments.file)
+    if is_deployment(text_of(arguments.file)):
+        raise ClusterError(
+            f"{source} is a deployment over several nodes; `pd-cluster plan {source}` prints its commands"
+        )
     config = with_flags(load(arguments.file), source, model_dir=arguments.model, port=arguments.port)
     return deployment(config, arguments.dir)
 
@@ -89,8 +106,27 @@ def _up(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
+    if is_deployment(text_of(arguments.file)):
+        return _plan_of_nodes(arguments)
+    if arguments.node is not None:
+        raise ConfigError(f"--node {arguments.node}: {arguments.file} has no [[node]], all of it runs on one machine")
+    if arguments.format == "json":
+        print(local_as_json(_deployment(arguments).plan), end="")
+        return 0
     for process in _deployment(arguments).plan.processes:
         print(f"# {process.name}\n{process.shell_line()}")
+    return 0
+
+
+def _plan_of_nodes(arguments: argparse.Namespace) -> int:
+    for flag, value in (("--model", arguments.model), ("--port", arguments.port)):
+        if value is not None:
+            raise ConfigError(f"{flag}: for a deployment over several nodes, say it in {arguments.file}")
+    source, node = str(arguments.file), arguments.node
+    planned = deployment_plan(deployment_rules.load(arguments.file))
+    if node is not None and node not in planned.nodes:
+        raise ConfigError(f"--node {node}: {source} has no such node; {nearest(node, planned.nodes)}")
+    print(as_json(planned, node) if arguments.format == "json" else script(planned, source, node), end="")
     return 0
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import tomllib
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
 
-from engine_adapter.cluster.errors import ClusterError, ConfigError, nearest
+from engine_adapter.cluster.errors import ClusterError, ConfigError
+from engine_adapter.cluster.toml_mistakes import line_of
 
 ArgValue = bool | int | float | str | list[int | float | str]
 Args = dict[str, ArgValue]
@@ -143,7 +144,7 @@ def parse(text: str, source: str) -> ClusterConfig:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{source}: not TOML: {error}") from error
     except ValidationError as error:
-        raise ConfigError(*(f"{source}: {_line_of(detail)}" for detail in error.errors())) from error
+        raise ConfigError(*(f"{source}: {line_of(detail, ClusterConfig)}" for detail in error.errors())) from error
     misplaced = _misplaced_args(config)
     if misplaced:
         raise ConfigError(*(f"{source}: {line}" for line in misplaced))
@@ -160,7 +161,7 @@ def with_flags(config: ClusterConfig, source: str, *, model_dir: str | None, por
     try:
         return _consistent(ClusterConfig.model_validate(sections), source)
     except ValidationError as error:
-        raise ConfigError(*(f"{source}: {_line_of(detail)}" for detail in error.errors())) from error
+        raise ConfigError(*(f"{source}: {line_of(detail, ClusterConfig)}" for detail in error.errors())) from error
 
 
 def _consistent(config: ClusterConfig, source: str) -> ClusterConfig:
@@ -168,30 +169,6 @@ def _consistent(config: ClusterConfig, source: str) -> ClusterConfig:
     if odd:
         raise ClusterError(*(f"{source}: {line}" for line in odd))
     return config
-
-
-def _line_of(detail: Any) -> str:
-    """One pydantic error as one line that names the key as the file has it."""
-    where, key = detail["loc"], str(detail["loc"][-1])
-    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where).lstrip(".")
-    if detail["type"] == "extra_forbidden":
-        return f'unknown key "{name}"; {nearest(key, _section_at(where[:-1]).model_fields)}'
-    if detail["type"] == "missing":
-        return f'key "{name}" is missing'
-    if detail["type"] == "literal_error":
-        known = detail["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
-        return f"{name} = {detail['input']!r} is not known; {nearest(str(detail['input']), known)}"
-    return f"{name} = {detail['input']!r}: {detail['msg'][0].lower()}{detail['msg'][1:]}"
-
-
-def _section_at(where: tuple[str | int, ...]) -> type[Section]:
-    section: type[Section] = ClusterConfig
-    for part in where:
-        if isinstance(part, str):
-            annotation = section.model_fields[part].annotation
-            candidates = (annotation, *get_args(annotation))
-            section = next(c for c in candidates if isinstance(c, type) and issubclass(c, Section))
-    return section
 
 
 def _misplaced_args(config: ClusterConfig) -> list[str]:

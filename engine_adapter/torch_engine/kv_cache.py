@@ -17,7 +17,7 @@ from engine_adapter.torch_engine.host_memory import available_host_memory_bytes
 from engine_adapter.torch_engine.model_shape import ModelShape
 from sidecar.protocol import KvLayout, Plane
 
-BLOCK_ORDER = "block,layer,kv,token,head"
+BLOCK_AXES = ("layer", "kv", "token", "head")
 _KV = 2
 _HEADROOM_BYTES = 128 << 20
 """Left for activations and the process itself when the pool is weighed against free memory."""
@@ -95,7 +95,8 @@ class KvCache:
             head_dim=self.shape.head_dim,
             dtype=str(self.shape.dtype).removeprefix("torch."),
             model=model_fingerprint,
-            order=BLOCK_ORDER,
+            order="plain",
+            axes=BLOCK_AXES,
         )
 
     def block_content(self, block_id: int) -> bytes:

@@ -106,7 +106,7 @@ class SidecarKvTransfer:
 
     def start_pull(self, request_id: str, params: dict[str, Any], local_block_ids: list[int], first_block: int) -> None:
         """Fetch the lease's blocks from `first_block` on into `local_block_ids`; one PullResult follows, always."""
-        self._link.pull(request_id, _source(params), local_block_ids, first_block, self._pull_timeout_s)
+        self._link.pull(request_id, _sources(params), local_block_ids, first_block, self._pull_timeout_s)
 
     def land(
         self, request_id: str, params: dict[str, Any], local_block_ids: list[int], first_block: int, num_tokens: int
@@ -171,7 +171,8 @@ class SidecarKvTransfer:
                 nothing = PushLanding(params["request_id"], "", "", 0, (), self._block_size, params["num_tokens"], 0, 0)
                 self._metaserver.post(params["metaserver"], "", nothing.to_wire())
             return
-        self._link.drop(_source(params))
+        for source in _sources(params):
+            self._link.drop(source)
 
     def revoke(self, request_id: str) -> None:
         """Take an offer back whose answer never left."""
@@ -230,9 +231,9 @@ class SidecarKvTransfer:
         return result if event.ok or why is None else replace(result, reason="metaserver", message=why)
 
 
-def _source(params: dict[str, Any]) -> PullSource:
+def _sources(params: dict[str, Any]) -> list[PullSource]:
     remote = parse_remote_prefill(params)
-    return pull_source(remote.sources[0], len(remote.block_ids))
+    return [pull_source(source, len(remote.block_ids)) for source in remote.sources]
 
 
 def _result(event: PullEnded) -> PullResult:

@@ -85,6 +85,11 @@ def _cpu_isa(dtype: Any, head_size: int, block_size: int) -> str:
     return str(cpu_attn._get_attn_isa(*(dtype, block_size, head_size)[:takes]))
 
 
+def total_kv_heads(model_config: Any) -> int:
+    """KV heads of the whole model; every rank holds MLA's one latent."""
+    return 1 if getattr(model_config, "use_mla", False) else int(model_config.get_total_num_kv_heads())
+
+
 def finished_well(request: Any) -> bool:
     """True where a request ended by length or stop, not by abort or error."""
     return request.status.name in ("FINISHED_LENGTH_CAPPED", "FINISHED_STOPPED")

@@ -13,7 +13,7 @@ from engine_adapter.sidecar_link import SidecarLink
 from engine_adapter.sidecar_process import OwnSidecar, SidecarCommand, SidecarStartError
 from engine_adapter.vllm_connector import compat
 from engine_adapter.vllm_connector.compat import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
-from engine_adapter.vllm_connector.layout import KvTensors, order_of, planes_of, tensors_of
+from engine_adapter.vllm_connector.layout import KvTensors, axes_of, order_of, planes_of, tensors_of
 from engine_adapter.vllm_connector.metadata import BatonMetadata
 from engine_adapter.vllm_connector.pool import share
 from engine_adapter.vllm_connector.scheduler_side import Finished, SchedulerSide
@@ -61,7 +61,7 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         tensors = tensors_of(kv_caches)
         num_blocks = compat.num_blocks(self._config, self._caches)
         pool = share([tensor for _, tensor in tensors])
-        layout = self._layout(kv_caches, planes_of(tensors, num_blocks, pool.position), num_blocks)
+        layout = self._layout(kv_caches, planes_of(tensors, num_blocks, pool.position), num_blocks, rank)
         socket_path = self._start_sidecar(rank)
         news = threading.Event()
         link = SidecarLink(
@@ -74,8 +74,7 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 f"no KV transfer through the sidecar at {socket_path} ({error}): start pd-sidecar there, or leave "
                 "kv_connector_extra_config.sidecar at auto"
             ) from error
-        world_size = self._config.parallel_config.tensor_parallel_size
-        self._worker = WorkerSide(link, rank, world_size, self._settings.pull_timeout_s, news)
+        self._worker = WorkerSide(link, rank, self._settings.pull_timeout_s, news)
         logger.info(
             "kv_pool_shared rank=%d bytes=%d blocks=%d socket=%s", rank, pool.num_bytes, num_blocks, socket_path
         )
@@ -191,8 +190,10 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             raise ConnectorStartError(f"{error}; see kv_connector_extra_config.listen and .transport") from error
         return str(path)
 
-    def _layout(self, kv_caches: dict[str, KvTensors], planes: Any, num_blocks: int) -> KvLayout:
-        model = self._config.model_config
+    def _layout(self, kv_caches: dict[str, KvTensors], planes: Any, num_blocks: int, rank: int) -> KvLayout:
+        model, parallel = self._config.model_config, self._config.parallel_config
+        num_kv_heads = model.get_num_kv_heads(parallel)
+        axes = axes_of(kv_caches, num_blocks, self._block_size, num_kv_heads)
         _, first = tensors_of(kv_caches)[0]
         head_size = model.get_head_size()
         kernel = compat.kernel_order(self._config, model.dtype, head_size, self._block_size)
@@ -201,11 +202,15 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             block_size=self._block_size,
             planes=planes,
             num_layers=len(kv_caches),
-            num_kv_heads=model.get_num_kv_heads(self._config.parallel_config),
+            num_kv_heads=num_kv_heads,
             head_dim=head_size,
             dtype=str(first.dtype).removeprefix("torch."),
             model=compat.model_name(self._config),
-            order=f"{kernel},{order_of(kv_caches, num_blocks)}",
+            order=f"{kernel},{order_of(kv_caches, num_blocks, axes)}",
+            axes=axes,
+            tp_rank=rank,
+            tp_size=parallel.tensor_parallel_size,
+            total_kv_heads=compat.total_kv_heads(model),
         )
 
 

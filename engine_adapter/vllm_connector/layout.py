@@ -70,11 +70,39 @@ def _plane(layer: str, tensor: torch.Tensor, num_blocks: int, storage_at: int) -
     return Plane(storage_at + int(tensor.storage_offset()) * item_bytes, stride_bytes * rows, row_bytes * rows)
 
 
-def order_of(kv_caches: Mapping[str, KvTensors], num_blocks: int) -> str:
-    """The axes inside a block, for the compatibility check: two engines' must be equal."""
+def axes_of(kv_caches: Mapping[str, KvTensors], num_blocks: int, block_size: int, num_kv_heads: int) -> tuple[str, ...]:
+    """What a block is made of, down to the heads (see sidecar's KvLayout); () where the shapes leave that open.
+
+    vLLM is head-major on the CPU, and packs a head's tokens as its kernel likes; vllm-ascend is token-major.
+    """
+    found = {
+        _axes_of_one(half, half.shape[0] // num_blocks, block_size, num_kv_heads)
+        for layer, tensor in tensors_of(kv_caches)
+        for half in _halves(layer, tensor, num_blocks)
+    }
+    return found.pop() if len(found) == 1 else ()
+
+
+def _axes_of_one(tensor: torch.Tensor, rows: int, block_size: int, num_kv_heads: int) -> tuple[str, ...]:
+    sizes = [tensor.shape[axis] for axis in _by_stride(tensor)]
+    if len(sizes) != 3 or sizes[:2].count(num_kv_heads) != 1 or block_size % rows:
+        return ()
+    if sizes[0] == num_kv_heads:
+        return ("head",) if rows == 1 else (f"part:{rows}", "head")
+    return ("token", "head") if sizes[0] * rows == block_size else ()
+
+
+def order_of(kv_caches: Mapping[str, KvTensors], num_blocks: int, known: Sequence[str] = ()) -> str:
+    """The axes inside a block but the `known` ones, for the compatibility check: two engines' must be equal."""
+    num_known = sum(not axis.startswith("part:") for axis in known)
     shapes: dict[Any, None] = {}
     for layer, tensor in tensors_of(kv_caches):
         for half in _halves(layer, tensor, num_blocks):
-            by_stride = sorted(range(1, half.dim()), key=lambda axis, h=half: (-h.stride(axis), axis))  # type: ignore[misc]
-            shapes["x".join(f"{half.shape[axis]}@{axis}" for axis in by_stride)] = None
+            shapes["x".join(f"{half.shape[axis]}@{axis}" for axis in _by_stride(half)[num_known:])] = None
     return "|".join(shapes)
+
+
+def _by_stride(tensor: torch.Tensor) -> list[int]:
+    """The axes of a block, outermost first."""
+    strides = tensor.stride()
+    return sorted(range(1, tensor.dim()), key=lambda axis: (-strides[axis], axis))

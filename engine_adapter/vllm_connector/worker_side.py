@@ -40,13 +40,10 @@ class Ended:
 class WorkerSide:
     """Called on the worker's thread only. `rank` is the tensor-parallel one; `news` is set by the link's wake."""
 
-    def __init__(
-        self, link: SidecarLink, rank: int, world_size: int, pull_timeout_s: float, news: threading.Event
-    ) -> None:
+    def __init__(self, link: SidecarLink, rank: int, pull_timeout_s: float, news: threading.Event) -> None:
         self._link = link
         self._news = news
         self._rank = rank
-        self._world_size = world_size
         self._pull_timeout_s = pull_timeout_s
         self._loads: dict[str, PullOrder] = {}
         self._as_sent: set[str] = set()
@@ -97,15 +94,9 @@ class WorkerSide:
 
     def _load(self, order: PullOrder) -> None:
         self._loads[order.request_id] = order
-        if len(order.sources) != self._world_size:
-            message = f"the prefiller has {len(order.sources)} tensor-parallel ranks, this engine {self._world_size}"
-            for unread in order.sources if self._rank == 0 else ():
-                self._link.drop(pull_source(unread, order.num_blocks))
-            self._pull_ended(PullEnded(order.request_id, False, "incompatible", message, 0, 0, 0.0, "", ""))
-            return
-        source = pull_source(order.sources[self._rank], order.num_blocks)
+        sources = [pull_source(source, order.num_blocks) for source in order.sources]
         self._link.pull(
-            order.request_id, source, list(order.local_block_ids), order.first_block, self._pull_timeout_s
+            order.request_id, sources, list(order.local_block_ids), order.first_block, self._pull_timeout_s
         )  # fmt: skip
 
     def _pull_ended(self, event: PullEnded) -> None:

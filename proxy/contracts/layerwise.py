@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 from proxy.contracts.order import Order
+from proxy.contracts.unanswered import UnansweredContract
 from proxy.long_body import Body
 from proxy.openai_api import ApiCall, one_token_body, spliced
 
 
-class LayerwiseContract:
+class LayerwiseContract(UnansweredContract):
     name = "layerwise"
     order = Order.DECODE_FIRST
     decodes_alone = True
@@ -43,22 +44,6 @@ class LayerwiseContract:
         first = next(iter(posted.values()))
         kv = first if len(posted) == 1 else {**first, "batch_kv_transfer_params": posted}
         return one_token_body(call, kv)
-
-    def prefill_body(self, call: ApiCall) -> Body:
-        raise NotImplementedError("a layerwise prefill needs what the decoder posted")
-
-    def decode_body(self, call: ApiCall, kv: dict[str, Any] | None) -> Body:
-        return call.body
-
-    def kv_of(self, prefill_answer: bytes) -> dict[str, Any] | None:
-        """The prefiller pushes and keeps nothing: its answer says nothing."""
-        return None
-
-    def may_reclaim(self, kv: dict[str, Any], dispatched: bool) -> bool:
-        return False
-
-    def reclaim_body(self, call: ApiCall, kv: dict[str, Any]) -> Body:
-        raise NotImplementedError("a layerwise decoder's blocks are freed by closing its connection")
 
 
 _PREFIXES = {"chat": "chatcmpl-", "completions": "cmpl-", "messages": "chatcmpl-"}

@@ -7,10 +7,8 @@ or choices) get ids the engines derive alike on both legs, so such a request is 
 
 from __future__ import annotations
 
-import orjson
-
 from proxy.contracts.pair import Endpoint, EngineRank, Meeting, PairContract
-from proxy.openai_api import ApiCall
+from proxy.openai_api import ApiCall, one_token_body
 
 
 class P2pNcclContract(PairContract):
@@ -25,11 +23,6 @@ class P2pNcclContract(PairContract):
     def meet(
         self, call: ApiCall, prefiller: Endpoint, decoder: Endpoint, rank: EngineRank | None, number: int
     ) -> Meeting:
-        fields = {**call.fields, "stream": False, "max_tokens": 1}
-        if "min_tokens" in fields:
-            fields["min_tokens"] = min(1, fields["min_tokens"]) if type(fields["min_tokens"]) is int else 1
-        if call.route == "chat" or "max_completion_tokens" in fields:
-            fields["max_completion_tokens"] = 1
-        fields.pop("stream_options", None)
+        body = one_token_body(call, None, every_choice=True)
         request_id = f"___prefill_addr_{prefiller}___decode_addr_{decoder}_{number:032x}"
-        return Meeting(orjson.dumps(fields), call.body, request_id=request_id)
+        return Meeting(body, call.body, request_id=request_id)

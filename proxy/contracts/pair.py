@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from proxy.contracts.order import Order
+from proxy.contracts.unanswered import UnansweredContract
 from proxy.long_body import Body
 from proxy.openai_api import ApiCall
 
@@ -44,12 +45,11 @@ class Meeting(NamedTuple):
     """By what another decoder could take the KV, once the prefill has ended; None where there is no way."""
 
 
-class PairContract:
+class PairContract(UnansweredContract):
     """`overlaps`: both legs are sent at once; else the decoder waits in the proxy for the prefill to end.
     `ranked`: `meet` needs an engine rank of the prefiller, asked of its bootstrap server.
     `decodes_alone`: whether a decoder serves a request that has no prefiller."""
 
-    name: str
     order = Order.TOGETHER
     overlaps = True
     ranked = False
@@ -66,19 +66,3 @@ class PairContract:
     ) -> Meeting:
         """`number` has 128 random bits: whoever knows the meeting's name could take the KV."""
         raise NotImplementedError
-
-    def prefill_body(self, call: ApiCall) -> Body:
-        raise NotImplementedError("a pair has no prefill without its decode")
-
-    def decode_body(self, call: ApiCall, kv: dict[str, Any] | None) -> Body:
-        return call.body
-
-    def kv_of(self, prefill_answer: bytes) -> dict[str, Any] | None:
-        """The prefiller's answer says nothing: both knew where to meet."""
-        return None
-
-    def may_reclaim(self, kv: dict[str, Any], dispatched: bool) -> bool:
-        return False
-
-    def reclaim_body(self, call: ApiCall, kv: dict[str, Any]) -> Body:
-        raise NotImplementedError("this contract has no way to give KV back")

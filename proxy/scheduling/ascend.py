@@ -41,4 +41,4 @@ def prefill_millionths(body_bytes: int) -> int:
 
 
 def _held(one: Candidate) -> int:
-    return one.load.policy_load
+    return one.load.policy_load + one.load.others_policy_load

@@ -47,4 +47,4 @@ def expected_wait(role: str, load: InstanceLoad, num_tokens: int = 0) -> float:
 
 def step_tokens(load: InstanceLoad, reservation: Reservation) -> float:
     """What a step of the decoder has cost [tokens], on average from `reservation` until now, when it ends."""
-    return DECODE_STEP_TOKENS + (reservation.ahead + reservation.num_tokens + load.num_tokens) / 2
+    return DECODE_STEP_TOKENS + (reservation.ahead + reservation.num_tokens + load.num_tokens + load.others_tokens) / 2

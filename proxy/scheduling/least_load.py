@@ -39,7 +39,9 @@ class LeastLoad(Policy):
         if len(candidates) == 1:
             return candidates[0]
         own = num_tokens + self._fixed_tokens
-        self._scores = scores = [(one.load.num_tokens + own) / one.load.speed for one in candidates]
+        self._scores = scores = [
+            (one.load.num_tokens + one.load.others_tokens + own) / one.load.speed for one in candidates
+        ]
         bound = min(scores) * self._tolerance
         close = [one for one, score in zip(candidates, scores, strict=True) if score <= bound]
         return close[0] if len(close) == 1 else min(close, key=_last_pick)
@@ -49,7 +51,7 @@ class LeastLoad(Policy):
 
     def score(self, load: InstanceLoad, num_tokens: int) -> float:
         """Of one instance, for the policies that compare a few."""
-        return (load.num_tokens + num_tokens + self._fixed_tokens) / load.speed
+        return (load.num_tokens + load.others_tokens + num_tokens + self._fixed_tokens) / load.speed
 
 
 def _last_pick(one: Candidate) -> int:

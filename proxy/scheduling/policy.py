@@ -60,7 +60,7 @@ class Policy:
 
     def waits(self, candidates: Sequence[CandidateT], num_tokens: int) -> list[float]:
         """The expected wait on each, in a list to be used up. A policy that computed them to pick returns those."""
-        return [expected_wait(self.role, one.load, num_tokens) for one in candidates]
+        return [expected_wait(self.role, one.load, num_tokens + one.load.others_tokens) for one in candidates]
 
     def reason(self, candidates: Sequence[CandidateT], picked: CandidateT, num_tokens: int) -> Reason:
         """Of the pick that was made a moment ago, with nothing reserved since."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Protocol
 
 import orjson
 
@@ -15,6 +16,29 @@ from proxy.scheduling.policy import Ask, Policy, Prefix
 CHUNK_BYTES = 1024  # about 16 blocks of 16 tokens: short of it there is little to save
 MAX_BYTES = 256 * CHUNK_BYTES  # of a prompt; what comes after them follows the beginning anyway
 MAX_REMEMBERED = 1 << 17  # chunks over all prompts; the least recently used is forgotten, some 20 MB at most
+
+
+class Prefixes(Protocol):
+    """Where each beginning of a prompt was sent last."""
+
+    def get(self, key: int, /) -> str | None: ...
+
+    def remember(self, role: str, keys: Sequence[int], name: str) -> None: ...
+
+
+class Remembered(OrderedDict[int, str]):
+    """By this process, up to `limit`."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self._limit = limit
+
+    def remember(self, role: str, keys: Sequence[int], name: str) -> None:
+        for key in reversed(keys):  # the beginning is the youngest: a chain is forgotten from its end
+            self[key] = name
+            self.move_to_end(key)
+        while len(self) > self._limit:
+            self.popitem(last=False)
 
 
 class PrefixAffinity(Policy):
@@ -30,8 +54,11 @@ class PrefixAffinity(Policy):
     def __init__(self, role: str, seed: int | None = None, max_remembered: int = MAX_REMEMBERED) -> None:
         super().__init__(role, seed)
         self._least_load = LeastLoad(role, seed)
-        self._max_remembered = max_remembered
-        self._sent_to: OrderedDict[int, str] = OrderedDict()
+        self._sent_to: Prefixes = Remembered(max_remembered)
+
+    def share(self, prefixes: Prefixes) -> None:
+        """Remember there, where other worker processes do."""
+        self._sent_to = prefixes
 
     def pick(self, candidates: Sequence[CandidateT], num_tokens: int, ask: Ask) -> CandidateT:
         prefix = ask.prefix
@@ -44,7 +71,7 @@ class PrefixAffinity(Policy):
                 picked = owner
         if owner is picked:
             self.decided_by = "prefix"
-        self._remember(prefix.keys, picked.key)
+        self._sent_to.remember(self.role, prefix.keys, picked.key)
         return picked
 
     def waits(self, candidates: Sequence[CandidateT], num_tokens: int) -> list[float]:
@@ -64,14 +91,6 @@ class PrefixAffinity(Policy):
         offered = [one for one in candidates if one.key in owners]
         owner = max(offered, key=lambda one: owners[one.key], default=None)
         return owner, owners[owner.key] if owner is not None else 0
-
-    def _remember(self, keys: Sequence[int], name: str) -> None:
-        sent_to = self._sent_to
-        for key in reversed(keys):  # the beginning is the youngest: a chain is forgotten from its end
-            sent_to[key] = name
-            sent_to.move_to_end(key)
-        while len(sent_to) > self._max_remembered:
-            sent_to.popitem(last=False)
 
 
 def prefix_of(call: ApiCall) -> Prefix:

@@ -16,7 +16,7 @@ from proxy.answer import Answer
 from proxy.contracts.layerwise import LayerwiseContract
 from proxy.errors import UpstreamFailure
 from proxy.flow import Flow
-from proxy.instance import Instance, Role
+from proxy.instance import Instance
 from proxy.legs import Legs
 from proxy.metaserver import Handoff
 from proxy.retry import Action, Leg
@@ -66,9 +66,10 @@ async def _settle(
     failure = decode.exception()
     if failure is None:
         flow.first_event_at = monotonic()
+        answer = decode.result()
         if handoff.prefill is not None and not handoff.prefill.done():
-            legs.let_run(handoff.prefill)  # the decoder has all of it; the answer is still on its way
-        return decode.result()
+            await legs.let_finish(handoff.prefill, answer)
+        return answer
     await call_off(handoff.prefill)
     if not isinstance(failure, UpstreamFailure):
         raise failure
@@ -82,14 +83,10 @@ async def _prefill(flow: Flow, legs: Legs, contract: LayerwiseContract, posted: 
     body = contract.push_body(flow.call, posted)
     fresh = False
     while True:
-        instance = flow.prefiller = (
-            flow.prefiller if fresh and flow.prefiller else legs.pick(Role.PREFILL, flow, flow.cost.prefill_tokens)
-        )
-        flow.prefill_load = load = instance.load.reserve(flow.cost.prefill_tokens)
-        flow.budget.spend(Leg.PREFILL)
+        instance, load = legs.reserve_prefiller(flow, fresh)
         began = monotonic()
         try:
-            await legs.exchange(flow, instance, body, Leg.PREFILL, fresh)
+            answer = await legs.exchange(flow, instance, body, Leg.PREFILL, fresh)
         except UpstreamFailure as failure:
             load.release()
             if flow.first_event_at:
@@ -98,9 +95,8 @@ async def _prefill(flow: Flow, legs: Legs, contract: LayerwiseContract, posted: 
             continue
         finally:
             load.release()
-        now = monotonic()
+        now = legs.prefilled(instance, load, began)
+        legs.note_usage(flow, answer.body)
         if not flow.first_event_at:
             flow.prefilled_at = now
-        instance.load.observe_queue(load.num_tokens, began, now)
-        legs.reporter.prefilled(now - began)
         return

@@ -7,7 +7,6 @@ from time import monotonic
 from proxy.answer import Answer
 from proxy.errors import UpstreamFailure
 from proxy.flow import Flow
-from proxy.instance import Role
 from proxy.kv_ledger import KvState
 from proxy.legs import Legs, PassOn
 from proxy.openai_api import without_prompt_scores
@@ -36,11 +35,7 @@ async def _prefill(flow: Flow, legs: Legs) -> None:
     body = legs.contract.prefill_body(flow.call)
     fresh = False
     while True:
-        instance = flow.prefiller = (
-            flow.prefiller if fresh and flow.prefiller else legs.pick(Role.PREFILL, flow, flow.cost.prefill_tokens)
-        )
-        flow.prefill_load = load = instance.load.reserve(flow.cost.prefill_tokens)
-        flow.budget.spend(Leg.PREFILL)
+        instance, load = legs.reserve_prefiller(flow, fresh)
         flow.prefill_attempts += 1
         began = monotonic()
         flow.sent_at = flow.sent_at or began
@@ -53,11 +48,9 @@ async def _prefill(flow: Flow, legs: Legs) -> None:
         finally:
             load.release()
         flow.prefilled = True
-        flow.prefilled_at = now = monotonic()
-        instance.load.observe_queue(load.num_tokens, began, now)
+        flow.prefilled_at = now = legs.prefilled(instance, load, began)
         if flow.call.scores_prompt:
             flow.scored_prompt = answer.body
-        legs.reporter.prefilled(now - began)
         if kv is None:
             legs.reporter.recompute("prefiller_gave_no_kv")
         else:

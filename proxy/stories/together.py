@@ -12,7 +12,7 @@ from proxy.bootstrap import RankReservation
 from proxy.contracts.pair import Meeting, PairContract
 from proxy.errors import UpstreamFailure
 from proxy.flow import Flow
-from proxy.instance import Instance, Role
+from proxy.instance import Instance
 from proxy.kv_ledger import KvState
 from proxy.legs import Legs
 from proxy.load_ledger import Reservation
@@ -24,25 +24,25 @@ from proxy.stories.prefill_first import prefill_first
 async def together(flow: Flow, legs: Legs) -> Answer:
     if not flow.split:
         return await prefill_first(flow, legs)  # which has no prefill then: a decoder alone
-    same_prefiller = None
+    again = False
     while True:
-        attempt = _Attempt(flow, legs, same_prefiller)
+        attempt = _Attempt(flow, legs, again)
         answer = await attempt.run()
         if answer is not None:
             return answer
-        same_prefiller = attempt.same_prefiller
+        again = attempt.again
 
 
 class _Attempt:
-    """One pair. `same_prefiller` is who has to be asked again, on a fresh connection."""
+    """One pair. `again`: the prefiller as before has to be asked, on a fresh connection."""
 
-    def __init__(self, flow: Flow, legs: Legs, same_prefiller: Instance | None) -> None:
+    def __init__(self, flow: Flow, legs: Legs, again: bool) -> None:
         assert isinstance(legs.contract, PairContract)
         self._contract = legs.contract
         self._flow = flow
         self._legs = legs
-        self._fresh = same_prefiller is not None
-        self.same_prefiller = same_prefiller
+        self._fresh = again
+        self.again = again
         self._decoded = False
         self._kv: dict[str, object] | None = None
 
@@ -53,10 +53,7 @@ class _Attempt:
             legs.reserve_decoder(flow)
         decoder = flow.decoder
         assert decoder is not None
-        prefiller = self.same_prefiller or legs.pick(Role.PREFILL, flow, flow.cost.prefill_tokens)
-        flow.prefiller = prefiller
-        flow.prefill_load = load = prefiller.load.reserve(flow.cost.prefill_tokens)
-        flow.budget.spend(Leg.PREFILL)
+        prefiller, load = legs.reserve_prefiller(flow, self._fresh)
         flow.budget.spend(Leg.DECODE)
         flow.prefill_attempts += 1
         rank = None
@@ -105,8 +102,7 @@ class _Attempt:
             self._told_by_abort()
             raise
         if decode is not None and decode.done() and decode.exception() is None:
-            self._succeeded(prefill)
-            return decode.result()
+            return await self._succeeded(prefill, decode.result())
         if prefill.done() and isinstance(failure := prefill.exception(), BaseException):
             await call_off(decode)
             await self._failed(Leg.PREFILL, failure, prefiller)
@@ -122,20 +118,21 @@ class _Attempt:
         flow, legs = self._flow, self._legs
         began = monotonic()
         try:
-            await legs.exchange(flow, instance, meeting.prefill_body, Leg.PREFILL, self._fresh, meeting.prefill_lines)
+            answer = await legs.exchange(
+                flow, instance, meeting.prefill_body, Leg.PREFILL, self._fresh, meeting.prefill_lines
+            )
         finally:
             load.release()
             if rank is not None:
                 rank.release()
-        now = monotonic()
-        instance.load.observe_queue(load.num_tokens, began, now)
-        legs.reporter.prefilled(now - began)
+        now = legs.prefilled(instance, load, began)
+        legs.note_usage(flow, answer.body)
         if not self._decoded:
             flow.prefilled_at = now
             if meeting.kv is not None:
                 flow.entry = legs.ledger.hand_out(flow.upstream_id, instance.key, meeting.kv, now)
 
-    def _succeeded(self, prefill: asyncio.Task[None]) -> None:
+    async def _succeeded(self, prefill: asyncio.Task[None], answer: Answer) -> Answer:
         flow, legs = self._flow, self._legs
         self._decoded = True
         flow.promised = None
@@ -146,7 +143,8 @@ class _Attempt:
         if prefill.done():
             prefill.exception()  # of no consequence any more
         else:
-            legs.let_run(prefill)
+            await legs.let_finish(prefill, answer)
+        return answer
 
     async def _failed(self, leg: Leg, failure: BaseException, instance: Instance) -> None:
         flow, legs = self._flow, self._legs
@@ -155,7 +153,7 @@ class _Attempt:
         if flow.prefiller is not None:
             legs.bootstrap.forget(flow.prefiller)  # whatever happened, it may be another engine by now
         action = await legs.after(leg, failure, instance, flow)
-        self.same_prefiller = instance if action is Action.SAME_INSTANCE else None
+        self.again = leg is Leg.PREFILL and action is Action.SAME_INSTANCE
         if leg is Leg.DECODE:
             legs.let_go_of_decoder(flow)
         legs.give_kv_back(flow)

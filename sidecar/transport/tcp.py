@@ -49,7 +49,7 @@ _ANSWER = struct.Struct("<BQ")
 _COUNT = struct.Struct("<I")
 
 MAX_SPANS = 1 << 20
-"""Spans a request, 16 MiB of them: what a control frame may hold too."""
+"""Spans a request, 16 MiB of them; a transfer of more sends several requests."""
 MAX_STREAMS = 8
 """Connections to one producer: transfers beyond it wait for one."""
 MAX_SERVED = 512
@@ -194,8 +194,6 @@ class TcpMemory:
     def read(self, spans: Spans) -> PendingCopy:
         if self.broken:
             raise Refusal("transport", self.broken)
-        if len(spans) > MAX_SPANS:
-            raise Refusal("invalid", f"the transfer has {len(spans)} spans, tcp takes {MAX_SPANS} at most")
         copy = TcpCopy(spans)
         self._copies.add(copy)
         copy.ended.add_done_callback(lambda _: self._copies.discard(copy))
@@ -250,6 +248,11 @@ class TcpMemory:
 
     def _transfer(self, copy: TcpCopy, sock: socket.socket) -> bool:
         spans = copy.spans
+        parts = (spans.part(first, first + MAX_SPANS) for first in range(0, len(spans), MAX_SPANS))
+        return all(self._request(part, copy, sock) for part in parts)
+
+    def _request(self, spans: Spans, copy: TcpCopy, sock: socket.socket) -> bool:
+        """As many spans as the producer takes at once; False if stopped meanwhile. Raises DataFault."""
         asked = array("Q", bytes(16 * len(spans)))
         asked[0::2], asked[1::2] = array("Q", spans.remote), array("Q", spans.lengths)
         send(sock, [memoryview(_COUNT.pack(len(spans))), memoryview(asked).cast("B")])

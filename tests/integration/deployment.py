@@ -92,6 +92,10 @@ class Command:
         self.process.kill()
         self.process.wait()
 
+    def signal(self, number: int) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+
     def stop(self) -> int | None:
         if self.process is None or self.process.poll() is not None:
             return None
@@ -123,6 +127,8 @@ class Deployment:
     num_decode: int = 1
     transport: str = "auto"
     engine_args: list[str] = field(default_factory=list)
+    decode_args: list[str] = field(default_factory=list)
+    """For the decoders, after `engine_args`."""
     proxy_args: list[str] = field(default_factory=list)
     instances: list[Instance] = field(default_factory=list)
     url: str = ""
@@ -186,7 +192,7 @@ class Deployment:
             name,
             [str(BIN / "pd-engine"), "serve", "--model", str(self.model), "--served-model-name", "tiny", "--role", role,
              "--port", str(port), "--sidecar", str(socket_path), "--engine-id", name, "--dtype", "float32",
-             "--num-threads", "1", *self.engine_args],
+             "--num-threads", "1", *self.engine_args, *(self.decode_args if role == "decode" else [])],
             f"{url}/health",
             self._directory / f"{name}.log",
         )  # fmt: skip
@@ -209,7 +215,8 @@ class Deployment:
         )  # fmt: skip
 
     def left_over(self) -> dict[str, float]:
-        """Whatever is not at rest, by name: blocks, requests, leases, loads, ledger entries. Empty: settled."""
+        """Whatever is not at rest, by name: blocks, requests, leases, loads, ledger entries. Empty: settled. A proxy
+        that is dead has nothing."""
         found: dict[str, float] = {}
         for instance in self.instances:
             name = instance.engine.name
@@ -217,7 +224,8 @@ class Deployment:
                 found[f"{name} {gauge}"] = metric(instance.url, gauge)
             for state in ("offered", "claimed"):
                 found[f"{name} leases {state}"] = metric(instance.sidecar_url, "baton_sidecar_leases", state=state)
-        for key, value in flatten(get_json(f"{self.url}/instances")):
+        alive = self.proxy.process is not None and self.proxy.process.poll() is None
+        for key, value in flatten(get_json(f"{self.url}/instances")) if alive else []:
             if key.rsplit(".", 1)[-1] in PROXY_LOADS:
                 found[f"proxy {key}"] = value
         return {name: value for name, value in found.items() if value}
@@ -231,7 +239,17 @@ class Deployment:
 
 
 PROXY_LOADS = frozenset(
-    {"load_s", "load", "reservations", "in_flight", "kv_ledger_entries", "active_connections", "kv_held"}
+    {
+        "num_in_flight",
+        "num_queued",
+        "num_reservations",
+        "num_entries",
+        "num_reclaims_open",
+        "kv_held",
+        "num_requests",
+        "num_tokens",
+        "kv_tokens",
+    }
 )
 
 

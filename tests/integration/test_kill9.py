@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,6 +51,67 @@ async def test_each_part_killed_in_turn_under_load(tiny_model: Path, contract: s
                 await _kill_and_restart(split, session, victim(split), asked, expected, name)
                 await _is_used_again(split, session, victim(split), asked)
         assert split.settles(within_s=BOUND_S) == {}
+
+
+LEASE_S = 3.0
+SETTLE_S = 30.0
+"""Generous, for a busy machine: what is tested is that nothing stays, and KV for no longer than its lease."""
+
+
+@pytest.mark.timeout(240)
+async def test_the_proxy_killed_under_load_leaves_nothing_behind(tiny_model: Path) -> None:
+    """What it had in hand ends: streams with their connections, KV that no decoder came for with its lease. The next
+    one at the same port serves at once, and knows the fleet without being told."""
+    asked = prompts(40, seed=17)[20:]
+    lease = ["--kv-lease-s", str(LEASE_S)]
+    with Deployment(tiny_model, num_prefill=2, num_decode=2, engine_args=lease) as split:
+        async with aiohttp.ClientSession() as session:
+            expected = [await ask(session, split.url, prompt, stream=False) for prompt in asked]
+            for kill in (_kill_the_proxy, _kill_the_proxy_between_the_legs):
+                await kill(split, session, asked)
+                left = await asyncio.to_thread(split.settles, LEASE_S + SETTLE_S)
+                assert left == {}, "left on the engines by a dead proxy"
+                split.proxy.start()
+                await asyncio.to_thread(split.proxy.wait_ready)
+                answers = await asyncio.gather(*(ask(session, split.url, prompt, stream=True) for prompt in asked[:6]))
+                assert answers == expected[:6]
+                assert metric(split.url, "pd_proxy_requests_total", outcome="ok") == 6
+        assert split.settles(within_s=SETTLE_S) == {}
+
+
+async def _kill_the_proxy(split: Deployment, session: aiohttp.ClientSession, asked: list[Prompt]) -> None:
+    outcomes: list[Outcome] = []
+    stop = asyncio.Event()
+    clients = [
+        asyncio.create_task(_client(split.url, session, asked, index, outcomes, stop)) for index in range(NUM_CLIENTS)
+    ]
+    await asyncio.sleep(CALM_S)
+    stop.set()
+    split.proxy.kill9()
+    killed = time.monotonic()
+    await asyncio.wait_for(asyncio.gather(*clients), SETTLE_S)
+    assert [one for one in outcomes if one.error and one.started <= killed <= one.ended], "nothing was in flight"
+
+
+async def _kill_the_proxy_between_the_legs(
+    split: Deployment, session: aiohttp.ClientSession, asked: list[Prompt]
+) -> None:
+    """KV is handed out, and who would have told a decoder of it dies: its lease is all that frees it."""
+    for decoder in split.decoders:
+        decoder.engine.signal(signal.SIGSTOP)
+    try:
+        request = asyncio.create_task(ask(session, split.url, asked[0], stream=False))
+        sidecars = [prefiller.sidecar_url for prefiller in split.prefillers]
+        deadline = time.monotonic() + SETTLE_S
+        while not sum(metric(url, "baton_sidecar_leases", state="offered") for url in sidecars):
+            assert time.monotonic() < deadline, "no KV was handed out"
+            await asyncio.sleep(0.05)
+        split.proxy.kill9()
+        with pytest.raises(aiohttp.ClientError):
+            await request
+    finally:
+        for decoder in split.decoders:
+            decoder.engine.signal(signal.SIGCONT)
 
 
 async def _kill_and_restart(

@@ -121,6 +121,21 @@ async def test_repeated_prompts_hit_prefix_caches_and_stay_equal(
         assert metric(split.decoders[0].url, SOURCE, source="local_cache_hit") > 0
 
 
+@pytest.mark.parametrize("decode_block_size", [8, 32])
+async def test_halves_of_other_block_sizes_answer_what_the_unsplit_engine_does(
+    tiny_model: Path, asked: list[Prompt], expected: list[Answer], decode_block_size: int
+) -> None:
+    """With a prefix cache that has part of the second prompts, in blocks of the decoder's size."""
+    twice = [*asked[:24], *asked[:24]]
+    decode_args = ["--block-size", str(decode_block_size)]
+    with Deployment(tiny_model, engine_args=["--block-size", str(BLOCK_SIZE)], decode_args=decode_args) as split:
+        answers = await ask_all(split.url, twice, stream=[False] * len(twice), num_at_once=4)
+        assert answers == [*expected[:24], *expected[:24]]
+        assert metric(split.decoders[0].url, SOURCE, source="external_kv_transfer") > 0
+        assert metric(split.decoders[0].url, SOURCE, source="local_compute") <= len(twice)
+        assert split.settles(within_s=5) == {}
+
+
 async def test_one_flipped_byte_of_the_kv_changes_the_text(tiny_model: Path, unsplit: str) -> None:
     """The comparison can fail: the decoder reads what was transferred, and nothing else."""
     prompt = prompts(45, seed=3)[44]

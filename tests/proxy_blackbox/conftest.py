@@ -4,29 +4,56 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests.proxy_blackbox.contracts import proxy_for
 from tests.proxy_blackbox.harness import Engines, Proxy, settled
 
 
 @pytest.fixture(scope="session")
-def fleet() -> Iterator[Engines]:
-    """Two prefillers and two decoders, one process for all tests."""
+def _common_fleet() -> Iterator[Engines]:
+    """Two prefillers and two decoders, one process for all tests but those of a contract."""
     started = Engines(2, 2)
     yield started
     started.process.stop()
 
 
-@pytest.fixture
-def engines(fleet: Engines) -> Engines:
-    """The same engines, their faults and memories wiped."""
-    fleet.reset()
-    return fleet
-
-
 @pytest.fixture(scope="session")
-def _shared_proxy(fleet: Engines) -> Iterator[Proxy]:
-    started = Proxy(fleet, "--health-retry-interval-s", "0.1", "--health-max-failures", "2")
+def _common_proxy(_common_fleet: Engines) -> Iterator[Proxy]:
+    started = Proxy(_common_fleet, "--health-retry-interval-s", "0.1", "--health-max-failures", "2")
     yield started
     started.stop()
+
+
+@pytest.fixture(scope="module")
+def contract(request: pytest.FixtureRequest) -> str:
+    """What a module's `CONTRACT` says: its engines and its proxy, with time-outs short, are its own then."""
+    return str(getattr(request.module, "CONTRACT", ""))
+
+
+@pytest.fixture(scope="module")
+def fleet(request: pytest.FixtureRequest, contract: str) -> Iterator[Engines]:
+    if not contract:
+        yield request.getfixturevalue("_common_fleet")
+        return
+    started = Engines(2, 2, "--contract", contract, *getattr(request.module, "ENGINE_FLAGS", ()))
+    yield started
+    started.process.stop()
+
+
+@pytest.fixture(scope="module")
+def _shared_proxy(request: pytest.FixtureRequest, contract: str, fleet: Engines) -> Iterator[Proxy]:
+    if not contract:
+        yield request.getfixturevalue("_common_proxy")
+        return
+    started = proxy_for(fleet, contract)
+    yield started
+    started.stop()
+
+
+@pytest.fixture
+def engines(fleet: Engines) -> Engines:
+    """Their faults and memories wiped."""
+    fleet.reset()
+    return fleet
 
 
 @pytest.fixture

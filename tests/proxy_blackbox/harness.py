@@ -25,6 +25,7 @@ from bench.mock_answers import scripts_of
 HOST = "127.0.0.1"
 ROOT = Path(__file__).parents[2]
 PROXY = str(Path(sys.executable).with_name("pd-proxy"))
+WORKERS = os.environ.get("PROXY_TEST_WORKERS", "1")  # "2" runs these tests with that many, where a test doesn't say
 START_TIMEOUT_S = 30.0
 SETTLE_S = 5.0
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -224,7 +225,7 @@ class Proxy:
     def __init__(self, engines: Engines, *flags: str, **environment: str) -> None:
         self.num_read = 0
         """How much of its log `settled` has judged."""
-        command = [PROXY, "--host", HOST, "--port", "0"]
+        command = [PROXY, "--host", HOST, "--port", "0", "--workers", WORKERS]
         for role, ports in (("prefiller", engines.prefill), ("decoder", engines.decode)):
             command += [f"--{role}-hosts", *[HOST] * len(ports), f"--{role}-ports", *map(str, ports)]
         self.start([*command, *flags], **environment)

@@ -42,8 +42,9 @@ SECONDS = st.sampled_from([0.0, 0.005, 0.03])
 class World:
     """The proxy, its engines, and those who ask."""
 
-    async def start(self, max_streams: int) -> None:
-        options = mock_options().parse_args(["--prefill-ports", "0", "0", "--decode-ports", "0", "0"])
+    async def start(self, contract: str, max_streams: int, keepalive_interval: float) -> None:
+        flags = ["--contract", contract, "--prefill-ports", "0", "0", "--decode-ports", "0", "0"]
+        options = mock_options().parse_args(flags)
         self.mocks = MockFleet(options)
         self.instances: list[MockInstance] = self.mocks.instances
         for instance in self.instances:
@@ -54,7 +55,9 @@ class World:
             host=HOST, port=0, prefiller_hosts=(HOST,), prefiller_ports=tuple(ports[:2]), decoder_hosts=(HOST,),
             decoder_ports=tuple(ports[2:]), between_tokens_timeout_s=0.3, health_interval_s=0.1,
             health_retry_interval_s=0.05, health_timeout_s=0.3, reclaim_timeout_s=1, drain_timeout_s=1,
-            decoder_max_streams=max_streams, queue_timeout_s=0.5, waiting_retry_interval=0.1, **short,
+            decoder_max_streams=max_streams, queue_timeout_s=0.5, waiting_retry_interval=0.1, contract=contract,
+            keepalive_interval=keepalive_interval, prefiller_bootstrap_ports=tuple(ports[:2]),
+            prefiller_kv_ports=tuple(ports[:2]), decoder_kv_ports=tuple(ports[2:]), **short,
         )  # fmt: skip
         self.app = ProxyApp(config, asyncio.get_running_loop())
         await self.app.start()
@@ -80,6 +83,7 @@ class World:
 
     def _judge(self, fields: dict[str, Any], answer: Answer) -> None:
         text = text_for(fields)
+        answer.body = answer.body.replace(b": keep-alive\n\n", b"")
         if answer.status != 200:
             ok = bool(answer.error["message"]) and answer.status in (429, 500, 502, 503, 504)
         elif not answer.complete:
@@ -147,11 +151,13 @@ class World:
 
 
 class Conservation(RuleBasedStateMachine):
-    @initialize(max_streams=st.sampled_from([0, 2]))
-    def begin(self, max_streams: int) -> None:
+    contract = "pull"
+
+    @initialize(max_streams=st.sampled_from([0, 2]), keepalive_interval=st.sampled_from([0, 0.02]))
+    def begin(self, max_streams: int, keepalive_interval: float) -> None:
         self.runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
         self.world = World()
-        self.runner.run(self.world.start(max_streams))
+        self.runner.run(self.world.start(self.contract, max_streams, keepalive_interval))
 
     async def _now(self, call: Any) -> None:
         call()
@@ -223,3 +229,20 @@ Conservation.TestCase.settings = settings(
     suppress_health_check=list(HealthCheck),
 )
 TestConservation = Conservation.TestCase
+
+
+class Layerwise(Conservation):
+    contract = "layerwise"
+
+
+class Mooncake(Conservation):
+    contract = "mooncake"
+
+
+class Sglang(Conservation):
+    contract = "sglang"
+
+
+TestLayerwise, TestMooncake, TestSglang = Layerwise.TestCase, Mooncake.TestCase, Sglang.TestCase
+for case in (TestLayerwise, TestMooncake, TestSglang):
+    case.settings = settings(Conservation.TestCase.settings, max_examples=6)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
-from tests.proxy_blackbox.contracts import SHORT_TIMEOUTS, begun, leave, proxy_for
+from tests.proxy_blackbox.contracts import SHORT_TIMEOUTS, begun, leave
 from tests.proxy_blackbox.harness import (
     CHAT,
     COMPLETIONS,
@@ -27,27 +27,7 @@ from tests.proxy_blackbox.harness import (
     text_for,
 )
 
-METASERVER = "/v1/metaserver"
-
-
-@pytest.fixture(scope="module")
-def fleet() -> Iterator[Engines]:
-    started = Engines(2, 2, "--contract", "layerwise")
-    yield started
-    started.process.stop()
-
-
-@pytest.fixture(scope="module")
-def _shared_proxy(fleet: Engines) -> Iterator[Proxy]:
-    started = proxy_for(fleet, "layerwise")
-    yield started
-    started.stop()
-
-
-@pytest.fixture
-def engines(fleet: Engines) -> Engines:
-    fleet.reset()
-    return fleet
+METASERVER, CONTRACT = "/v1/metaserver", "layerwise"
 
 
 def test_the_decoder_goes_first_and_its_post_reaches_the_prefiller(proxy: Proxy, engines: Engines) -> None:
@@ -184,6 +164,40 @@ def test_an_answer_that_was_given_up_is_gone_on_with(proxy: Proxy, engines: Engi
     assert b"recomputed" not in answer.body
     ids = [one["headers"]["x-request-id"] for one in engines.requests("prefill")]
     assert len(ids) == len(set(ids)) == 2
+
+
+@pytest.mark.parametrize("limits", [
+    {"max_tokens": 9}, {"max_tokens": 30, "max_completion_tokens": 9}, {"max_completion_tokens": 9, "min_tokens": 7},
+])  # fmt: skip
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_both_limits_hold_over_all_parts(proxy: Proxy, engines: Engines, limits: dict[str, int], stream: bool) -> None:
+    engines.fault("decode", "recomputed", shared=True, after=4)
+    fields = {key: value for key, value in body_of(CHAT, stream=stream).items() if key != "max_tokens"} | limits
+    assert proxy.post(CHAT, fields).text == text_for(fields)
+    second = max((one["body"] for one in engines.requests("decode")), key=lambda body: len(body["messages"]))
+    assert {key: second[key] for key in limits} == {key: max(0, limit - 4) for key, limit in limits.items()}
+
+
+@pytest.mark.parametrize("prompts", [["a", "b", "c"], [[1, 2], [3]]])
+def test_a_list_that_was_given_up_is_answered_whole_all_the_same(
+    proxy: Proxy, engines: Engines, prompts: list[object]
+) -> None:
+    """Defect of the example proxy: a list of prompts is a TypeError that is swallowed, and a truncated answer. A list
+    goes to one decoder here, so that it is asked for again from its beginning."""
+    engines.fault("decode", "recomputed", shared=True, after=3)
+    fields = {**body_of(COMPLETIONS, num_tokens=9), "prompt": prompts}
+    answer = proxy.post(COMPLETIONS, fields)
+    texts = [choice["text"] for choice in answer.json["choices"]]
+    assert (answer.status, texts) == (200, [text_for({**fields, "prompt": one}) for one in prompts])
+    assert engines.count("prefill", "prefills") == 2
+
+
+def test_the_stream_of_a_list_that_was_given_up_ends_with_an_error(proxy: Proxy, engines: Engines) -> None:
+    """Its prompts cannot be gone on with one by one on a decoder that has them all."""
+    engines.fault("decode", "recomputed", shared=True, after=3)
+    answer = proxy.post(COMPLETIONS, {**body_of(COMPLETIONS, num_tokens=9, stream=True), "prompt": ["a", "b"]})
+    assert answer.events[-1]["error"]["code"] == 502 and b"recomputed" not in answer.body
+    assert b"[DONE]" not in answer.body
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])

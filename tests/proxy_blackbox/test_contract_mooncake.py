@@ -2,34 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
-from tests.proxy_blackbox.contracts import begun, leave, proxy_for
+from tests.proxy_blackbox.contracts import begun, leave
 from tests.proxy_blackbox.harness import CHAT, COMPLETIONS, HOST, Engines, Proxy, body_of, eventually, text_for
 
 NUM_RANKS = 3
-
-
-@pytest.fixture(scope="module")
-def fleet() -> Iterator[Engines]:
-    started = Engines(2, 2, "--contract", "mooncake", "--num-ranks", str(NUM_RANKS))
-    yield started
-    started.process.stop()
-
-
-@pytest.fixture(scope="module")
-def _shared_proxy(fleet: Engines) -> Iterator[Proxy]:
-    started = proxy_for(fleet, "mooncake")
-    yield started
-    started.stop()
-
-
-@pytest.fixture
-def engines(fleet: Engines) -> Engines:
-    fleet.reset()
-    return fleet
+CONTRACT, ENGINE_FLAGS = "mooncake", ("--num-ranks", str(NUM_RANKS))
 
 
 def served(proxy: Proxy, number: int = 0, path: str = CHAT, **more: object) -> None:

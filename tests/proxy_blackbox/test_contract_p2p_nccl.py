@@ -3,32 +3,12 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
 
 import pytest
 
-from tests.proxy_blackbox.contracts import proxy_for
 from tests.proxy_blackbox.harness import CHAT, PROXY, Engines, Proxy, body_of, text_for
 
-
-@pytest.fixture(scope="module")
-def fleet() -> Iterator[Engines]:
-    started = Engines(2, 2, "--contract", "p2p-nccl")
-    yield started
-    started.process.stop()
-
-
-@pytest.fixture(scope="module")
-def _shared_proxy(fleet: Engines) -> Iterator[Proxy]:
-    started = proxy_for(fleet, "p2p-nccl")
-    yield started
-    started.stop()
-
-
-@pytest.fixture
-def engines(fleet: Engines) -> Engines:
-    fleet.reset()
-    return fleet
+CONTRACT = "p2p-nccl"
 
 
 def test_the_id_names_both_and_the_decode_waits_for_the_prefill(proxy: Proxy, engines: Engines) -> None:

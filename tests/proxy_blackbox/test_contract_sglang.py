@@ -2,32 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
-from tests.proxy_blackbox.contracts import proxy_for
 from tests.proxy_blackbox.harness import CHAT, COMPLETIONS, HOST, Engines, Proxy, body_of, text_for
 
-
-@pytest.fixture(scope="module")
-def fleet() -> Iterator[Engines]:
-    started = Engines(2, 2, "--contract", "sglang")
-    yield started
-    started.process.stop()
-
-
-@pytest.fixture(scope="module")
-def _shared_proxy(fleet: Engines) -> Iterator[Proxy]:
-    started = proxy_for(fleet, "sglang")
-    yield started
-    started.stop()
-
-
-@pytest.fixture
-def engines(fleet: Engines) -> Engines:
-    fleet.reset()
-    return fleet
+CONTRACT = "sglang"
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])

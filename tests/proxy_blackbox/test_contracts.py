@@ -5,36 +5,19 @@ After each test loads, connections and both KV ledgers are empty, and no engine 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
-from tests.proxy_blackbox.contracts import CONTRACTS, begun, leave, proxy_for
-from tests.proxy_blackbox.harness import CHAT, COMPLETIONS, Engines, Proxy, body_of, eventually, settled, text_for
+from bench.mock_answers import script_of
+from tests.proxy_blackbox.contracts import CONTRACTS, begun, leave
+from tests.proxy_blackbox.harness import CHAT, COMPLETIONS, Engines, Proxy, body_of, eventually, text_for
 
 STREAM = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 ROLE = pytest.mark.parametrize("role", ["prefill", "decode"])
 
 
 @pytest.fixture(scope="module", params=CONTRACTS)
-def _started(request: pytest.FixtureRequest) -> Iterator[tuple[Engines, Proxy]]:
-    engines = Engines(2, 2, "--contract", request.param)
-    proxy = proxy_for(engines, request.param)
-    yield engines, proxy
-    proxy.stop()
-    engines.process.stop()
-
-
-@pytest.fixture
-def engines(_started: tuple[Engines, Proxy]) -> Engines:
-    _started[0].reset()
-    return _started[0]
-
-
-@pytest.fixture
-def proxy(_started: tuple[Engines, Proxy], engines: Engines) -> Iterator[Proxy]:
-    yield _started[1]
-    settled(_started[1], engines)
+def contract(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 def served(proxy: Proxy, path: str, stream: bool, **more: object) -> None:
@@ -57,12 +40,57 @@ def test_an_answer_is_the_decoders_after_one_prefill(proxy: Proxy, engines: Engi
         assert all(one["body"]["model"] == "mock" for one in engines.requests(role))
 
 
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])
+@STREAM
+def test_the_other_apis_go_the_same_way(proxy: Proxy, engines: Engines, contract: str, path: str, stream: bool) -> None:
+    """But for layerwise, whose decoder calls under ids of /v1/responses that can't be foretold: it computes those."""
+    fields: dict[str, object] = {"model": "mock", "stream": stream, "mock": {"cached_tokens": 3}}
+    if path == "/v1/responses":
+        fields.update(input="Say it", max_output_tokens=5)
+    else:
+        fields.update(messages=[{"role": "user", "content": "Say it"}], max_tokens=5)
+    answer = proxy.post(path, fields)
+    script, alone = script_of(fields), contract == "layerwise" and path == "/v1/responses"
+    assert answer.status == 200 and all(script.token(at).encode() in answer.body for at in range(5))
+    assert engines.count("prefill", "prefills") == (0 if alone else 1)
+    assert engines.count("decode", "decodes") == 1
+    key = b"cached_tokens" if path == "/v1/responses" else b"cache_read_input_tokens"
+    assert b'"%b":%d' % (key, 0 if alone else 3) in answer.body
+
+
 @pytest.mark.parametrize("kind", ["reset_mid", "close_mid"])
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 def test_a_stream_whose_decoder_is_lost_is_gone_on_with(proxy: Proxy, engines: Engines, path: str, kind: str) -> None:
     engines.fault("decode", kind, shared=True, after=3)
     served(proxy, path, True)
     assert engines.count("decode", "decodes") == 2
+
+
+@STREAM
+@pytest.mark.parametrize("answer_s", [0, 0.05], ids=["prompt", "late"])
+def test_usage_says_what_the_prefiller_found_cached(proxy: Proxy, stream: bool, answer_s: float) -> None:
+    """Also where both legs run at once, and the prefiller's answer comes when the client has its first token."""
+    mock = {"cached_tokens": 3, "decoder_cached_tokens": 77, "interval_s": 0.02, "answer_s": answer_s}
+    more = {"stream_options": {"include_usage": True}} if stream else {}
+    answer = proxy.post(CHAT, body_of(CHAT, num_tokens=20, stream=stream, mock=mock, **more))
+    usage = answer.events[-2]["usage"] if stream else answer.json["usage"]
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 3}
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_usage_of_what_was_gone_on_with_is_the_whole_answers(proxy: Proxy, engines: Engines, path: str) -> None:
+    engines.fault("decode", "reset_mid", shared=True, after=3)
+    fields = body_of(
+        path, num_tokens=9, stream=True, stream_options={"include_usage": True},
+        mock={"cached_tokens": 3, "decoder_cached_tokens": 77, "interval_s": 0.01},
+    )  # fmt: skip
+    answer = proxy.post(path, fields)
+    assert (answer.text, engines.count("decode", "decodes")) == (text_for(fields), 2)
+    num_prompt = script_of(fields).num_prompt_tokens
+    assert answer.events[-2]["usage"] == {
+        "prompt_tokens": num_prompt, "completion_tokens": 9, "total_tokens": num_prompt + 9,
+        "prompt_tokens_details": {"cached_tokens": 3},
+    }  # fmt: skip
 
 
 def test_a_request_goes_with_one_id(proxy: Proxy, engines: Engines) -> None:

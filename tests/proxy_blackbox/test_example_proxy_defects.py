@@ -68,6 +68,27 @@ def test_a_failed_second_prefill_does_not_release_the_old_decoder_twice(
         leave(sock)
 
 
+@STREAM
+def test_the_failed_prefill_of_a_recompute_gives_every_load_back_once(
+    start_proxy: StartProxy, engines: Engines, stream: bool
+) -> None:
+    """There the `finally` of the stream releases the old decoder a second time."""
+    proxy = start_proxy("--max-retries", "1")
+    engines.fault("decode", "recomputed", shared=True, after=3, count=99)
+    shape = {"interval_s": 0.1, "first_token_s": 0.3}
+    with ThreadPoolExecutor(1) as beside:
+        answering = beside.submit(proxy.post, CHAT, body_of(CHAT, num_tokens=9, stream=stream, mock=shape))
+        eventually(lambda: not engines.count("decode", "decodes"), "no decode began")
+        engines.fault("prefill", "status", status=500, count=100)
+        answer = answering.result()
+    assert engines.count("prefill", "prefills") == 1 and engines.count("prefill", "faults") == 1
+    if stream:
+        assert answer.events[-1]["error"]["code"] == 502 and b"[DONE]" not in answer.body
+    else:
+        assert answer.status == 500
+    assert (loads(proxy, "prefill"), loads(proxy, "decode")) == ([0, 0], [0, 0])
+
+
 def test_a_client_that_leaves_in_prefill_leaves_no_load_and_removal_ends(
     start_proxy: StartProxy, engines: Engines
 ) -> None:
@@ -84,13 +105,16 @@ def test_a_client_that_leaves_in_prefill_leaves_no_load_and_removal_ends(
     eventually(lambda: len(loads(proxy, "prefill")) == 2, "the instance was not removed", 15.0)
 
 
-def test_a_request_that_is_retried_does_not_give_back_the_load_of_another(proxy: Proxy, engines: Engines) -> None:
+@pytest.mark.parametrize("kind", ["status", "recomputed"])
+def test_a_request_that_is_retried_does_not_give_back_the_load_of_another(
+    proxy: Proxy, engines: Engines, kind: str
+) -> None:
     """There a retry releases the prefiller's load twice, and the floor at zero hides whose it was."""
     held = [sent(proxy, body_of(CHAT, f"held {number}", mock={"prefill_s": 20})) for number in range(2)]
     eventually(lambda: sum(loads(proxy, "prefill")) < 2, "the prefills did not begin")
     for number in range(3):
-        engines.fault("decode", "status", status=500, shared=True)
-        fields = body_of(CHAT, f"retried {number}")
+        engines.fault("decode", kind, status=500, shared=True)
+        fields = body_of(CHAT, f"retried {number}", num_tokens=7, stream=number == 1)
         assert proxy.post(CHAT, fields).text == text_for(fields)
         assert sum(loads(proxy, "prefill")) == 2
     for sock in held:
@@ -161,7 +185,12 @@ def test_nothing_is_said_twice_when_a_stream_breaks(proxy: Proxy, engines: Engin
 @STREAM
 def test_kv_whose_decoder_never_came_is_given_back(proxy: Proxy, engines: Engines, stream: bool) -> None:
     """There the prefiller holds it until a time-out of the engine, 480 s by default."""
-    engines.fault("decode", "status", status=500, count=100)
-    assert proxy.post(CHAT, body_of(CHAT, stream=stream)).status == 500
-    eventually(lambda: engines.state()["kv"]["outstanding"], "KV is still held", 3.0)
-    assert engines.state()["kv"]["counts"]["released"] >= 1
+    before = proxy.get("/instances").json["kv_ledger"]["totals"]
+    engines.fault("decode", "status", status=403, count=100)
+    assert proxy.post(CHAT, body_of(CHAT, stream=stream)).status == 403
+    eventually(lambda: engines.state()["kv"]["outstanding"], "KV is still held", 1.0)
+    eventually(proxy.wrong, "the proxy is not idle", 1.0)
+    after = proxy.get("/instances").json["kv_ledger"]["totals"]
+    assert engines.state()["kv"]["counts"]["released"] == after["reclaimed"] - before["reclaimed"] == 1
+    assert after["orphaned"] == before["orphaned"]
+    assert b'pd_proxy_kv_total{event="reclaimed"} %d.0' % after["reclaimed"] in proxy.get("/metrics").body

@@ -51,6 +51,21 @@ def test_nothing_is_lost_while_instances_come_and_go_under_load(start_proxy: Sta
             becomes(proxy, role, port, "active")
 
 
+def test_the_capacity_of_one_that_is_added_is_known_at_once(start_proxy: StartProxy, engines: Engines) -> None:
+    """Not after the next round of reading: until then it would count as having room always."""
+    proxy = start_proxy("--capacity-interval-s", "3600", "--waiting-retry-interval", "0.1")
+    added = engines.decode[1]
+    change(proxy, "remove", type="decode", instances=at(added))
+    becomes(proxy, "decode", added, None)
+    info = 'vllm:cache_config_info{block_size="16",num_gpu_blocks="100"}'
+    engines.configure(gauges={info: 1, "vllm:num_requests_waiting": 7})
+    change(proxy, "add", type="decode", instances=at(added))
+    becomes(proxy, "decode", added, "active")
+    eventually(lambda: shown(proxy, "decode", added)["load"]["max_kv_tokens"] != 1600, "its capacity is not known")
+    assert shown(proxy, "decode", added)["queue"] == {"num_open": 0, "num_waiting": 7}
+    assert shown(proxy, "decode", engines.decode[0])["queue"]["num_waiting"] is None
+
+
 def test_one_that_is_leaving_can_be_added_again(start_proxy: StartProxy, engines: Engines) -> None:
     """The example proxy ignores the add of a tainted node (2.1: "Tainted nodes cannot be re-added")."""
     proxy = start_proxy()
@@ -205,6 +220,33 @@ def test_ipv6_is_accepted_in_brackets(start_proxy: StartProxy) -> None:
     assert len(_waiting(proxy)) == 1
     change(proxy, "remove", type="prefill", instances="[::1]:9")
     assert not _waiting(proxy)
+
+
+def test_ipv6_instances_are_added_serve_and_are_removed(start_proxy: StartProxy, engines: Engines) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("no IPv6 on this machine")
+    six = Engines(0, 0, "--prefill-at", "[::1]:0", "--decode-at", "[::1]:0")
+    try:
+        proxy = start_proxy("--waiting-retry-interval", "0.1")
+        added = {"prefill": f"[::1]:{six.prefill[0]}", "decode": f"[::1]:{six.decode[0]}"}
+        for role, address in added.items():
+            assert address in change(proxy, "add", type=role, instances=address).json["message"]
+        eventually(lambda: len(proxy.get("/instances").json["instances"]) < 6, "they did not join")
+        for role in added:
+            for port in getattr(engines, role):
+                change(proxy, "remove", type=role, instances=at(port))
+        eventually(lambda: len(proxy.get("/instances").json["instances"]) > 2, "the others did not go")
+        fields = body_of(CHAT, stream=True)
+        assert proxy.post(CHAT, fields).text == text_for(fields)
+        assert six.count("prefill", "prefills") == six.count("decode", "decodes") == 1
+        eventually(six.wrong, "KV was left")
+        for role, address in added.items():
+            reply = change(proxy, "remove", type=role, instances=[address]).json
+            assert address not in reply[f"current_{role}_instances"]
+    finally:
+        six.process.stop()
 
 
 @pytest.mark.parametrize(

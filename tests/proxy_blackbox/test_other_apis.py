@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from bench.mock_answers import script_of
 from bench.mock_other_apis import events, whole
-from tests.proxy_blackbox.harness import Engines, Proxy, eventually
+from tests.proxy_blackbox.harness import Answer, Engines, Proxy, eventually
 
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
 BOTH = pytest.mark.parametrize("path", [RESPONSES, MESSAGES])
@@ -34,7 +35,8 @@ def test_a_whole_answer_is_the_decoders(proxy: Proxy, engines: Engines, path: st
     assert decode["body"].pop("kv_transfer_params")["do_remote_prefill"] is True
     assert decode["body"] == fields
     limit = "max_output_tokens" if path == RESPONSES else "max_tokens"
-    assert (prefill["body"][limit], prefill["body"]["min_tokens"], prefill["body"]["stream"]) == (1, 1, False)
+    assert (prefill["body"][limit], prefill["body"]["stream"]) == (1, False)
+    assert prefill["body"].get("min_tokens") == (1 if path == RESPONSES else None), "no field of /v1/messages"
     assert prefill["headers"]["anthropic-version"] == "2023-06-01"
 
 
@@ -63,9 +65,57 @@ def test_an_engine_that_does_not_serve_it_says_so(proxy: Proxy, engines: Engines
     assert answer.status == 404 and answer.error["message"] == "Not Found"
 
 
-def test_cached_tokens_are_the_prefillers(proxy: Proxy) -> None:
-    fields = body_of(RESPONSES, mock={"cached_tokens": 4, "decoder_cached_tokens": 77})
-    assert proxy.post(RESPONSES, fields).json["usage"]["input_tokens_details"] == {"cached_tokens": 4}
+CACHED = {"cached_tokens": 2, "decoder_cached_tokens": 6}
+
+
+def usages(answer: Answer) -> list[dict[str, Any]]:
+    """Every usage of a stream of named events."""
+    told = [json.loads(line[6:]) for line in answer.body.split(b"\n") if line.startswith(b"data: ")]
+    holders = [holder for one in told for holder in (one, one.get("response"), one.get("message")) if holder]
+    return [holder["usage"] for holder in holders if holder.get("usage")]
+
+
+def test_cached_tokens_of_responses_are_the_prefillers(proxy: Proxy) -> None:
+    fields = body_of(RESPONSES, mock=CACHED)
+    assert proxy.post(RESPONSES, fields).json["usage"]["input_tokens_details"] == {"cached_tokens": 2}
+    found = usages(proxy.post(RESPONSES, {**fields, "stream": True}))
+    assert found and all(usage["input_tokens_details"] == {"cached_tokens": 2} for usage in found)
+
+
+def test_cached_tokens_of_messages_are_the_prefillers(proxy: Proxy) -> None:
+    """What was read from a cache is no input there: the sum stays."""
+    fields = body_of(MESSAGES, mock=CACHED)
+    num_prompt = script_of(fields).num_prompt_tokens
+    found = [proxy.post(MESSAGES, fields).json["usage"], *usages(proxy.post(MESSAGES, {**fields, "stream": True}))]
+    assert len(found) == 3
+    for usage in found:
+        assert (usage["cache_read_input_tokens"], usage["input_tokens"]) == (2, num_prompt - 2)
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ["reset_mid", "close_mid", "garbage_mid", "hang_mid"])
+def test_a_decoder_that_is_lost_in_mid_stream_is_told_of(
+    start_proxy: Callable[..., Proxy], engines: Engines, path: str, kind: str
+) -> None:
+    """These streams are not continued: what was said can't be put behind the input exactly."""
+    engines.fault("decode", kind, after=2)
+    proxy = start_proxy("--between-tokens-timeout-s", "0.5")
+    fields = body_of(path, stream=True)
+    answer = proxy.post(path, fields, X_Request_Id="r-1")
+    given = b"".join(events(api_of(path), script_of(fields), "r-1", "mock")[:4])
+    assert answer.status == 200 and answer.body.startswith(given)
+    name, _, data = answer.body.removeprefix(given).decode().partition("\n")
+    told = json.loads(data.removeprefix("data: "))
+    assert name == "event: error" and told["type"] == "error" and data.endswith("}\n\n")
+    assert engines.count("decode", "decodes") == 1
+
+
+@BOTH
+def test_a_stream_that_was_whole_but_for_its_end_is_no_error(proxy: Proxy, engines: Engines, path: str) -> None:
+    engines.fault("decode", "reset_mid", after=99)
+    fields = body_of(path, stream=True)
+    answer = proxy.post(path, fields, X_Request_Id="r-1")
+    assert answer.body == b"".join(events(api_of(path), script_of(fields), "r-1", "mock"))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,11 @@
-"""The proxy commands of the seed documents are commands of ours: their flags, in their order and spelling, with only
-the addresses put on loopback."""
+"""The proxy commands of the seed documents are commands of ours: letter by letter but for the script's name in a
+network where their addresses are loopback's, and in any other with the addresses changed."""
 
 from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -9,6 +13,7 @@ from tests.proxy_blackbox.harness import (
     CHAT,
     HOST,
     PROXY,
+    ROOT,
     Engines,
     Process,
     body_of,
@@ -17,6 +22,7 @@ from tests.proxy_blackbox.harness import (
     request,
     text_for,
 )
+from tests.proxy_blackbox.seed_commands import COMMANDS
 
 SIXTEEN = " ".join(map(str, range(7100, 7116)))
 # name: (flags, number of prefillers, number of decoders); PORT is the proxy's own
@@ -103,3 +109,19 @@ def test_a_seeds_command_serves(engines: Engines, singular: str) -> None:
         assert request(port, "POST", CHAT, fields).text == text_for(fields)
     finally:
         assert process.stop() == 0
+
+
+def own_network() -> list[str]:
+    """A command's beginning: it runs in a network of its own, in which it is root."""
+    for prefix in (["unshare", "-n"], ["unshare", "-rn"]):
+        if all(map(shutil.which, ("unshare", "ip"))) and subprocess.run([*prefix, "true"], check=False).returncode == 0:
+            return prefix
+    pytest.skip("unshare -n is not permitted here")
+
+
+@pytest.mark.parametrize("seed", COMMANDS)
+def test_a_seeds_command_runs_verbatim_and_serves(seed: str) -> None:
+    contract = "layerwise" if "layerwise" in seed else "pull"  # found by itself: the commands do not say
+    inner = [sys.executable, "-m", "tests.proxy_blackbox.own_network", COMMANDS[seed].lstrip("\n"), contract]
+    ended = subprocess.run([*own_network(), *inner], cwd=ROOT, capture_output=True, text=True, timeout=90, check=False)
+    assert ended.returncode == 0, ended.stderr[-3000:]

@@ -184,7 +184,9 @@ class FakeEngine:
         assert isinstance(event, OfferEnded)
         return event.outcome
 
-    def pull(self, source: PullSource, local: list[int], pull_id: str = "", **options: float) -> PullEnded:
+    def pull(
+        self, source: PullSource | list[PullSource], local: list[int], pull_id: str = "", **options: float
+    ) -> PullEnded:
         """Pull and wait for the end."""
         pull_id = pull_id or f"pull-{time.monotonic_ns()}"
         self.client.pull(pull_id, source, local, **options)  # type: ignore[arg-type]

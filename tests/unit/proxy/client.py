@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from proxy.http1 import ChunkDecoder
+from proxy.chunked_body import ChunkDecoder
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 

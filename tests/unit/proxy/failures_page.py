@@ -43,6 +43,8 @@ Made from the table in `proxy/retry.py`; a test holds both equal, and `tests/pro
 test for every cell. A leg is tried at most `--max-retries` times, with `--retry-delay` seconds before the first retry,
 doubled for each next. When attempts run out, the client gets the instance's own error answer, or where there is none an
 error with the status of the row. Until the first event of a stream has come, a retry is invisible to the client.
+With `--keepalive-interval` a stream that waits for it has its 200 early, and what fails for good is then an error event
+in the stream, in the form of the API that was called.
 """
 CLOSING = """
 ## When an instance is out

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from proxy.capacity import kv_tokens_of
+from proxy.capacity import kv_tokens_of, num_waiting_of
 from proxy.drain import wait_until
 from proxy.load_ledger import InstanceLoad
 from tests.unit.proxy.client import CHAT, COMPLETIONS, Answer, Client, ask, fields_of
@@ -121,6 +121,29 @@ async def test_short_prompts_are_left_to_the_decoder(start: Start) -> None:
 )
 def test_the_pools_size_is_read_off_an_exposition(exposition: bytes, kv_tokens: int | None) -> None:
     assert kv_tokens_of(exposition) == kv_tokens
+
+
+@pytest.mark.parametrize(
+    ("exposition", "num_waiting"),
+    [
+        (b"vllm:num_requests_waiting 3.0\n", 3),
+        (b'a 1\nvllm:num_requests_waiting{engine="0"} 2.0\nvllm:num_requests_waiting{engine="1"} 1e1\n', 12),
+        (b'sglang:num_queue_reqs{model_name="m"} 5.0\n', 5),
+        (b'vllm:num_requests_waiting_by_reason{reason="capacity"} 7.0\n', None),
+        (b"", None),
+    ],
+)
+def test_an_engines_own_queue_is_read_off_an_exposition(exposition: bytes, num_waiting: int | None) -> None:
+    assert num_waiting_of(exposition) == num_waiting
+
+
+async def test_the_queues_of_both_roles_are_read(start: Start) -> None:
+    setup = await start(1, 1, capacity_interval_s=0.05, decoder_kv_tokens=100)
+    setup.p.exposition, setup.d.exposition = b"vllm:num_requests_waiting 4.0\n", b"vllm:num_requests_waiting 2.0\n"
+    assert await wait_until(lambda: [one.num_waiting for one in setup.app.fleet.all] == [4, 2], 5)
+    setup.d.exposition = b"other 1\n"
+    assert await wait_until(lambda: setup.app.fleet.all[1].num_waiting is None, 5)
+    assert setup.app.fleet.all[1].load.max_kv_tokens == 100
 
 
 def test_an_idle_instance_takes_what_is_larger_than_itself() -> None:

@@ -10,9 +10,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from proxy.app import listening_sockets
 from proxy.drain import wait_until
 from proxy.errors import StartError
+from proxy.listening import listening_sockets
 from tests.unit.proxy.client import COMPLETIONS, Client, fields_of, request_bytes
 from tests.unit.proxy.stand_in import Engine
 

@@ -61,7 +61,7 @@ def test_repetitions_and_increments() -> None:
         ("--port 70000", "--port"),
         ("--port eight", "--port"),
         ("--max-retries -1", "--max-retries"),
-        ("--workers 2", "only 1 is supported"),
+        ("--workers 0", "--workers"),
         ("--policy least_laod", "did you mean least_load?"),
         ("--prefill-policy asend", "--prefill-policy asend: not one of least_load, ascend"),
         ("--prefill-policy asend", "did you mean ascend?"),

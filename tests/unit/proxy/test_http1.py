@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from proxy import http1
+from proxy.chunked_body import ChunkDecoder
 from proxy.errors import BadHead
-from proxy.http1 import ChunkDecoder, RequestHead, ResponseHead
+from proxy.http1 import RequestHead, ResponseHead
 
 HEAD = (
     b"POST /v1/completions?a=b HTTP/1.1\r\nHost: x:1\r\nAccept-Encoding: gzip\r\nX-Request-Id: abc-1\r\n"
@@ -30,7 +31,7 @@ def test_a_request_head_is_the_same_however_it_is_split(cut: int) -> None:
     assert head.request_id == "abc-1"
     assert head.content_length == 12
     assert head.expects_continue and head.keep_alive and head.authorization
-    assert head.forwarded == b"Authorization: Bearer k\r\nTraceparent: 00-1\r\n"
+    assert head.forwarded == b"Traceparent: 00-1\r\nAuthorization: Bearer k\r\n"
 
 
 def test_a_head_byte_by_byte() -> None:

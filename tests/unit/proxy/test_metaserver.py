@@ -11,7 +11,10 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from proxy.callers import Callers
+from proxy.config import ProxyConfig
 from proxy.control_http import openai_errors
+from proxy.instance import Fleet
 from proxy.metaserver import PATH, Metaserver
 
 
@@ -47,7 +50,9 @@ class Caller:
 
 @pytest.fixture
 async def caller() -> AsyncIterator[Caller]:
-    metaserver = Metaserver(0.3, asyncio.get_running_loop(), Counter())
+    loop = asyncio.get_running_loop()
+    callers = Callers(("127.0.0.1",), Fleet(ProxyConfig(), loop))
+    metaserver = Metaserver(0.3, callers, loop, Counter())
     app = web.Application(middlewares=[openai_errors])
     app.add_routes(metaserver.routes())
     runner = web.AppRunner(app, handler_cancellation=True)

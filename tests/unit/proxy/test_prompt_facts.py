@@ -17,6 +17,7 @@ SAID = rb'{"choices":[{"text":"he said \"cached_tokens\": 99 \\"}],"usage":%b}'
         (b'{"prompt_tokens_details":{"cached_tokens":12}}', 12),
         (b'{"prompt_tokens_details": {"cached_tokens" : 7 }}', 7),
         (b'{"input_tokens_details":{"cached_tokens":3}}', 3),
+        (b'{"input_tokens":5,"cache_read_input_tokens":9}', 9),
         (b'{"prompt_tokens_details":null}', 0),
         (b"{}", 0),
     ],
@@ -32,6 +33,11 @@ def test_what_the_prefiller_says(usage: bytes, num_cached: int) -> None:
         (b'{"a":{"cached_tokens":12},"b":1}', 3, b'{"a":{"cached_tokens":3},"b":1}'),
         (b'{"a":{"cached_tokens": 12}}', 345, b'{"a":{"cached_tokens": 345}}'),
         (b'{"prompt_tokens_details":null}', 3, b'{"prompt_tokens_details":{"cached_tokens":3}}'),
+        (
+            b'{"input_tokens":4,"cache_read_input_tokens":8}',
+            2,
+            b'{"input_tokens":10,"cache_read_input_tokens":2}',
+        ),
     ],
 )
 def test_the_prefillers_number_takes_the_decoders_place(usage: bytes, num_cached: int, made: bytes) -> None:
@@ -45,6 +51,8 @@ def test_the_prefillers_number_takes_the_decoders_place(usage: bytes, num_cached
         (b'{"prompt_tokens_details":null}', 0),
         (b"null", 5),
         (b'{"a":{"cached_tokens":null}}', 5),
+        (b'{"input_tokens":4,"cache_read_input_tokens":8}', 8),
+        (b'{"input_tokens":4,"cache_read_input_tokens":null}', 8),
     ],
 )
 def test_what_is_right_is_not_touched(usage: bytes, num_cached: int) -> None:

@@ -92,3 +92,17 @@ def test_an_error_event_is_the_apis_own() -> None:
         event = sse.error_event(502, "lost", "upstream_error", route)
         assert event.startswith(b'event: error\ndata: {"type":"error"') and event.endswith(b"}\n\n")
         assert sse.error_of(event[:-2]) is not None
+
+
+@pytest.mark.parametrize("route", ["chat", "completions", "messages", "responses"])
+@pytest.mark.parametrize(
+    "body", [b'{"error":{"message":"no","type":"t","param":null,"code":400}}', b"<h1>no\n</h1>", b""]
+)
+def test_an_error_answer_as_an_event_is_one_line_of_the_apis_json(route: str, body: bytes) -> None:
+    event = sse.as_event(400, body, route)
+    head, _, data = event.partition(b"data: ")
+    assert head == (b"event: error\n" if route in ("messages", "responses") else b"")
+    assert data.endswith(b"\n\n") and data.count(b"\n") == 2
+    told = orjson.loads(data)
+    assert told["message" if route == "responses" else "error"]
+    assert sse.error_of(event.rstrip()) is not None

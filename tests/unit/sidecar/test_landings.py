@@ -71,7 +71,7 @@ async def test_a_landing_is_filled_and_reported_once() -> None:
     landing = stage.land()
     stage.deliver(landing, "x")
     (pull,) = stage.pulls.begun
-    assert (pull.pull_id, pull.source, pull.local_block_ids, pull.first_block) == ("a", source("x"), [1, 2], 1)
+    assert (pull.pull_id, pull.sources[0], pull.local_block_ids, pull.first_block) == ("a", source("x"), [1, 2], 1)
     assert 29 < pull.deadline_s <= 30
     await stage.end()
     assert outcomes(stage) == [(True, "")] and len(stage.landings) == 0
@@ -93,7 +93,7 @@ async def test_a_lost_producer_leaves_room_for_the_next() -> None:
     await stage.end("unreachable")
     assert not stage.reported
     stage.deliver(landing, "y")
-    assert stage.pulls.begun[-1].source == source("y")
+    assert stage.pulls.begun[-1].sources[0] == source("y")
     await stage.end()
     assert outcomes(stage) == [(True, "")] and stage.pulls.said == []
 
@@ -106,9 +106,9 @@ async def test_the_latest_takes_over_and_the_first_is_still_there_if_it_fails() 
     stage.deliver(landing, "y")  # told twice
     assert stage.pulls.said == ["supersede a"] and len(stage.pulls.begun) == 1
     await stage.end("abandoned")
-    assert stage.pulls.begun[-1].source == source("y")
+    assert stage.pulls.begun[-1].sources[0] == source("y")
     await stage.end("unreachable")
-    assert stage.pulls.begun[-1].source == source("x")
+    assert stage.pulls.begun[-1].sources[0] == source("x")
     await stage.end()
     assert outcomes(stage) == [(True, "")] and stage.pulls.said == ["supersede a"]
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 import pytest
 
 from sidecar.errors import Refusal
-from sidecar.leases import FINAL, MAX_REMEMBERED, TRANSITIONS, Claimant, Happening, LeaseTable, State
+from sidecar.leases import FINAL, MAX_REMEMBERED, TRANSITIONS, Claimant, Happening, LeaseTable, Reader, State
 
 ALICE, ALICE_AGAIN, BOB = Claimant("alice", 1), Claimant("alice", 2), Claimant("bob", 3)
+FIRST, SECOND = Reader("request", 0, 2), Reader("request", 1, 2)
 
 
 def table(max_leases: int = 100_000) -> LeaseTable:
@@ -25,6 +27,14 @@ def offered(ttl_s: float = 30.0) -> LeaseTable:
 def claimed() -> LeaseTable:
     leases = offered()
     leases.claim("t", "secret", ALICE, 0.0)
+    return leases
+
+
+def shared() -> LeaseTable:
+    """Claimed by two ranks of one engine."""
+    leases = offered()
+    leases.claim("t", "secret", ALICE, 0.0, FIRST)
+    leases.claim("t", "secret", ALICE_AGAIN, 0.0, SECOND)
     return leases
 
 
@@ -48,6 +58,7 @@ ACT: dict[Happening, Callable[[LeaseTable], object]] = {
     Happening.CLAIM: lambda t: t.claim("t", "secret", ALICE_AGAIN, 1.0),
     Happening.HEARTBEAT: lambda t: t.heartbeat("t", "secret", ALICE, 1.0),
     Happening.CONSUME: lambda t: t.consume("t", "secret", ALICE, 1.0),
+    Happening.LEAVE: lambda t: t.give_back("t", "secret", ALICE, 1.0),
     Happening.RETURN: lambda t: t.give_back("t", "secret", ALICE, 1.0),
     Happening.DROP: lambda t: t.drop("t", "secret", "alice", 1.0),
     Happening.EXPIRE: lambda t: t.expire(1000.0),
@@ -58,7 +69,7 @@ ACT: dict[Happening, Callable[[LeaseTable], object]] = {
 @pytest.mark.parametrize("happening", Happening)
 @pytest.mark.parametrize("state", State)
 def test_every_cell_of_the_table(state: State, happening: Happening) -> None:
-    leases = IN_STATE[state]()
+    leases = shared() if (state, happening) == (State.CLAIMED, Happening.LEAVE) else IN_STATE[state]()
     after = TRANSITIONS.get((state, happening))
     if after is None:
         quiet = happening in (Happening.EXPIRE, Happening.REVOKE) and state in FINAL
@@ -184,3 +195,126 @@ def test_what_ended_is_remembered_up_to_a_limit() -> None:
     reasons = {refused(lambda n=n: leases.claim(f"{n}", "s", ALICE, 2.0)) for n in range(MAX_REMEMBERED + 1)}  # type: ignore[misc]
     assert reasons == {"expired", "unknown"}
     assert len(leases._remembered) == MAX_REMEMBERED and not leases._expiries
+
+
+def test_a_lease_ends_when_its_last_reader_has_read() -> None:
+    leases = shared()
+    leases.consume("t", "secret", ALICE, 1.0)
+    assert leases.take_ended() == [] and leases.count(State.CLAIMED) == 1
+    assert refused(lambda: leases.consume("t", "secret", ALICE, 1.0)) == "unknown"
+    leases.consume("t", "secret", ALICE_AGAIN, 2.0)
+    assert leases.take_ended() == [("t", State.CONSUMED)]
+
+
+def test_readers_may_come_one_after_the_other_and_late_ones_get_a_claim_s_time() -> None:
+    leases = offered(ttl_s=3.0)
+    leases.claim("t", "secret", ALICE, 2.0, SECOND)
+    leases.consume("t", "secret", ALICE, 2.5)
+    assert leases.count(State.OFFERED) == 1
+    leases.expire(6.9)
+    leases.claim("t", "secret", ALICE_AGAIN, 6.9, FIRST)
+    leases.consume("t", "secret", ALICE_AGAIN, 11.8)
+    assert leases.take_ended() == [("t", State.CONSUMED)]
+
+
+def test_a_reader_that_never_comes_holds_nothing_beyond_the_last_claim_s_time() -> None:
+    leases = offered(ttl_s=3.0)
+    leases.claim("t", "secret", ALICE, 2.0, SECOND)
+    leases.consume("t", "secret", ALICE, 2.5)
+    leases.expire(leases.next_expiry() or 0.0)
+    leases.expire(7.0)
+    assert leases.take_ended() == [("t", State.EXPIRED)]
+
+
+def test_a_reader_that_fails_can_come_again_and_only_then_is_it_consumed() -> None:
+    leases = shared()
+    leases.give_back("t", "secret", ALICE, 1.0)
+    leases.consume("t", "secret", ALICE_AGAIN, 1.0)
+    assert leases.take_ended() == [] and leases.count(State.OFFERED) == 1
+    leases.claim("t", "secret", ALICE, 2.0, FIRST)
+    leases.claim("t", "secret", ALICE_AGAIN, 2.0, FIRST)  # over a new connection
+    leases.connection_lost(ALICE.connection_id, 2.5)
+    leases.consume("t", "secret", ALICE_AGAIN, 3.0)
+    assert leases.take_ended() == [("t", State.CONSUMED)]
+
+
+def test_a_lost_reader_leaves_the_others_reading() -> None:
+    leases = shared()
+    leases.connection_lost(ALICE.connection_id, 1.0)
+    assert leases.count(State.CLAIMED) == 1
+    leases.connection_lost(ALICE_AGAIN.connection_id, 1.0)
+    assert leases.count(State.OFFERED) == 1 and leases.take_ended() == []
+
+
+def test_another_group_begins_anew_but_not_while_one_reads() -> None:
+    leases = shared()
+    leases.consume("t", "secret", ALICE, 1.0)
+    for claimant, reader in ((BOB, FIRST), (ALICE, Reader("other", 0, 2)), (ALICE, Reader("request", 0, 3))):
+        assert refused(lambda c=claimant, r=reader: leases.claim("t", "secret", c, 1.0, r)) == "wrong_engine"  # type: ignore[misc]
+    leases.give_back("t", "secret", ALICE_AGAIN, 1.0)
+    leases.claim("t", "secret", BOB, 2.0, SECOND)
+    leases.consume("t", "secret", BOB, 2.0)
+    assert leases.take_ended() == []  # what Alice's first rank has read does not count
+    leases.claim("t", "secret", BOB, 2.0, FIRST)
+    leases.consume("t", "secret", BOB, 2.0)
+    assert leases.take_ended() == [("t", State.CONSUMED)]
+
+
+@pytest.mark.parametrize("reader", [Reader("r", 2, 2), Reader("r", 0, 0), Reader("r", 0, 10**9)], ids=str)
+def test_a_reader_of_nonsense_is_refused(reader: Reader) -> None:
+    leases = offered()
+    assert refused(lambda: leases.claim("t", "secret", ALICE, 0.0, reader)) == "invalid"
+    assert leases.count(State.OFFERED) == 1
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_whatever_readers_do_a_lease_ends_once_and_never_before_all_of_a_group_have_read(seed: int) -> None:
+    """Against a model that only remembers who has confirmed a read, and for which request."""
+    dice = random.Random(seed)
+    leases = offered(ttl_s=dice.uniform(1, 30))
+    groups = [
+        (engine, f"request-{number}", dice.randint(1, 3)) for number, engine in enumerate(("alice", "alice", "bob"))
+    ]
+    reading: dict[int, tuple[tuple[str, str, int], int]] = {}
+    have_read: dict[tuple[str, str, int], set[int]] = {group: set() for group in groups}
+    now, ended = 0.0, []
+    for connection in range(80):
+        now += dice.choice((0.0, 0.2, 2.0))
+        group = dice.choice(groups)
+        index = dice.randrange(group[2])
+        act = dice.choice(("claim", "claim", "consume", "consume", "give_back", "heartbeat", "lost", "expire"))
+        try:
+            if act == "claim":
+                leases.claim("t", "secret", Claimant(group[0], connection), now, Reader(group[1], index, group[2]))
+                assert {other for other, _ in reading.values()} <= {group}, "two requests read at once"
+                for other in groups:
+                    have_read[other] = have_read[other] - {index} if other == group else set()
+                reading = {held: taken for held, taken in reading.items() if taken[1] != index}
+                reading[connection] = (group, index)
+            elif act == "expire":
+                leases.expire(now)
+            elif reading:
+                held = dice.choice(list(reading))
+                claimant = Claimant(reading[held][0][0], held)
+                if act == "lost":
+                    leases.connection_lost(held, now)
+                else:
+                    getattr(leases, act)("t", "secret", claimant, now)
+                if act == "consume":
+                    have_read[reading[held][0]].add(reading[held][1])
+                if act != "heartbeat":
+                    del reading[held]
+        except Refusal as refusal:
+            assert refusal.reason in ("wrong_engine", "expired", "released")
+        ended += leases.take_ended()
+        if ended:
+            break
+        assert len(leases) == 1 and leases.count(State.CLAIMED) == bool(reading)
+    if not ended:
+        leases.expire(now + 100.0)
+        ended += leases.take_ended()
+        assert ended == [("t", State.EXPIRED)]
+    [(_, state)] = ended
+    complete = any(len(read) == group[2] for group, read in have_read.items())
+    assert (state is State.CONSUMED) == complete
+    assert len(leases) == 0 and leases.next_expiry() is None

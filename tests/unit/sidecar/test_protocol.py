@@ -30,7 +30,7 @@ SOURCE = PullSource("h", 1, "e", "t", "s", "p", 2)
     "message",
     [
         EngineHello(1, "x"), RegisterPool(1, LAYOUT), OfferBlocks(2, "r", [1, 2], 32, 1.5),
-        Pull("p", SOURCE, [1], 0, 2.0), protocol.Revoke("t"), protocol.Abandon("p"), protocol.Drop(SOURCE),
+        Pull("p", (SOURCE,), [1], 0, 2.0), protocol.Revoke("t"), protocol.Abandon("p"), protocol.Drop(SOURCE),
     ],
     ids=lambda message: type(message).__name__,
 )  # fmt: skip

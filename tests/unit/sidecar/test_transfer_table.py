@@ -12,6 +12,7 @@ import pytest
 from sidecar.config import SidecarConfig
 from sidecar.errors import FrameError, PeerLost, Refusal
 from sidecar.layout import KvLayout, Plane
+from sidecar.leases import Reader
 from sidecar.metrics import SidecarMetrics
 from sidecar.protocol import Claimed, Computed, Done, Pull, PullEnded, PullSource, Ready, Withdrawn
 from sidecar.transfer_table import TransferTable
@@ -45,6 +46,7 @@ class Producer:
         self.name, self.layout, self.num_bytes = "p@h:1", LAYOUT, LAYOUT.pool_bytes
         self.control = SimpleNamespace(closed=False)
         self.memory = SimpleNamespace(transport="shm", read=self.read)
+        self.reshard = None
         self.readers: set[object] = set()
         self.copy: Copy | None = None
         self.follower: Any = None
@@ -61,7 +63,7 @@ class Producer:
     def connect(self, source: PullSource) -> Any:
         return self.gate("connect")
 
-    def claim(self, source: PullSource) -> Any:
+    def claim(self, source: PullSource, reader: Reader) -> Any:
         self.num_claims += 1
         return self.gate("claim")
 
@@ -108,7 +110,7 @@ class Stage:
         self.done.set()
 
     def begin(self, local: list[int] | None = None, first_block: int = 0, deadline_s: float = 30.0) -> None:
-        self.table.begin(Pull("pull", SOURCE, [4, 5] if local is None else local, first_block, deadline_s))
+        self.table.begin(Pull("pull", (SOURCE,), [4, 5] if local is None else local, first_block, deadline_s))
 
     async def go_to(self, step: str) -> None:
         """Let the producer do everything before `step`."""
@@ -275,7 +277,7 @@ async def test_limits_and_ids() -> None:
     stage.begin()
     with pytest.raises(FrameError, match="open already"):
         stage.begin()
-    stage.table.begin(Pull("other", SOURCE, [1], 0, 30.0))
+    stage.table.begin(Pull("other", (SOURCE,), [1], 0, 30.0))
     await asyncio.wait_for(stage.done.wait(), 5)
     assert (stage.reported[0].pull_id, stage.reported[0].reason) == ("other", "invalid")
     await stage.table.close("done")

@@ -28,6 +28,7 @@ def vllm_config(engine_id: str, kv_role: str) -> Any:
         dtype=torch.float32,
         get_head_size=lambda: 8,
         get_num_kv_heads=lambda parallel: 2,
+        get_total_num_kv_heads=lambda: 2,
     )
     return config
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from engine_adapter.vllm_connector.layout import KvTensors, order_of, planes_of, tensors_of
+from engine_adapter.vllm_connector.layout import KvTensors, axes_of, order_of, planes_of, tensors_of
 from engine_adapter.vllm_connector.pool import SharedPool, share
 from engine_adapter.vllm_connector.settings import ConnectorStartError
 from sidecar.protocol import Plane
@@ -108,6 +109,32 @@ def test_orders_tell_layouts_apart() -> None:
     orders = {order_of(make(), BLOCKS) for make in (one_storage, halves, ascend, ascend_mla)}
     assert len(orders) == 4
     assert order_of(ascend(), BLOCKS) == "16@1x2@2x8@3"
+
+
+def token_major_split() -> dict[str, KvTensors]:
+    return {layer: torch.randn(2 * BLOCKS, BLOCK // 2, HEADS, DIM) for layer in LAYERS}
+
+
+@pytest.mark.parametrize(
+    ("make", "heads", "axes", "cell"),
+    [
+        (one_storage, HEADS, ("head",), "16@2x16@3"),
+        (halves, HEADS, ("head",), "16@2x8@3"),
+        (ascend, HEADS, ("token", "head"), "8@3"),
+        (ascend_mla, 1, ("token", "head"), "32@3|4@3"),
+        (split_blocks, HEADS, ("part:2", "head"), "8@2x16@3"),
+        (token_major_split, HEADS, ("token", "head"), "8@3"),
+        (block_first, HEADS, ("head",), "16@2x16@3"),
+        (one_storage, 4, (), "2@1x16@2x16@3"),  # no axis of that size
+        (lambda: {"a": torch.randn(BLOCKS, BLOCK, BLOCK, DIM)}, BLOCK, (), "16@1x16@2x8@3"),  # two of them
+        (lambda: {"a": torch.randn(BLOCKS, BLOCK, HEADS * DIM)}, HEADS, (), "16@1x16@2"),
+    ],
+)
+def test_blocks_are_cut_at_heads_where_the_shapes_tell_them(
+    make: Callable[[], dict[str, KvTensors]], heads: int, axes: tuple[str, ...], cell: str
+) -> None:
+    assert axes_of(make(), BLOCKS, BLOCK, heads) == axes
+    assert order_of(make(), BLOCKS, axes) == cell
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,9 @@ from sidecar.protocol import RegionOpened
 from sidecar.regions import Region
 from sidecar.registration import Registration
 from sidecar.spans import Spans
+from sidecar.transport import tcp
 from sidecar.transport.contract import COPIED, STOPPED
-from sidecar.transport.tcp import GRANTED, MAGIC, MAX_SPANS, SECRET_BYTES, TcpMemory, TcpTransport
+from sidecar.transport.tcp import GRANTED, MAGIC, SECRET_BYTES, TcpMemory, TcpTransport
 from sidecar.transport.tcp_wire import MAX_VIEWS, DataFault, Pace, pieces, receive, send
 
 POOL_BYTES = 4 << 20
@@ -163,12 +164,19 @@ async def test_a_span_out_of_bounds_is_refused_by_the_producer(ends: Ends, span:
     await memory.close()
 
 
-async def test_too_many_spans_are_refused_by_both_ends(ends: Ends) -> None:
+async def test_a_transfer_of_more_spans_than_a_request_holds_sends_several(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tcp, "MAX_SPANS", 7)
     memory = await ends.open()
-    too_many = [0] * (MAX_SPANS + 1)
-    with pytest.raises(Refusal, match="at most"):
-        memory.read(Spans(too_many, too_many, too_many))
+    starts = list(range(0, 20 * 50, 50))
+    assert await outcome(memory, Spans(starts[::-1], starts, [50] * 20)) == COPIED
+    want = b"".join(ends.content[start : start + 50] for start in starts[::-1])
+    assert ends.read()[: len(want)] == want
     await memory.close()
+
+
+async def test_too_many_spans_in_a_request_are_refused(ends: Ends) -> None:
     host, port, secret = ends.session.split()
 
     def ask() -> bytes:

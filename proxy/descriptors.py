@@ -1,0 +1,25 @@
+"""As many file descriptors as the system lets the process have: a client's connection needs one, an instance's too."""
+
+from __future__ import annotations
+
+import logging
+import resource
+
+log = logging.getLogger(__name__)
+
+PER_CONNECTION = 2  # a client's, and one to an instance
+
+
+def raise_descriptor_limit(max_connections: int) -> None:
+    """Raise the soft limit to what is needed, as far as the hard one allows, and say so where that is not enough."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = PER_CONNECTION * max_connections + 256
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    raised = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+    if raised < needed:
+        log.warning(
+            "event=few_descriptors limit=%d needed=%d max_connections=%d: raise ulimit -n or lower --max-connections",
+            raised, needed, max_connections,
+        )  # fmt: skip

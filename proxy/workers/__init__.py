@@ -1,0 +1,1 @@
+"""`--workers N`: several processes on one port, their parent, and what they tell each other."""

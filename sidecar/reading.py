@@ -1,0 +1,307 @@
+"""One lease that a pull reads: reach the producer's rank, claim, copy, release.
+
+A reading waits for one thing at a time; `interrupt` ends that wait, whoever has a reason: its pull was abandoned or out
+of time, its peer or its lease was lost, another of its pull's readings failed. `copy` and `confirm` return or raise
+only when nothing of it writes any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from sidecar.config import SidecarConfig
+from sidecar.errors import PeerLost, Refusal
+from sidecar.leases import Reader
+from sidecar.peers import Link, PeerTable
+from sidecar.protocol import Claimed, Computed, Pull, PullSource, Withdrawn
+from sidecar.ready import Ready, as_copied, follows, mark_fault, parts_between, plan_parts
+from sidecar.registration import Registration
+from sidecar.reshard import Source
+from sidecar.spans import Destination, Spans, check_spans
+from sidecar.transfer import Happening, Progress, State
+from sidecar.transport.contract import COPIED
+
+MAX_PLANNED_AT_ONCE = 20_000
+"""Pieces planned on the event loop: some 10 ms. More are planned in a thread, so that other pulls' leases live on."""
+
+_T = TypeVar("_T")
+
+
+class Interrupted(Refusal):
+    """The reading has to end before its time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Consumer:
+    """Our side of every reading; `drop` tells a producer that nobody will read a lease."""
+
+    config: SidecarConfig
+    registration: Registration
+    peers: PeerTable
+    drop: Callable[[PullSource], None]
+
+
+class Reading:
+    """The share of one pull that comes from one lease."""
+
+    def __init__(self, consumer: Consumer, request: Pull, chosen: Source) -> None:
+        self.source = request.sources[chosen.rank]
+        self.progress = Progress()
+        self.transport = ""
+        self.num_bytes = 0
+        self.unwanted = False
+        self._consumer = consumer
+        self._request = request
+        self._rank = chosen.rank
+        self._reader = Reader(request.pull_id, chosen.reader, chosen.num_readers)
+        self._link: Link | None = None
+        self._interruption: Interrupted | None = None
+        self._waiter: asyncio.Future[object] | None = None
+        self._ready: Ready | None = None
+        self._news: asyncio.Future[None] | None = None
+
+    @property
+    def peer(self) -> str:
+        """For people: engine_id@host:port."""
+        return f"{self.source.engine_id}@{self.source.host}:{self.source.port}"
+
+    def interrupt(self, reason: str, message: str) -> None:
+        """End what the reading waits for. The first reason counts."""
+        if self._interruption is not None:
+            return
+        self._interruption = Interrupted(reason, message)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_exception(self._interruption)
+
+    def follow(self, message: Computed | Withdrawn) -> None:
+        """What the producer says of a lease that is still computed."""
+        if isinstance(message, Withdrawn):
+            self.interrupt(message.reason, message.message)
+            return
+        self._ready = message.ready
+        if self._news is not None and not self._news.done():
+            self._news.set_result(None)
+
+    async def copy(self) -> None:
+        """Everything up to the release; the lease is kept alive until then. Raises Refusal, having let it go."""
+        link, claimed, destination = await self._claim()
+        self._link = link
+        link.readers.add(self)
+        try:
+            num_blocks = len(self._request.local_block_ids)
+            if link.reshard is not None and link.reshard.pieces(num_blocks) > MAX_PLANNED_AT_ONCE:
+                spans = await asyncio.to_thread(self._plan, link, claimed, destination)
+            else:
+                spans = self._plan(link, claimed, destination)
+            if claimed.ready is not None:
+                await self._copy_as_ready(link, claimed, claimed.ready, spans)
+            elif spans:
+                await self._copy(link, spans)
+        except Refusal:
+            self._fail(link)
+            raise
+        except Exception:
+            link.readers.discard(self)
+            raise
+        self.num_bytes = spans.num_bytes
+        self.progress.step(Happening.COPIED)
+
+    async def confirm(self) -> None:
+        """After `copy`: release the lease as consumed. Raises Refusal if it was not valid until now."""
+        link = self._leave()
+        try:
+            await self._wait(link.release(self.source, "consumed"))
+        except Refusal:
+            self._fail(link)
+            raise
+        self.progress.step(Happening.CONFIRMED)
+
+    def give_back(self) -> None:
+        """After `copy`, instead of `confirm`: what was copied is of no use, another may claim the lease."""
+        link = self._leave()
+        self.progress.step(Happening.FAILED)
+        if self.unwanted:
+            self._consumer.drop(self.source)
+        elif not link.control.closed:
+            link.release(self.source, "returned")
+
+    def _leave(self) -> Link:
+        """No more heartbeats: the lease is let go next."""
+        assert self._link is not None
+        self._link.readers.discard(self)
+        self._link.follow(self.source, None)
+        return self._link
+
+    async def _wait(self, awaited: asyncio.Future[_T]) -> _T:
+        """The result of `awaited`, which goes on undisturbed if this reading is interrupted. Raises Interrupted."""
+        if self._interruption is not None:
+            raise self._interruption
+        if awaited.done():
+            return awaited.result()
+        waiter: asyncio.Future[_T] = asyncio.get_running_loop().create_future()
+
+        def hand_on(done: asyncio.Future[_T]) -> None:
+            if waiter.done():
+                return
+            if done.cancelled():
+                waiter.set_exception(PeerLost("the connection was given up"))
+            elif error := done.exception():
+                waiter.set_exception(error)
+            else:
+                waiter.set_result(done.result())
+
+        awaited.add_done_callback(hand_on)
+        self._waiter = waiter  # type: ignore[assignment]
+        try:
+            return await waiter
+        finally:
+            self._waiter = None
+            awaited.remove_done_callback(hand_on)
+
+    async def _claim(self) -> tuple[Link, Claimed, Destination | None]:
+        """Reach the producer and claim the lease; a pooled connection that turns out dead is replaced once."""
+        source, peers = self.source, self._consumer.peers
+        may_retry = True
+        while True:
+            try:
+                link = peers.live(source)
+                if link is None:
+                    link = await self._wait(peers.connect(source))
+                self._check_rank(link)
+            except Refusal as refusal:
+                self._step_out(refusal)
+                raise
+            self.transport = link.memory.transport
+            self.progress.step(Happening.CONNECTED)
+            destination = None
+            try:
+                link.follow(source, self.follow)  # before the claim: marks may come right behind its answer
+                answer = link.claim(source, self._reader)
+                if link.reshard is None:
+                    destination = Destination(self._consumer.registration.layout, self._request.local_block_ids)
+                claimed = await self._wait(answer)
+            except PeerLost as lost:
+                if not may_retry:
+                    self._step_out(lost)
+                    raise
+                may_retry = False
+                self.progress.step(Happening.PEER_STALE)
+                continue
+            except Refusal as refusal:
+                link.follow(source, None)
+                self._step_out(refusal)
+                if isinstance(refusal, Interrupted) and not self.unwanted:
+                    link.release(source, "returned")  # behind the claim on the same connection
+                raise
+            assert isinstance(claimed, Claimed)
+            self.progress.step(Happening.CLAIMED)
+            return link, claimed, destination
+
+    def _check_rank(self, link: Link) -> None:
+        """Another rank than the one that was chosen would leave part of our blocks unwritten. Raises Refusal."""
+        layout, request = link.layout, self._request
+        stages, num_given = max(1, len(layout.stage_layers)), len(request.sources)
+        place, num_ranks = layout.pp_rank * layout.tp_size + layout.tp_rank, layout.tp_size * stages
+        if (place, num_ranks) != (self._rank, num_given):
+            raise Refusal(
+                "incompatible",
+                f"{link.name} is rank {place} of {num_ranks}, it was given as rank {self._rank} of {num_given}",
+            )
+        if stages > 1 and layout.stage_layers != request.stage_layers:
+            raise Refusal(
+                "incompatible",
+                f"{link.name} has stage_layers {layout.stage_layers}, the pull says {request.stage_layers}",
+            )
+
+    def _plan(self, link: Link, claimed: Claimed, destination: Destination | None) -> Spans:
+        request = self._request
+        local, first = request.local_block_ids, request.first_block
+        if destination is None:
+            assert link.reshard is not None
+            spans = link.reshard.plan(claimed.block_ids, local, first)
+        else:
+            remote = claimed.block_ids[first : first + len(local)]
+            if len(remote) != len(local):
+                raise Refusal(
+                    "invalid",
+                    f"blocks {first} to {first + len(local)} were asked for, the lease has {len(claimed.block_ids)}",
+                )
+            spans = destination.plan(link.layout, remote)
+        check_spans(spans, link.num_bytes, self._consumer.registration.region.num_bytes)
+        return spans
+
+    async def _copy_as_ready(self, link: Link, claimed: Claimed, ready: Ready, whole: Spans) -> None:
+        """Copy what is computed and wait for more, until all is here. Raises Refusal, with nothing writing any more."""
+        request, ours = self._request, self._consumer.registration.layout
+        num_blocks, copied = len(claimed.block_ids), Ready()
+        self._ready = self._ready or ready
+        self.progress.step(Happening.PART_COPIED)
+        while copied.first_block < num_blocks:
+            now_ready = self._checked(self._ready, copied, link, claimed)
+            if now_ready == copied or (link.reshard is not None and now_ready.first_block < num_blocks):
+                self._news = asyncio.get_running_loop().create_future()
+                await self._wait(self._news)
+                continue
+            spans = whole
+            if link.reshard is None:
+                spans = plan_parts(
+                    parts_between(copied, now_ready, ours.num_layers, request.first_block),
+                    link.layout, claimed.block_ids, ours, request.local_block_ids, request.first_block,
+                )  # fmt: skip
+                check_spans(spans, link.num_bytes, self._consumer.registration.region.num_bytes)
+            copied = now_ready
+            if spans:
+                self.progress.step(Happening.MORE_READY)
+                await self._copy(link, spans)
+                self.progress.step(Happening.PART_COPIED)
+
+    def _checked(self, ready: Ready, copied: Ready, link: Link, claimed: Claimed) -> Ready:
+        """A peer's mark as far as it can be copied. Raises Refusal where it makes no sense."""
+        fault = mark_fault(ready, len(claimed.block_ids), link.layout.num_layers)
+        now_ready = as_copied(ready, link.layout)
+        if fault or not follows(copied, now_ready):
+            raise Refusal("transport", fault or f"the producer said {now_ready} after {copied}")
+        return now_ready
+
+    async def _copy(self, link: Link, spans: Spans) -> None:
+        """Copy, beating for the lease meanwhile. Raises Refusal when nothing writes any more."""
+        peers = self._consumer.peers
+        if link.control.closed:
+            raise PeerLost(f"the connection to {link.name} ended")
+        copy = link.memory.read(spans)
+        try:
+            outcome = await self._wait(copy.ended)
+        except Interrupted:
+            self.progress.step(Happening.INTERRUPTED)
+            copy.stop()
+            await asyncio.wait([copy.ended], timeout=self._consumer.config.stop_grace_s)
+            if not copy.ended.done():
+                await peers.cut(link, "a copy did not stop")
+                await copy.ended
+            self.progress.step(Happening.STOPPED)
+            raise
+        if outcome != COPIED:
+            await peers.cut(link, outcome)
+            raise Refusal("transport", outcome)
+
+    def _fail(self, link: Link) -> None:
+        """After the claim: give the lease back, or drop it if nobody wants it."""
+        link.readers.discard(self)
+        link.follow(self.source, None)
+        state = self.progress.state
+        if state is not State.ENDED:
+            self.progress.step(Happening.FAILED)
+        if self.unwanted:
+            self._consumer.drop(self.source)
+        elif state is not State.RELEASING and not link.control.closed:
+            link.release(self.source, "returned")
+
+    def _step_out(self, refusal: Refusal) -> None:
+        """Before the copy: the reading ends here."""
+        interrupted = isinstance(refusal, Interrupted)
+        self.progress.step(Happening.INTERRUPTED if interrupted else Happening.FAILED)
+        if self.unwanted:
+            self._consumer.drop(self.source)
