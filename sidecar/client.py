@@ -154,9 +154,8 @@ class SidecarClient:
         self, request_id: str, block_ids: Sequence[int], num_tokens: int, ttl_s: float, target: PushTarget, ready: Ready
     ) -> Offer:
         """Like `offer`, of blocks that are still computed, to a landing elsewhere; `mark_ready` follows."""
-        return self._call(
-            lambda id: PushBlocks(id, request_id, list(block_ids), num_tokens, ttl_s, ready, target), Offer
-        )
+        ids = list(block_ids)
+        return self._call(lambda id: PushBlocks(id, request_id, ids, num_tokens, ttl_s, ready, target), Offer)
 
     def mark_ready(self, transfer_id: str, ready: Ready) -> None:
         """More of a push lies in the pool. Sends, and waits for nothing. Raises SidecarUnavailable."""
@@ -167,15 +166,13 @@ class SidecarClient:
     ) -> Landing | None:
         """Keep blocks for a producer that comes by itself; one PullEnded follows. None: the sidecar was lost meanwhile.
 
-        Raises OfferRefused or SidecarUnavailable, and then no event follows, or ValueError on a pull_id in use.
-        """
+        Raises OfferRefused or SidecarUnavailable, without an event then, or ValueError on a pull_id in use."""
         self._open(pull_id, None)
         try:
             return self._call(lambda id: Land(id, pull_id, list(local_block_ids), first_block, deadline_s), Landing)
         except SidecarError:
             with self._lock:
-                if pull_id in self._pulls:
-                    del self._pulls[pull_id]
+                if self._pulls.pop(pull_id, self) is None:
                     raise
             return None
 
