@@ -17,6 +17,7 @@ from sidecar.client import SidecarClient
 from sidecar.errors import SidecarError
 from sidecar.protocol import (
     Event,
+    Landing,
     PullEnded,
     PullSource,
     SidecarLost,
@@ -108,6 +109,19 @@ class SidecarLink:
         self._drops.extend(sources)
         peer = f"{sources[0].engine_id}@{sources[0].host}:{sources[0].port}"
         self._failed_at_once.append(PullEnded(pull_id, False, "sidecar_lost", message, 0, 0, 0.0, "", peer))
+
+    def land(self, pull_id: str, local_block_ids: list[int], first_block: int, deadline_s: float) -> Landing | None:
+        """Keep blocks for a producer that comes by itself; one PullEnded follows, always. None: it is about to."""
+        message = "the sidecar is away"
+        if (client := self.client) is not None:
+            self._overdue_at[pull_id] = time.monotonic() + deadline_s + self._fence_grace_s
+            try:
+                return client.land(pull_id, local_block_ids, first_block=first_block, deadline_s=deadline_s)
+            except SidecarError as error:
+                message = str(error)
+        self._overdue_at.pop(pull_id, None)
+        self._failed_at_once.append(PullEnded(pull_id, False, "sidecar_lost", message, 0, 0, 0.0, "", ""))
+        return None
 
     def drop(self, source: PullSource) -> None:
         """Tell the producer that nobody will read this lease."""

@@ -7,8 +7,6 @@ returned normally is followed by exactly one PullEnded from `poll`, whatever hap
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
 import socket
 import struct
 import threading
@@ -17,18 +15,20 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from sidecar import protocol
-from sidecar.errors import FrameError, LayoutRefused, OfferRefused, SidecarError, SidecarUnavailable, VersionMismatch
+from sidecar.errors import FrameError, LayoutRefused, OfferRefused, SidecarError, SidecarUnavailable
 from sidecar.framing import FrameDecoder, encode_frame
+from sidecar.greeting import READ_BYTES, greet
 from sidecar.layout import KvLayout
+from sidecar.peer_process import PeerProcess
 from sidecar.protocol import (
-    ENGINE_FRAME_BYTES,
-    PROTOCOL_VERSION,
     Abandon,
     CallFailed,
     Drop,
-    EngineHello,
     Event,
     JoinPool,
+    Land,
+    Landing,
+    MarkReady,
     Message,
     Offer,
     OfferBlocks,
@@ -37,7 +37,9 @@ from sidecar.protocol import (
     Pull,
     PullEnded,
     PullSource,
-    Refused,
+    PushBlocks,
+    PushTarget,
+    Ready,
     RegisterPool,
     Revoke,
     SidecarHello,
@@ -53,7 +55,6 @@ CALL_TIMEOUT_S = 5.0
 """One round trip over a unix socket; past this the sidecar hangs and its connection is given up."""
 REGISTER_TIMEOUT_S = 120.0
 """The sidecar faults the whole pool in: about 0.3 s a GiB."""
-READ_BYTES = 64 * 1024
 
 _ERRORS = {"LayoutRefused": LayoutRefused, "OfferRefused": OfferRefused}
 _M = TypeVar("_M", bound=Message)
@@ -81,12 +82,12 @@ class SidecarClient:
         self._send_lock = threading.Lock()
         self._calls: dict[int, _Call] = {}
         self._next_call_id = 1
-        self._pulls: dict[str, PullSource] = {}
+        self._pulls: dict[str, PullSource | None] = {}
         self._store_requests = OpenRequests()
         self._events: deque[Event] = deque()
         self._broken = ""
         self._closed = False
-        self._pidfd = _open_peer(sock)
+        self._process = PeerProcess(sock)
         self._reader = threading.Thread(target=self._read, name="sidecar-client", daemon=True)
         self._reader.start()
 
@@ -98,30 +99,7 @@ class SidecarClient:
 
         Raises SidecarUnavailable, or its child VersionMismatch.
         """
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        sock.settimeout(timeout_s)
-        decoder = FrameDecoder(ENGINE_FRAME_BYTES)
-        try:
-            sock.connect(socket_path)
-            sock.sendall(encode_frame(encode(EngineHello(PROTOCOL_VERSION, f"pid {os.getpid()}"))))
-            frames: list[bytes] = []
-            while not frames:
-                chunk = sock.recv(READ_BYTES)
-                if not chunk:
-                    raise SidecarUnavailable(f"the sidecar at {socket_path} closed the connection at once")
-                frames = decoder.feed(chunk)
-            hello = decode(protocol.to_engine, frames[0])
-            if isinstance(hello, Refused):
-                raise VersionMismatch(f"the sidecar at {socket_path} refused: {hello.message}")
-            if not isinstance(hello, SidecarHello) or hello.protocol_version != PROTOCOL_VERSION:
-                raise VersionMismatch(f"what answers at {socket_path} is not a sidecar of version {PROTOCOL_VERSION}")
-        except BaseException as error:
-            sock.close()
-            if isinstance(error, OSError | FrameError):
-                reason = "no answer in time" if isinstance(error, TimeoutError) else str(error)
-                raise SidecarUnavailable(f"no sidecar at {socket_path}: {reason}") from error
-            raise
-        sock.settimeout(None)
+        sock, hello, decoder = greet(socket_path, timeout_s)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(CALL_TIMEOUT_S), 0))
         return cls(sock, hello, decoder, on_event)
 
@@ -147,6 +125,32 @@ class SidecarClient:
         if ids and min(ids) < 0:
             raise OfferRefused(f"block {min(ids)} is not in the pool")
         return self._call(lambda call_id: OfferBlocks(call_id, request_id, ids, num_tokens, ttl_s), Offer)
+
+    def push(
+        self, request_id: str, block_ids: Sequence[int], num_tokens: int, ttl_s: float, target: PushTarget, ready: Ready
+    ) -> Offer:
+        """Like `offer`, of blocks that are still computed, to a landing elsewhere; `mark_ready` follows."""
+        ids = list(block_ids)
+        return self._call(lambda id: PushBlocks(id, request_id, ids, num_tokens, ttl_s, ready, target), Offer)
+
+    def mark_ready(self, transfer_id: str, ready: Ready) -> None:
+        """More of a push lies in the pool. Sends, and waits for nothing. Raises SidecarUnavailable."""
+        self._send(MarkReady(transfer_id, ready))
+
+    def land(
+        self, pull_id: str, local_block_ids: Sequence[int], *, first_block: int = 0, deadline_s: float = 30.0
+    ) -> Landing | None:
+        """Keep blocks for a producer that comes by itself; one PullEnded follows. None: the sidecar was lost meanwhile.
+
+        Raises OfferRefused or SidecarUnavailable, without an event then, or ValueError on a pull_id in use."""
+        self._open(pull_id, None)
+        try:
+            return self._call(lambda id: Land(id, pull_id, list(local_block_ids), first_block, deadline_s), Landing)
+        except SidecarError:
+            with self._lock:
+                if self._pulls.pop(pull_id, self) is None:
+                    raise
+            return None
 
     def revoke(self, transfer_id: str) -> None:
         """Take an offer back; OfferEnded follows, unless it has ended already."""
@@ -175,11 +179,7 @@ class SidecarClient:
         if not sources:
             raise ValueError("there is no source to pull from")
         payload = encode(Pull(pull_id, sources, ids, first_block, deadline_s, tuple(stage_layers)))
-        with self._lock:
-            self._check_alive()
-            if pull_id in self._pulls:
-                raise ValueError(f"pull {pull_id!r} is open already")
-            self._pulls[pull_id] = sources[0]
+        self._open(pull_id, sources[0])
         try:
             self._send_payload(payload)
         except SidecarUnavailable:
@@ -232,10 +232,7 @@ class SidecarClient:
         For one that hangs: its supervisor starts another. Does nothing if the process can't be named from here (another
         pid namespace) or signalled.
         """
-        with self._lock:
-            if self._pidfd is not None:
-                with contextlib.suppress(OSError):
-                    signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        self._process.kill()
 
     def close(self) -> None:
         """End the connection, which to the sidecar is the engine's death. No event follows. Idempotent."""
@@ -246,10 +243,14 @@ class SidecarClient:
         if threading.current_thread() is not self._reader:
             self._reader.join()
         self._sock.close()
+        self._process.close()
+
+    def _open(self, pull_id: str, source: PullSource | None) -> None:
         with self._lock:
-            pidfd, self._pidfd = self._pidfd, None
-        if pidfd is not None:
-            os.close(pidfd)
+            self._check_alive()
+            if pull_id in self._pulls:
+                raise ValueError(f"pull {pull_id!r} is open already")
+            self._pulls[pull_id] = source
 
     def _call(
         self,
@@ -330,17 +331,18 @@ class SidecarClient:
             return True
         if isinstance(message, PullEnded):
             with self._lock:
-                expected = self._pulls.pop(message.pull_id, None)
-            if expected is not None:
-                self._events.append(message)
-            return expected is not None
+                if message.pull_id not in self._pulls:
+                    return False
+                del self._pulls[message.pull_id]
+            self._events.append(message)
+            return True
         if isinstance(message, StoreEvent):
             with self._lock:
                 asked = self._store_requests.end(message)
             if asked:
                 self._events.append(message)
             return asked
-        if isinstance(message, PoolRegistered | Offer | CallFailed):
+        if isinstance(message, PoolRegistered | Offer | Landing | CallFailed):
             with self._lock:
                 call = self._calls.pop(message.call_id, None)
             if call is not None:
@@ -368,7 +370,7 @@ class SidecarClient:
         if closed:
             return
         for pull_id, source in pulls.items():
-            peer = f"{source.engine_id}@{source.host}:{source.port}"
+            peer = f"{source.engine_id}@{source.host}:{source.port}" if source else ""
             self._events.append(PullEnded(pull_id, False, "sidecar_lost", message, 0, 0, 0.0, "", peer))
         self._events.extend(store_events)
         self._events.append(SidecarLost(message))
@@ -377,15 +379,3 @@ class SidecarClient:
     def _notify(self) -> None:
         if self._on_event is not None:
             self._on_event()
-
-
-def _open_peer(sock: socket.socket) -> int | None:
-    """A descriptor of the process at the other end, which can never come to mean another one; None if unknown."""
-    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    pid = int(struct.unpack("3i", credentials)[0])
-    if pid <= 0 or pid == os.getpid():
-        return None
-    try:
-        return os.pidfd_open(pid)
-    except OSError:
-        return None

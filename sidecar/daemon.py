@@ -15,8 +15,10 @@ from aiohttp import web
 
 from sidecar.config import SidecarConfig, split_address
 from sidecar.copy_executor import CopyExecutor
+from sidecar.deliveries import Deliveries
 from sidecar.engine_session import EngineSession
 from sidecar.errors import LayoutRefused, StartError
+from sidecar.landings import Landings
 from sidecar.leases import State
 from sidecar.metrics import CONTENT_TYPE, SidecarMetrics
 from sidecar.offers import Offers
@@ -123,11 +125,16 @@ class Daemon:
         if self._tenancy is not None:
             raise LayoutRefused("another engine has its pool registered with this sidecar")
         config, metrics = self._config, self.metrics
-        offers = Offers(config, registration.epoch, registration.layout.num_blocks, metrics, session.send)
+        epoch, layout = registration.epoch, registration.layout
+        offers = Offers(config, epoch, layout.num_blocks, metrics, session.send, layout.num_layers)
         peers = PeerTable(config, self.identity, registration, self.transports, metrics)
-        pulls = TransferTable(config, registration, peers, metrics, session.send)
+        landings = Landings(config, epoch, layout.num_blocks, metrics, session.send)
+        pulls = landings.pulls = TransferTable(config, registration, peers, metrics, landings.pull_ended)
+        deliveries = Deliveries(self.identity, epoch, peers, offers)
         store = StoreTable(self._store, registration, config.rank, self._executor) if self._store else None
-        self._tenancy = Tenancy(registration, offers, peers, pulls, self.transports.values(), store)
+        self._tenancy = Tenancy(
+            registration, offers, peers, pulls, landings, deliveries, self.transports.values(), store
+        )
         self._tenant_session = session
         for transport in self.transports.values():
             transport.registered(registration)
@@ -171,6 +178,7 @@ class Daemon:
     async def _drain(self) -> None:
         if self._tenancy is not None:
             await self._tenancy.pulls.drain(DRAIN_S)
+            self._tenancy.landings.close("the sidecar is stopping")
             await self._tenancy.pulls.close("the sidecar is stopping")
         sessions = list(self._sessions)
         for session in sessions:
@@ -197,6 +205,7 @@ class Daemon:
         for state in (State.OFFERED, State.CLAIMED):
             self.metrics.leases.labels(state).set(tenancy.offers.count(state) if tenancy else 0)
         self.metrics.open_pulls.set(len(tenancy.pulls) if tenancy else 0)
+        self.metrics.open_landings.set(len(tenancy.landings) if tenancy else 0)
         self.metrics.registered_bytes.set(tenancy.registration.region.num_bytes if tenancy else 0)
         if self._store is not None:
             self._store.measure()

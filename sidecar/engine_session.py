@@ -12,7 +12,7 @@ from typing import Protocol
 
 from sidecar import protocol
 from sidecar.connection import FrameConnection
-from sidecar.errors import FrameError, LayoutRefused, OfferRefused
+from sidecar.errors import FrameError, LayoutRefused, OfferRefused, Refusal
 from sidecar.protocol import (
     ENGINE_FRAME_BYTES,
     PROTOCOL_VERSION,
@@ -21,11 +21,14 @@ from sidecar.protocol import (
     Drop,
     EngineHello,
     JoinPool,
+    Land,
+    MarkReady,
     Message,
     OfferBlocks,
     PoolRegistered,
     Pull,
     PullEnded,
+    PushBlocks,
     Refused,
     RegisterPool,
     Revoke,
@@ -99,8 +102,10 @@ class EngineSession:
             self._register(message)
         elif isinstance(message, JoinPool):
             self._join(message)
-        elif isinstance(message, OfferBlocks):
+        elif isinstance(message, OfferBlocks | PushBlocks):
             self._offer(message)
+        elif isinstance(message, Land):
+            self._land(message)
         elif isinstance(message, Pull):
             self._pull(message)
         elif isinstance(message, StoreRequest):
@@ -118,19 +123,38 @@ class EngineSession:
             )
         )  # fmt: skip
 
-    def _act(self, message: Revoke | Abandon | Drop, tenancy: Tenancy) -> None:
-        if isinstance(message, Revoke):
+    def _act(self, message: MarkReady | Revoke | Abandon | Drop, tenancy: Tenancy) -> None:
+        if isinstance(message, MarkReady):
+            try:
+                tenancy.offers.advance(message)
+            except Refusal as refusal:
+                raise FrameError(refusal.message) from refusal
+        elif isinstance(message, Revoke):
             tenancy.offers.revoke(message.transfer_id)
         elif isinstance(message, Abandon):
-            tenancy.pulls.abandon(message.pull_id)
+            if not tenancy.landings.abandon(message.pull_id):
+                tenancy.pulls.abandon(message.pull_id)
         else:
             tenancy.pulls.drop(message.source)
 
-    def _offer(self, message: OfferBlocks) -> None:
+    def _offer(self, message: OfferBlocks | PushBlocks) -> None:
         try:
             if self._tenancy is None:
                 raise OfferRefused("no pool is registered")
-            self.send(self._tenancy.offers.offer(message))
+            offer = self._tenancy.offers.offer(message)
+        except OfferRefused as error:
+            self.send(CallFailed(message.call_id, "OfferRefused", str(error)))
+            return
+        self.send(offer)
+        if isinstance(message, PushBlocks):
+            num_blocks = len(message.block_ids)
+            self._tenancy.deliveries.begin(message.target, offer.transfer_id, offer.token, num_blocks)
+
+    def _land(self, message: Land) -> None:
+        try:
+            if self._tenancy is None or self._joined:
+                raise OfferRefused("no pool is registered by this process")
+            self.send(self._tenancy.landings.land(message))
         except OfferRefused as error:
             self.send(CallFailed(message.call_id, "OfferRefused", str(error)))
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from sidecar.errors import Refusal
+from sidecar.ready import Ready, follows
 
 
 class State(StrEnum):
@@ -99,6 +100,8 @@ class Lease:
     state: State = State.OFFERED
     claimant: Claimant | None = None
     claimed_at: float = 0.0
+    ready: Ready | None = None
+    """How much is computed, normal; None: all."""
     group: tuple[str, str, int] = ("", "", 1)
     readers: dict[int, int] = field(default_factory=dict)
     have_read: set[int] = field(default_factory=set)
@@ -132,12 +135,14 @@ class LeaseTable:
         num_tokens: int,
         ttl_s: float,
         now: float,
+        ready: Ready | None = None,
     ) -> Lease:
         """A new lease until `now + ttl_s`. Raises Refusal("invalid") at the limit of leases."""
         if len(self._leases) >= self._max_leases:
             raise Refusal("invalid", f"{self._max_leases} leases are out, which is the limit")
         expires_at = now + ttl_s
         lease = Lease(transfer_id, token, request_id, tuple(block_ids), num_tokens, expires_at, expires_at)
+        lease.ready = ready
         self._leases[transfer_id] = lease
         heapq.heappush(self._expiries, (expires_at, transfer_id))
         return lease
@@ -164,6 +169,16 @@ class LeaseTable:
         lease.expires_at = max(lease.expires_at, now + self._claim_ttl_s)
         return lease
 
+    def advance(self, transfer_id: str, ready: Ready) -> Lease | None:
+        """More is computed, `ready` being normal; None if the lease has ended. Raises Refusal on a step back."""
+        lease = self._leases.get(transfer_id)
+        if lease is None:
+            return None
+        if lease.ready is None or ready.end_block > len(lease.block_ids) or not follows(lease.ready, ready):
+            raise Refusal("invalid", f"transfer {transfer_id!r} was computed as far as {lease.ready}, not to {ready}")
+        lease.ready = ready
+        return lease
+
     def heartbeat(self, transfer_id: str, token: str, claimant: Claimant, now: float) -> Lease:
         """Extend a claimed lease, up to the longest claim. Raises Refusal."""
         lease = self._find(transfer_id, token, claimant.engine_id, now)
@@ -178,6 +193,8 @@ class LeaseTable:
         Raises Refusal if it was not valid, or not claimed over this connection.
         """
         lease = self._find(transfer_id, token, claimant.engine_id, now)
+        if lease.ready is not None and lease.ready.first_block < len(lease.block_ids):
+            raise Refusal("invalid", f"transfer {transfer_id!r} is not computed yet: nobody can have read it")
         index = self._leave(lease, claimant)
         lease.have_read.add(index)
         if len(lease.have_read) == lease.group[2]:
@@ -207,6 +224,12 @@ class LeaseTable:
             return False
         self._end(lease, Happening.REVOKE)
         return True
+
+    def unwanted(self, transfer_id: str) -> None:
+        """The one it was meant for has said that it will not be read; an ended one is left alone."""
+        lease = self._leases.get(transfer_id)
+        if lease is not None:
+            self._end(lease, Happening.DROP)
 
     def connection_lost(self, connection_id: int, now: float) -> None:
         """Give back all that was claimed through this connection."""

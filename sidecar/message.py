@@ -13,3 +13,15 @@ Seconds = Annotated[float, msgspec.Meta(ge=0, le=86400 * 366)]
 
 class Message(msgspec.Struct, tag_field="type", frozen=True):
     """What travels in a frame."""
+
+
+class PullSource(msgspec.Struct, frozen=True):
+    """Where a lease lies: the producer's sidecar and what it said in its offer."""
+
+    host: str
+    port: int
+    engine_id: str
+    transfer_id: str
+    token: str
+    epoch: str
+    num_blocks: int

@@ -30,6 +30,8 @@ class SidecarMetrics:
         )  # fmt: skip
         self.leases = self._gauge("leases", "Leases out, by state.", ("state",))
         self.open_pulls = self._gauge("open_pulls", "Pulls under way.", ())
+        self.open_landings = self._gauge("open_landings", "Blocks that wait for a producer or are filled by it.", ())
+        self._landings = self._counter("landings", "Landings that ended, by outcome: ok or the reason.", ("outcome",))
         self.registered_bytes = self._gauge("registered_bytes", "Bytes of the registered pool.", ())
         self._links = self._gauge("peer_links", "Connections to producers, by the transport chosen.", labels)
 
@@ -50,6 +52,9 @@ class SidecarMetrics:
 
     def offer_ended(self, outcome: str) -> None:
         self._offers_ended.labels(outcome).inc()
+
+    def landing_ended(self, outcome: str) -> None:
+        self._landings.labels(outcome).inc()
 
     def claim_refused(self, reason: str) -> None:
         self._claims_refused.labels(reason).inc()

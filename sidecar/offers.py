@@ -11,7 +11,8 @@ from sidecar.config import SidecarConfig
 from sidecar.errors import OfferRefused, Refusal
 from sidecar.leases import ALONE, Claimant, Lease, LeaseTable, Reader, State
 from sidecar.metrics import SidecarMetrics
-from sidecar.protocol import Offer, OfferBlocks, OfferEnded
+from sidecar.protocol import Computed, MarkReady, Message, Offer, OfferBlocks, OfferEnded, PushBlocks, Withdrawn
+from sidecar.ready import mark_fault, normal
 
 
 class Offers:
@@ -24,12 +25,15 @@ class Offers:
         num_blocks: int,
         metrics: SidecarMetrics,
         on_ended: Callable[[OfferEnded], None],
+        num_layers: int = 1,
     ) -> None:
         self._table = LeaseTable(
             claim_ttl_s=config.claim_ttl_s, max_claim_s=config.max_claim_s, max_leases=config.max_leases
         )
         self._epoch = epoch
         self._num_blocks = num_blocks
+        self._num_layers = num_layers
+        self._followers: dict[str, Callable[[Message], None]] = {}
         self._metrics = metrics
         self._on_ended = on_ended
         self._loop = asyncio.get_running_loop()
@@ -41,15 +45,22 @@ class Offers:
         """Live leases in `state`."""
         return self._table.count(state)
 
-    def offer(self, request: OfferBlocks) -> Offer:
+    def offer(self, request: OfferBlocks | PushBlocks) -> Offer:
         """Lease the engine's blocks. Raises OfferRefused."""
         block_ids = request.block_ids
+        ready = None
+        if isinstance(request, PushBlocks):
+            if fault := mark_fault(request.ready, len(block_ids), self._num_layers):
+                raise OfferRefused(fault)
+            ready = normal(request.ready, self._num_layers)
         if block_ids and max(block_ids) >= self._num_blocks:
             raise OfferRefused(f"block {max(block_ids)} is not in the pool of {self._num_blocks} blocks")
         transfer_id, token = secrets.token_hex(8), secrets.token_hex(16)
         now = self._loop.time()
         try:
-            self._table.offer(transfer_id, token, request.request_id, block_ids, request.num_tokens, request.ttl_s, now)
+            self._table.offer(
+                transfer_id, token, request.request_id, block_ids, request.num_tokens, request.ttl_s, now, ready
+            )
         except Refusal as refusal:
             raise OfferRefused(refusal.message) from refusal
         self._settle()
@@ -63,6 +74,21 @@ class Offers:
         finally:
             self._settle_soon()
         return lease, lease.expires_at - now
+
+    def advance(self, mark: MarkReady) -> None:
+        """More of a push is computed: whoever has claimed it is told. Raises Refusal on a mark that is none."""
+        if fault := mark_fault(mark.ready, mark.ready.end_block, self._num_layers):
+            raise Refusal("invalid", fault)
+        ready = normal(mark.ready, self._num_layers)
+        if self._table.advance(mark.transfer_id, ready) is None:
+            return
+        if (follower := self._followers.get(mark.transfer_id)) is not None:
+            follower(Computed(mark.transfer_id, ready))
+
+    def follow(self, lease: Lease, tell: Callable[[Message], None]) -> None:
+        """Tell the one who claimed `lease` of all that happens to it, for as long as it is computed."""
+        if lease.ready is not None:
+            self._followers[lease.transfer_id] = tell
 
     def heartbeat(self, transfer_id: str, token: str, claimant: Claimant) -> None:
         """Extend a claim. Raises Refusal."""
@@ -91,6 +117,11 @@ class Offers:
         self._table.revoke(transfer_id)
         self._settle()
 
+    def unwanted(self, transfer_id: str) -> None:
+        """Its consumer has given up before it claimed; an offer that has ended is left alone."""
+        self._table.unwanted(transfer_id)
+        self._settle()
+
     def connection_lost(self, connection_id: int) -> None:
         """What a consumer had claimed through this connection may be claimed again."""
         self._table.connection_lost(connection_id, self._loop.time())
@@ -115,6 +146,10 @@ class Offers:
         self._settling = False
         for transfer_id, state in self._table.take_ended():
             self._metrics.offer_ended(str(state))
+            follower = self._followers.pop(transfer_id, None)
+            if follower is not None and state in (State.REVOKED, State.EXPIRED):
+                reason = "expired" if state is State.EXPIRED else "released"
+                follower(Withdrawn(transfer_id, reason, f"the producer's lease was {state} before all was computed"))
             self._on_ended(OfferEnded(transfer_id, str(state)))
         next_expiry = self._table.next_expiry()
         if self._timer is not None:

@@ -15,11 +15,13 @@ from sidecar.errors import FrameError, PeerLost, Refusal
 from sidecar.protocol import (
     PEER_FRAME_BYTES,
     CallRefused,
+    Computed,
     Message,
     PeerHello,
     PeerWelcome,
     Refused,
     RegionOpened,
+    Withdrawn,
     decode,
     encode,
 )  # fmt: skip
@@ -48,6 +50,8 @@ class PeerControl:
         )
         self.on_closed: Callable[[str], None] = lambda why: None
         self.fd: int | None = None
+        self.followers: dict[str, Callable[[Computed | Withdrawn], None]] = {}
+        """Who is told of a lease that is still computed, by its transfer id."""
         self._connection.send(encode(hello))
 
     @property
@@ -98,6 +102,10 @@ class PeerControl:
             return
         if isinstance(message, PeerWelcome | Refused):
             raise FrameError("a second welcome")
+        if isinstance(message, Computed | Withdrawn):
+            if (follower := self.followers.get(message.transfer_id)) is not None:
+                follower(message)
+            return
         if isinstance(message, RegionOpened) and message.with_descriptor:
             if self.fd is not None:
                 os.close(self.fd)

@@ -14,6 +14,7 @@ from sidecar import protocol
 from sidecar.config import SidecarConfig
 from sidecar.connection import FrameConnection
 from sidecar.errors import FrameError, Refusal
+from sidecar.landings import Landings
 from sidecar.layout import layout_fault, mismatch
 from sidecar.leases import Claimant, Reader
 from sidecar.metrics import SidecarMetrics
@@ -24,6 +25,7 @@ from sidecar.protocol import (
     CallRefused,
     Claim,
     Claimed,
+    Deliver,
     Done,
     Heartbeat,
     Message,
@@ -50,6 +52,7 @@ class Tenant(Protocol):
 
     registration: Registration
     offers: Offers
+    landings: Landings
     peer_sessions: set[PeerSession]
 
 
@@ -107,7 +110,7 @@ class PeerSession:
             task.add_done_callback(self._tasks.discard)
             return
         try:
-            self._send(self._answer(message, self._tenant.offers))
+            self._send(self._answer(message, self._tenant))
         except Refusal as refusal:
             if isinstance(message, Claim):
                 self._metrics.claim_refused(refusal.reason)
@@ -143,13 +146,18 @@ class PeerSession:
             )
         )  # fmt: skip
 
-    def _answer(self, message: Claim | Heartbeat | Release, offers: Offers) -> Message:
+    def _answer(self, message: Claim | Heartbeat | Release | Deliver, tenant: Tenant) -> Message:
+        offers = tenant.offers
+        if self._mismatch and isinstance(message, Claim | Deliver):
+            raise Refusal("incompatible", self._mismatch)
+        if isinstance(message, Deliver):
+            tenant.landings.deliver(message.landing_id, message.token, message.source)
+            return Done(message.call_id)
         if isinstance(message, Claim):
-            if self._mismatch:
-                raise Refusal("incompatible", self._mismatch)
             reader = Reader(message.group, message.reader, message.num_readers)
             lease, lasts_s = offers.claim(message.transfer_id, message.token, self._claimant, reader)
-            return Claimed(message.call_id, list(lease.block_ids), lease.num_tokens, lasts_s)
+            offers.follow(lease, self._send)
+            return Claimed(message.call_id, list(lease.block_ids), lease.num_tokens, lasts_s, lease.ready)
         if isinstance(message, Heartbeat):
             offers.heartbeat(message.transfer_id, message.token, self._claimant)
         else:

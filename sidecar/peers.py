@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Protocol
 
@@ -21,13 +21,17 @@ from sidecar.peer_control import Answer, PeerControl, dial
 from sidecar.protocol import (
     PROTOCOL_VERSION,
     Claim,
+    Computed,
+    Deliver,
     Heartbeat,
     OpenRegion,
     PeerHello,
     PeerWelcome,
     PullSource,
+    PushTarget,
     RegionOpened,
     Release,
+    Withdrawn,
 )  # fmt: skip
 from sidecar.registration import Identity, Registration
 from sidecar.reshard import Reshard, reshard_between
@@ -73,6 +77,13 @@ class Link:
                 call_id, source.transfer_id, source.token, reader.group, reader.index, reader.num_readers
             )
         )
+
+    def follow(self, source: PullSource, follower: Callable[[Computed | Withdrawn], None] | None) -> None:
+        """Tell `follower` what becomes of a lease that is still computed; before it is claimed. None ends that."""
+        if follower is None:
+            self.control.followers.pop(source.transfer_id, None)
+        else:
+            self.control.followers[source.transfer_id] = follower
 
     def release(self, source: PullSource, outcome: str) -> Answer:
         """Say how the read went; Done only if the lease was valid until now."""
@@ -140,6 +151,20 @@ class PeerTable:
         link.control.on_closed = lambda _: None
         link.control.close(why)
         return self._forget(link, why)
+
+    async def deliver(self, target: PushTarget, source: PullSource) -> None:
+        """Tell a consumer that `source` is computed for its landing. Raises Refusal; PeerLost is worth another try."""
+        key = (target.host, target.port, target.engine_id, target.epoch)
+        control, welcome = await dial((target.host, target.port), self._hello(key), self._config.connect_timeout_s)
+        try:
+            if welcome.mismatch:
+                raise Refusal("incompatible", welcome.mismatch)
+            async with asyncio.timeout(self._config.answer_timeout_s):
+                await control.call(lambda call_id: Deliver(call_id, target.landing_id, target.token, source))
+        except TimeoutError as error:
+            raise PeerLost("the delivery was not answered") from error
+        finally:
+            control.close("delivered")
 
     async def drop(self, source: PullSource) -> None:
         """Tell the producer that nobody will read this lease. Raises Refusal; PeerLost is worth another try."""

@@ -13,7 +13,23 @@ import msgspec
 
 from sidecar.errors import FrameError
 from sidecar.layout import MAX_RANKS, KvLayout, Plane
-from sidecar.message import Id, Message, Natural, Seconds
+from sidecar.message import Id, Message, Natural, PullSource, Seconds
+from sidecar.peer_messages import (
+    CallRefused,
+    Claim,
+    Claimed,
+    Computed,
+    Deliver,
+    Done,
+    Heartbeat,
+    OpenRegion,
+    PeerHello,
+    PeerWelcome,
+    RegionOpened,
+    Release,
+    Withdrawn,
+)  # fmt: skip
+from sidecar.ready import Ready
 from sidecar.store.messages import (
     StoreAbandon,
     StoreEvent,
@@ -28,14 +44,43 @@ from sidecar.store.messages import (
 )  # fmt: skip
 
 __all__ = [
-    "CHANGES", "PROTOCOL_VERSION", "KvLayout", "Message", "Plane", "StoreAbandon", "StoreEvent", "StoreFound",
-    "StoreLoad", "StoreLoadEnded", "StoreLookup", "StoreRequest", "StoreSave", "StoreSaveEnded", "store_refusal",
+    "CHANGES",
+    "PROTOCOL_VERSION",
+    "CallRefused",
+    "Claim",
+    "Claimed",
+    "Computed",
+    "Deliver",
+    "Done",
+    "Heartbeat",
+    "KvLayout",
+    "Message",
+    "OpenRegion",
+    "PeerHello",
+    "PeerWelcome",
+    "Plane",
+    "PullSource",
+    "Ready",
+    "RegionOpened",
+    "Release",
+    "StoreAbandon",
+    "StoreEvent",
+    "StoreFound",
+    "StoreLoad",
+    "StoreLoadEnded",
+    "StoreLookup",
+    "StoreRequest",
+    "StoreSave",
+    "StoreSaveEnded",
+    "Withdrawn",
+    "store_refusal",
 ]  # fmt: skip
 
 CHANGES = {
     1: "the first: engine socket, peer control, transports shm and mooncake, pull direction",
     2: "join_pool: an engine's second process offers blocks of the pool that the first one registered",
     3: "layouts say which rank they are of; pull from several ranks' leases; a lease has several readers (claim)",
+    4: "layerwise push: land, push and its marks from engines; deliver, computed and withdrawn between sidecars",
     5: "prefix store: store_lookup, store_load, store_abandon, store_save; the sidecar's hello names the tiers",
 }
 """What each version changed; an end speaks exactly one."""
@@ -51,9 +96,6 @@ class Refused(Message, tag="refused", frozen=True):
 
     reason: str
     message: str
-
-
-# Between an engine and its sidecar.
 
 
 class EngineHello(Message, tag="engine_hello", frozen=True):
@@ -122,20 +164,38 @@ class CallFailed(Message, tag="call_failed", frozen=True):
     message: str
 
 
-class Revoke(Message, tag="revoke", frozen=True):
-    transfer_id: Id
-
-
-class PullSource(msgspec.Struct, frozen=True):
-    """Where a lease lies: the producer's sidecar and what it said in its offer."""
+class PushTarget(msgspec.Struct, frozen=True):
+    """Where blocks wait to be filled: the consumer's sidecar and what it said in its landing."""
 
     host: str
     port: int
     engine_id: str
-    transfer_id: str
+    landing_id: str
     token: str
     epoch: str
-    num_blocks: int
+
+
+class PushBlocks(Message, tag="push_blocks", frozen=True):
+    """An offer of blocks that are still computed, delivered to `target`; answered by Offer, ended like one."""
+
+    call_id: Natural
+    request_id: Id
+    block_ids: list[Natural]
+    num_tokens: Natural
+    ttl_s: Seconds
+    ready: Ready
+    target: PushTarget
+
+
+class MarkReady(Message, tag="mark_ready", frozen=True):
+    """More of a push is computed; `ready` holds all that was marked before."""
+
+    transfer_id: Id
+    ready: Ready
+
+
+class Revoke(Message, tag="revoke", frozen=True):
+    transfer_id: Id
 
 
 class Pull(Message, tag="pull", frozen=True):
@@ -151,6 +211,26 @@ class Pull(Message, tag="pull", frozen=True):
     first_block: Natural
     deadline_s: Seconds
     stage_layers: tuple[int, ...] = ()
+
+
+class Land(Message, tag="land", frozen=True):
+    """Keep blocks for a producer that comes by itself: local_block_ids[i] for its block number first_block + i."""
+
+    call_id: Natural
+    pull_id: Id
+    local_block_ids: list[Natural]
+    first_block: Natural
+    deadline_s: Seconds
+
+
+class Landing(Message, tag="landing", frozen=True):
+    """Who knows the token may have its blocks copied into ours; `expires_at` is unix time."""
+
+    call_id: Natural
+    landing_id: str
+    token: str
+    epoch: str
+    expires_at: float
 
 
 class Abandon(Message, tag="abandon", frozen=True):
@@ -195,99 +275,6 @@ class SidecarLost(msgspec.Struct, frozen=True):
 
 Event = OfferEnded | PullEnded | SidecarLost | StoreEvent
 
-# Between sidecars.
-
-
-class PeerHello(Message, tag="peer_hello", frozen=True):
-    """A consumer's sidecar introduces itself and names the producer and the registration that it wants to read."""
-
-    version: int
-    engine_id: Id
-    rank: int
-    sidecar_epoch: Id
-    boot_id: Id
-    transports: tuple[str, ...]
-    wants_engine_id: Id
-    wants_epoch: Id
-    layout: KvLayout | None
-
-
-class PeerWelcome(Message, tag="peer_welcome", frozen=True):
-    """`mismatch` is not empty if claims will be refused as incompatible; drops are still taken."""
-
-    version: int
-    engine_id: str
-    epoch: str
-    boot_id: str
-    transports: tuple[str, ...]
-    peer_socket: str
-    layout: KvLayout
-    mismatch: str
-
-
-class OpenRegion(Message, tag="open_region", frozen=True):
-    """Ask for the producer's pool over `transport`; over shm the answer carries a read-only descriptor."""
-
-    call_id: Natural
-    transport: str
-
-
-class RegionOpened(Message, tag="region_opened", frozen=True):
-    """`session` and `base_address` are Mooncake's names for the serving end; over shm a descriptor comes along."""
-
-    call_id: Natural
-    num_bytes: Natural
-    with_descriptor: bool = False
-    session: str = ""
-    base_address: Natural = 0
-
-
-class Claim(Message, tag="claim", frozen=True):
-    """As reader number `reader` of the `num_readers` that read the lease for the request that `group` names."""
-
-    call_id: Natural
-    transfer_id: Id
-    token: Id
-    group: Id = ""
-    reader: Natural = 0
-    num_readers: Natural = 1
-
-
-class Claimed(Message, tag="claimed", frozen=True):
-    """The lease's blocks: the only list a consumer may read by."""
-
-    call_id: Natural
-    block_ids: list[Natural]
-    num_tokens: Natural
-    expires_in_s: float
-
-
-class Heartbeat(Message, tag="heartbeat", frozen=True):
-    call_id: Natural
-    transfer_id: Id
-    token: Id
-
-
-class Release(Message, tag="release", frozen=True):
-    """`outcome`: consumed (confirmed only if the lease was still valid), returned (may be claimed again), dropped."""
-
-    call_id: Natural
-    transfer_id: Id
-    token: Id
-    outcome: str
-
-
-class Done(Message, tag="done", frozen=True):
-    """The heartbeat was taken or the release was valid."""
-
-    call_id: Natural
-
-
-class CallRefused(Message, tag="call_refused", frozen=True):
-    call_id: Natural
-    reason: str
-    message: str
-
 
 class _AnyHello(msgspec.Struct):
     """The part of a hello that every version has."""
@@ -296,10 +283,13 @@ class _AnyHello(msgspec.Struct):
     version: int
 
 
-FromEngine = EngineHello | RegisterPool | JoinPool | OfferBlocks | Revoke | Pull | Abandon | Drop | StoreRequest
-ToEngine = SidecarHello | Refused | PoolRegistered | Offer | CallFailed | OfferEnded | PullEnded | StoreEvent
-FromConsumer = PeerHello | OpenRegion | Claim | Heartbeat | Release
-ToConsumer = PeerWelcome | Refused | RegionOpened | Claimed | Done | CallRefused
+FromEngine = (
+    EngineHello | RegisterPool | JoinPool | OfferBlocks | PushBlocks | MarkReady | Revoke | Pull | Land | Abandon | Drop
+    | StoreRequest
+)  # fmt: skip
+ToEngine = SidecarHello | Refused | PoolRegistered | Offer | Landing | CallFailed | OfferEnded | PullEnded | StoreEvent
+FromConsumer = PeerHello | OpenRegion | Claim | Heartbeat | Release | Deliver
+ToConsumer = PeerWelcome | Refused | RegionOpened | Claimed | Computed | Withdrawn | Done | CallRefused
 
 _T = TypeVar("_T")
 _encoder = msgspec.msgpack.Encoder()

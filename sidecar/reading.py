@@ -16,7 +16,8 @@ from sidecar.config import SidecarConfig
 from sidecar.errors import PeerLost, Refusal
 from sidecar.leases import Reader
 from sidecar.peers import Link, PeerTable
-from sidecar.protocol import Claimed, Pull, PullSource
+from sidecar.protocol import Claimed, Computed, Pull, PullSource, Withdrawn
+from sidecar.ready import Ready, as_copied, follows, mark_fault, parts_between, plan_parts
 from sidecar.registration import Registration
 from sidecar.reshard import Source
 from sidecar.spans import Destination, Spans, check_spans
@@ -59,6 +60,8 @@ class Reading:
         self._link: Link | None = None
         self._interruption: Interrupted | None = None
         self._waiter: asyncio.Future[object] | None = None
+        self._ready: Ready | None = None
+        self._news: asyncio.Future[None] | None = None
 
     @property
     def peer(self) -> str:
@@ -73,6 +76,15 @@ class Reading:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_exception(self._interruption)
 
+    def follow(self, message: Computed | Withdrawn) -> None:
+        """What the producer says of a lease that is still computed."""
+        if isinstance(message, Withdrawn):
+            self.interrupt(message.reason, message.message)
+            return
+        self._ready = message.ready
+        if self._news is not None and not self._news.done():
+            self._news.set_result(None)
+
     async def copy(self) -> None:
         """Everything up to the release; the lease is kept alive until then. Raises Refusal, having let it go."""
         link, claimed, destination = await self._claim()
@@ -84,7 +96,9 @@ class Reading:
                 spans = await asyncio.to_thread(self._plan, link, claimed, destination)
             else:
                 spans = self._plan(link, claimed, destination)
-            if spans:
+            if claimed.ready is not None:
+                await self._copy_as_ready(link, claimed, claimed.ready, spans)
+            elif spans:
                 await self._copy(link, spans)
         except Refusal:
             self._fail(link)
@@ -118,6 +132,7 @@ class Reading:
         """No more heartbeats: the lease is let go next."""
         assert self._link is not None
         self._link.readers.discard(self)
+        self._link.follow(self.source, None)
         return self._link
 
     async def _wait(self, awaited: asyncio.Future[_T]) -> _T:
@@ -163,6 +178,7 @@ class Reading:
             self.progress.step(Happening.CONNECTED)
             destination = None
             try:
+                link.follow(source, self.follow)  # before the claim: marks may come right behind its answer
                 answer = link.claim(source, self._reader)
                 if link.reshard is None:
                     destination = Destination(self._consumer.registration.layout, self._request.local_block_ids)
@@ -175,6 +191,7 @@ class Reading:
                 self.progress.step(Happening.PEER_STALE)
                 continue
             except Refusal as refusal:
+                link.follow(source, None)
                 self._step_out(refusal)
                 if isinstance(refusal, Interrupted) and not self.unwanted:
                     link.release(source, "returned")  # behind the claim on the same connection
@@ -216,6 +233,39 @@ class Reading:
         check_spans(spans, link.num_bytes, self._consumer.registration.region.num_bytes)
         return spans
 
+    async def _copy_as_ready(self, link: Link, claimed: Claimed, ready: Ready, whole: Spans) -> None:
+        """Copy what is computed and wait for more, until all is here. Raises Refusal, with nothing writing any more."""
+        request, ours = self._request, self._consumer.registration.layout
+        num_blocks, copied = len(claimed.block_ids), Ready()
+        self._ready = self._ready or ready
+        self.progress.step(Happening.PART_COPIED)
+        while copied.first_block < num_blocks:
+            now_ready = self._checked(self._ready, copied, link, claimed)
+            if now_ready == copied or (link.reshard is not None and now_ready.first_block < num_blocks):
+                self._news = asyncio.get_running_loop().create_future()
+                await self._wait(self._news)
+                continue
+            spans = whole
+            if link.reshard is None:
+                spans = plan_parts(
+                    parts_between(copied, now_ready, ours.num_layers, request.first_block),
+                    link.layout, claimed.block_ids, ours, request.local_block_ids, request.first_block,
+                )  # fmt: skip
+                check_spans(spans, link.num_bytes, self._consumer.registration.region.num_bytes)
+            copied = now_ready
+            if spans:
+                self.progress.step(Happening.MORE_READY)
+                await self._copy(link, spans)
+                self.progress.step(Happening.PART_COPIED)
+
+    def _checked(self, ready: Ready, copied: Ready, link: Link, claimed: Claimed) -> Ready:
+        """A peer's mark as far as it can be copied. Raises Refusal where it makes no sense."""
+        fault = mark_fault(ready, len(claimed.block_ids), link.layout.num_layers)
+        now_ready = as_copied(ready, link.layout)
+        if fault or not follows(copied, now_ready):
+            raise Refusal("transport", fault or f"the producer said {now_ready} after {copied}")
+        return now_ready
+
     async def _copy(self, link: Link, spans: Spans) -> None:
         """Copy, beating for the lease meanwhile. Raises Refusal when nothing writes any more."""
         peers = self._consumer.peers
@@ -240,6 +290,7 @@ class Reading:
     def _fail(self, link: Link) -> None:
         """After the claim: give the lease back, or drop it if nobody wants it."""
         link.readers.discard(self)
+        link.follow(self.source, None)
         state = self.progress.state
         if state is not State.ENDED:
             self.progress.step(Happening.FAILED)

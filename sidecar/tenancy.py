@@ -6,6 +6,8 @@ import logging
 from collections.abc import Iterable
 from typing import Protocol
 
+from sidecar.deliveries import Deliveries
+from sidecar.landings import Landings
 from sidecar.offers import Offers
 from sidecar.peer_session import PeerSession
 from sidecar.peers import PeerTable
@@ -33,6 +35,8 @@ class Tenancy:
         offers: Offers,
         peers: PeerTable,
         pulls: TransferTable,
+        landings: Landings,
+        deliveries: Deliveries,
         transports: Iterable[Transport],
         store: StoreTable | None = None,
     ) -> None:
@@ -41,6 +45,8 @@ class Tenancy:
         self.peers = peers
         self.pulls = pulls
         self.store = store
+        self.landings = landings
+        self.deliveries = deliveries
         self.peer_sessions: set[PeerSession] = set()
         self.joined: set[Joined] = set()
         self._transports = tuple(transports)
@@ -52,6 +58,8 @@ class Tenancy:
             session.close(why)
         for joined in list(self.joined):
             joined.close(why)
+        self.landings.close(why)
+        await self.deliveries.close()
         self.offers.close()
         await self.pulls.close(why)
         if self.store is not None:

@@ -13,6 +13,7 @@ class State(StrEnum):
     CONNECTING = "connecting"
     CLAIMING = "claiming"
     COPYING = "copying"
+    FOLLOWING = "following"  # all that is computed is copied: nothing writes until there is more
     STOPPING = "stopping"
     RELEASING = "releasing"
     ENDED = "ended"
@@ -22,6 +23,8 @@ class Happening(StrEnum):
     CONNECTED = "connected"
     PEER_STALE = "peer_stale"  # a pooled connection turned out dead before the claim's answer: connect once more
     CLAIMED = "claimed"
+    PART_COPIED = "part_copied"  # nothing at the very first
+    MORE_READY = "more_ready"
     COPIED = "copied"
     STOPPED = "stopped"
     CONFIRMED = "confirmed"
@@ -37,6 +40,10 @@ TRANSITIONS: dict[tuple[State, Happening], State] = {
     (State.CLAIMING, Happening.PEER_STALE): State.CONNECTING,
     (State.CLAIMING, Happening.FAILED): State.ENDED,
     (State.CLAIMING, Happening.INTERRUPTED): State.ENDED,
+    (State.COPYING, Happening.PART_COPIED): State.FOLLOWING,
+    (State.FOLLOWING, Happening.MORE_READY): State.COPYING,
+    (State.FOLLOWING, Happening.COPIED): State.RELEASING,
+    (State.FOLLOWING, Happening.FAILED): State.ENDED,
     (State.COPYING, Happening.COPIED): State.RELEASING,
     (State.COPYING, Happening.FAILED): State.ENDED,
     (State.COPYING, Happening.INTERRUPTED): State.STOPPING,

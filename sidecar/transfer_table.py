@@ -100,6 +100,12 @@ class TransferTable:
             pull.unwanted = True
             pull.interrupt("abandoned", "the engine abandoned it")
 
+    def supersede(self, pull_id: str) -> None:
+        """Stop a pull because another source has come; one that is only waiting for its confirmation is let through."""
+        pull = self._pulls.get(pull_id)
+        if pull is not None and not pull.confirming:
+            pull.interrupt("abandoned", "another producer took over")
+
     def drop(self, source: PullSource) -> None:
         """Tell the producer, in the background, that nobody will read this lease."""
         if len(self._drops) >= MAX_DROPS:

@@ -114,6 +114,7 @@ PURE = {
     "sidecar/leases.py",
     "sidecar/message.py",
     "sidecar/protocol.py",
+    "sidecar/ready.py",
     "sidecar/reshard.py",
     "sidecar/spans.py",
     "sidecar/store/keys.py",

@@ -10,6 +10,7 @@ Shapes: H query heads, K key/value heads, G = H / K, D head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -75,9 +76,11 @@ class PrefillStep:
         written: tuple[int, int],
         write_rows: WriteRows,
         mask: Tensor,
+        on_written: Callable[[int], None] | None = None,
     ) -> None:
         """`prefix_rows` covers positions [0, tile_start), `write_rows` [start, end).
 
+        `on_written` is called with each layer whose keys and values are in the pool.
         `mask` [G * tile rows, tile_end]: 0 where a query may look, else -inf, the rows repeated for each of a group.
         """
         self._pool = pool
@@ -86,6 +89,7 @@ class PrefillStep:
         self._rows = slice(written[0] - tile[0], written[1] - tile[0])
         self._write_rows = write_rows
         self._mask = mask
+        self._on_written = on_written
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         _, num_heads, num_rows, head_dim = query.shape
@@ -93,6 +97,8 @@ class PrefillStep:
         group = num_heads // num_kv_heads
         pool = self._pool
         self._write_rows.write(pool.token_rows, layer, key, value, self._rows)
+        if self._on_written is not None:
+            self._on_written(layer)
         if self._tile_start:
             prefix = pool.block_rows.index_select(0, self._prefix_rows.of_layer[layer])
             prefix = prefix.view(2, -1, num_kv_heads, head_dim)[:, : self._tile_start].transpose(1, 2)

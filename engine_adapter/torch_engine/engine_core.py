@@ -15,9 +15,12 @@ from typing import Any
 
 import torch
 
+from engine_adapter.push_params import calls_metaserver, wants_push
 from engine_adapter.torch_engine.config import KvLoadFailurePolicy
+from engine_adapter.torch_engine.counters import Counters
 from engine_adapter.torch_engine.kv_transfer import KvTransfer, KvTransferUnavailable, PullResult
 from engine_adapter.torch_engine.model_runner import ModelRunner
+from engine_adapter.torch_engine.pushes import DELIVERED, Pushes, push_error
 from engine_adapter.torch_engine.sampler import SamplingState, sample, token_logprobs
 from engine_adapter.torch_engine.scheduler import PrefillChunk, Scheduler, StepPlan
 from engine_adapter.torch_engine.sequence import (
@@ -35,16 +38,6 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class Counters:
-    """Tokens since the start; they only grow. Prompt tokens are counted once a request, with its first token."""
-
-    num_prompt_tokens_local_compute: int = 0
-    num_prompt_tokens_local_cache_hit: int = 0
-    num_prompt_tokens_external_kv_transfer: int = 0
-    num_generation_tokens: int = 0
-
-
-@dataclass(slots=True)
 class _Ask:
     """A request's company while its sequence is in the engine."""
 
@@ -54,6 +47,8 @@ class _Ask:
     max_tokens: int
     num_prompt_tokens_by_source: tuple[int, int] = (0, 0)
     """(local cache hit, external) of the first admission; a preempted sequence's later ones don't count."""
+    num_cached_tokens: int = 0
+    """What `usage` calls cached: of KV that was pushed here it isn't known what its prefiller had cached."""
     is_started: bool = False
 
     def take_prompt_logits(self, start: int, logits: torch.Tensor) -> None:
@@ -94,6 +89,7 @@ class EngineCore:
         self._asks: dict[str, _Ask] = {}
         self._num_arrived = 0
         self._outputs: list[RequestOutput] = []
+        self._pushes = Pushes(scheduler, runner.num_layers, runner.layer_bytes)
 
     @property
     def has_runnable_work(self) -> bool:
@@ -116,14 +112,20 @@ class EngineCore:
                 raise EngineRequestError(f"request id {request.request_id} is in use")
             if params.get("do_remote_prefill"):
                 self._check_remote_prefill(request, params)
+            wants_nothing = wants_push(params) and self._pushes.check(request, params, self.kv_transfer)
         except EngineRequestError as exc:
             self._outputs.append(RequestOutput(request.request_id, [], finish_reason="error", error=exc))
+            return
+        if wants_nothing:
+            self._outputs.append(RequestOutput(request.request_id, [], finish_reason="stop"))
             return
         seq = Sequence(request, self._num_arrived)
         self._num_arrived += 1
         self._asks[request.request_id] = self._ask_of(seq)
         if request.sampling.prompt_logprobs is not None:
             self._drop_lease(seq)  # every prompt position has to be computed here, as in vLLM
+        if seq.push_params is not None:
+            self._pushes.expect(seq)
         self.scheduler.add(seq)
 
     def _check_remote_prefill(self, request: EngineRequest, params: dict[str, Any]) -> None:
@@ -148,7 +150,8 @@ class EngineCore:
             device=self._device,
         )
         wants_prompt_logprobs = sampling.prompt_logprobs is not None
-        max_tokens = min(sampling.max_tokens, self._max_model_len - seq.num_prompt_tokens)
+        limit = 1 if seq.push_params is not None else sampling.max_tokens
+        max_tokens = min(limit, self._max_model_len - seq.num_prompt_tokens)
         return _Ask(seq, state, [None] if wants_prompt_logprobs else None, max_tokens)
 
     def abort(self, request_id: str) -> None:
@@ -156,6 +159,7 @@ class EngineCore:
         ask = self._asks.pop(request_id, None)
         if ask is None:
             if request_id in self.scheduler.offered and self.kv_transfer is not None:
+                self._pushes.abort_waiting(request_id)
                 self.kv_transfer.revoke(request_id)
             self._outputs = [output for output in self._outputs if output.request_id != request_id]
             return
@@ -173,7 +177,8 @@ class EngineCore:
     def _forget(self, seq: Sequence) -> None:
         self._asks.pop(seq.request_id, None)
         self._runner.forget(seq.request_id)
-        self.scheduler.finish(seq)
+        if seq.push_params is None or not self._pushes.forget(seq, self.kv_transfer):
+            self.scheduler.finish(seq)
 
     def _drop_lease(self, seq: Sequence) -> None:
         """The pull of this sequence will never begin."""
@@ -194,8 +199,12 @@ class EngineCore:
             self._runner.forget(seq.request_id)
         self._start_pulls(plan)
         self.store_use.start_loads(plan)
+        if self.kv_transfer is not None:
+            for seq, error in self._pushes.begin(plan, self.kv_transfer):
+                self._fail(seq, error)
         for chunk in plan.prefills:
-            self._prefill(chunk)
+            if chunk.sequence.state is SequenceState.RUNNING:
+                self._prefill(chunk)
         decodes = [seq for seq in plan.decodes if seq.state is SequenceState.RUNNING]
         if decodes:
             self._decode(decodes)
@@ -210,10 +219,24 @@ class EngineCore:
             seq = self.scheduler.offered.get(request_id)
             if seq is not None:
                 self.scheduler.finish(seq)
+        for request_id, outcome in events.ended_pushes:
+            self._end_push(request_id, outcome)
         for pull in events.pulls:
             seq = self.scheduler.pulling.get(pull.request_id)
             if seq is not None:
                 self._end_pull(seq, pull)
+
+    def _end_push(self, request_id: str, outcome: str) -> None:
+        push = self._pushes.ended(request_id, outcome)
+        if push is None or push.aborted:
+            return
+        output = push.output or RequestOutput(request_id, [], finish_reason="stop")
+        if outcome not in DELIVERED:
+            logger.warning("event=kv_push_failed request_id=%s outcome=%s", request_id, outcome)
+            output = RequestOutput(request_id, [], finish_reason="error", error=push_error(outcome))
+        self._outputs.append(output)
+        if push.output is None:  # nobody wants the rest of it
+            self._forget(push.sequence)
 
     def _end_pull(self, seq: Sequence, pull: PullResult) -> None:
         if seq.state is SequenceState.ABANDONED:
@@ -239,8 +262,12 @@ class EngineCore:
             if self.kv_transfer is None:
                 self._end_pull(seq, PullResult(seq.request_id, False, "no_connector", "this engine has no sidecar"))
                 continue
+            block_ids = seq.block_ids[first_block:end_block]
             try:
-                self.kv_transfer.start_pull(seq.request_id, params, seq.block_ids[first_block:end_block], first_block)
+                if calls_metaserver(params):
+                    self.kv_transfer.land(seq.request_id, params, block_ids, first_block, seq.num_prompt_tokens)
+                else:
+                    self.kv_transfer.start_pull(seq.request_id, params, block_ids, first_block)
             except KvTransferUnavailable as exc:
                 self._end_pull(seq, PullResult(seq.request_id, False, "sidecar_lost", str(exc)))
 
@@ -250,7 +277,9 @@ class EngineCore:
         self._note_start(ask)
         wants_logprobs = ask.prompt_logprobs is not None and len(ask.prompt_logprobs) < chunk.end + 1
         try:
-            self._runner.prefill(chunk, ask.take_prompt_logits if wants_logprobs else None)
+            on_logits = ask.take_prompt_logits if wants_logprobs else None
+            on_written = None if seq.push_params is None else self._pushes.marker(seq, self.kv_transfer)
+            self._runner.prefill(chunk, on_logits, on_written)
         except Exception as exc:  # last resort: one request's failure must not end the others
             self._fail(seq, _internal_error(exc, [seq]))
             return
@@ -263,6 +292,8 @@ class EngineCore:
             ask.is_started = True
             seq = ask.sequence
             ask.num_prompt_tokens_by_source = (seq.num_cached_tokens, seq.num_external_tokens)
+            was_pushed = calls_metaserver(seq.request.kv_transfer_params)
+            ask.num_cached_tokens = seq.num_cached_tokens + (0 if was_pushed else seq.num_external_tokens)
 
     def _decode(self, seqs: list[Sequence]) -> None:
         try:
@@ -296,12 +327,18 @@ class EngineCore:
         ask.sampling.accept(token_id)
         self.counters.num_generation_tokens += 1
         output = RequestOutput(seq.request_id, [token_id], logprobs)
-        output.num_cached_tokens = sum(ask.num_prompt_tokens_by_source)
+        output.num_cached_tokens = ask.num_cached_tokens
         if is_first:
             output.prompt_logprobs = ask.prompt_logprobs
             self._count_prompt(ask)
         output.finish_reason, output.stop_reason = self._finish_reason(ask, token_id)
-        if output.finish_reason is not None:
+        if output.finish_reason is not None and seq.push_params is not None:
+            if self._pushes.finish(seq, output):
+                self._asks.pop(seq.request_id)
+                self._runner.forget(seq.request_id)
+                return
+            self._forget(seq)
+        elif output.finish_reason is not None:
             output.kv_transfer_params = self._offer(ask)
             if seq.state is SequenceState.RUNNING:
                 self._forget(seq)

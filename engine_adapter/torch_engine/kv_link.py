@@ -121,6 +121,7 @@ def _connect(
         wake=engine.wake,
         store_load_timeout_s=config.store_load_timeout_s,
         observe_load=observe_load,
+        push_timeout_s=config.kv_push_timeout_s,
     )
     try:
         transfer.start()

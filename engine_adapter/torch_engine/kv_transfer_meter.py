@@ -16,6 +16,9 @@ class MeteredKvTransfer:
         self._observe_pull = observe_pull
         self.check = transfer.check
         self.start_pull = transfer.start_pull
+        self.land = transfer.land
+        self.push = transfer.push
+        self.mark_ready = transfer.mark_ready
         self.drop = transfer.drop
         self.revoke = transfer.revoke
         self.abandon = transfer.abandon

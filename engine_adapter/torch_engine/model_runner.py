@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as AbstractSequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,24 +30,40 @@ class ModelRunner:
         self._device = device.torch_device
         self._max_tile = device.max_prefill_tile
         self._block_rows: dict[str, BlockRows] = {}
+        self.num_layers = model.shape.num_layers
+        self.layer_bytes = kv_cache.block_bytes // model.shape.num_layers
+        """Of one block."""
 
     def forget(self, request_id: str) -> None:
         """The sequence's block table is no longer what it was."""
         self._block_rows.pop(request_id, None)
 
     @torch.inference_mode()
-    def prefill(self, chunk: PrefillChunk, on_logits: Callable[[int, Tensor], None] | None = None) -> None:
+    def prefill(
+        self,
+        chunk: PrefillChunk,
+        on_logits: Callable[[int, Tensor], None] | None = None,
+        on_written: Callable[[int, int], None] | None = None,
+    ) -> None:
         """Put the KV of the chunk's tokens into the pool.
 
         `on_logits` is called once a tile: a position, and logits [tokens, vocabulary] of the tokens from there on.
+        `on_written` is called once a tile and layer: the KV of that layer is in the pool up to a position.
         """
         for tile in tiles_of(chunk.start, chunk.end, self._max_tile):
             start, end = max(chunk.start, tile[0]), min(chunk.end, tile[1])
-            hidden = self._prefill_tile(chunk.sequence, tile, start, end)
+            hidden = self._prefill_tile(chunk.sequence, tile, start, end, on_written)
             if on_logits is not None:
                 on_logits(start, self._model.lm_head(hidden)[start - tile[0] : end - tile[0]].float())
 
-    def _prefill_tile(self, seq: Sequence, tile: tuple[int, int], start: int, end: int) -> Tensor:
+    def _prefill_tile(
+        self,
+        seq: Sequence,
+        tile: tuple[int, int],
+        start: int,
+        end: int,
+        on_written: Callable[[int, int], None] | None,
+    ) -> Tensor:
         """The whole tile is computed, from its first position on; only [start, end) is written."""
         cache, shape = self._kv_cache, self._model.shape
         size = cache.block_size
@@ -66,6 +83,7 @@ class ModelRunner:
                 self._device,
             ),
             causal_tile_mask(tile, shape.num_heads_per_kv_head, shape.dtype, self._device),
+            None if on_written is None else partial(on_written, end),
         )
         self._model.kind.is_decode = False
         return self._forward(token_ids, range(*tile), step)

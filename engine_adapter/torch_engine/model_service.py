@@ -16,6 +16,7 @@ from engine_adapter.kv_transfer_params import (
     wants_remote_decode,
     wants_remote_prefill,
 )
+from engine_adapter.push_params import calls_metaserver, check_metaserver, child_id, for_child, wants_push
 from engine_adapter.torch_engine.api_errors import ApiError, context_too_long, model_not_found, service_unavailable
 from engine_adapter.torch_engine.choice import Choice, Prompt
 from engine_adapter.torch_engine.detokenizer import Detokenizer, StopStrings
@@ -102,7 +103,9 @@ class ModelService:
                 name = response_id if len(prompts) == 1 else f"{response_id}-{prompt_index}"
                 engine_request_id = f"{name}-{suffix}" if request.num_choices == 1 else f"{k}_{name}-{suffix}"
                 seed = None if sampling.seed is None else sampling.seed + k
-                kv_params = self._kv_params(request, index)
+                kv_params = self._kv_params(request, response_id, prompt_index, k, len(prompts))
+                if kv_params is not None and "num_children" in kv_params:
+                    kv_params["num_tokens"] = len(prompt.token_ids)
                 plan.append(
                     PlannedChoice(
                         self._choice(request, prompt, index, engine_request_id),
@@ -114,7 +117,7 @@ class ModelService:
                             priority=request.priority or 0,
                             arrival_time=arrived_at,
                         ),
-                        follower=index > 0 and wants_remote_prefill(request.kv_transfer_params),
+                        follower=index > 0 and kv_params is None and wants_remote_prefill(request.kv_transfer_params),
                     )
                 )
         return Generation(self.engine, self.router, self.metrics, plan, arrived_at)
@@ -130,10 +133,26 @@ class ModelService:
         except EngineRequestError as error:
             raise to_api_error(error) from error
 
-    def _kv_params(self, request: GenerationRequest, index: int) -> dict[str, Any] | None:
-        """Only the first choice takes part in a hand-off. A stream can't carry an offer's parameters: it makes none."""
+    def _kv_params(
+        self, request: GenerationRequest, response_id: str, prompt_index: int, k: int, num_prompts: int
+    ) -> dict[str, Any] | None:
+        """Only the first choice takes part in a hand-off; of a push, the first of every prompt.
+
+        A stream can't carry an offer's parameters: it makes none.
+        """
         params = request.kv_transfer_params
-        if params is None or index > 0 or (wants_remote_decode(params) and request.stream):
+        if params is None or k > 0:
+            return None
+        try:
+            if calls_metaserver(params):
+                check_metaserver(params)
+                name = child_id(response_id, prompt_index)
+                return {**params, "request_id": name, "num_children": num_prompts}
+            if wants_push(params):
+                return for_child(params, response_id, prompt_index)
+        except InvalidKvTransferParams as error:
+            raise ApiError(str(error), param=error.field) from error
+        if prompt_index > 0 or (wants_remote_decode(params) and request.stream):
             return None
         if wants_remote_prefill(params):
             check_remote_prefill(params)

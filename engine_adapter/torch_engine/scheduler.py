@@ -122,7 +122,9 @@ class Scheduler:
             if block_ids is not None:
                 seq.block_ids += block_ids
                 continue
-            victim = max(self.running, key=lambda running: running.sort_key)
+            # A decoder may be reading what is pushed; that ends by itself, and never needs another block.
+            preemptible = [running for running in self.running if running.push_params is None]
+            victim = max(preemptible, key=lambda running: running.sort_key, default=seq)
             self._preempt(victim, plan)
             if victim is seq:
                 return False

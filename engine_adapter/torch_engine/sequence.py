@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any, Literal
 
+from engine_adapter.push_params import wants_push
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -129,6 +131,7 @@ class Sequence:
         "num_registered_blocks",
         "num_saved_blocks",
         "order",
+        "push_params",
         "remote_prefill_params",
         "request",
         "state",
@@ -160,6 +163,8 @@ class Sequence:
         params = request.kv_transfer_params or {}
         self.remote_prefill_params = params if params.get("do_remote_prefill") else None
         """Set until the pull has begun (or the parameters were dropped)."""
+        self.push_params = params if wants_push(params) else None
+        """Set where the prompt's KV is pushed while it is computed: such a sequence keeps its blocks."""
 
     @property
     def request_id(self) -> str:

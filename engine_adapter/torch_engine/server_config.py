@@ -47,6 +47,8 @@ class ServerConfig(BaseModel):
     """How long KV offered to a decoder is kept for it, in seconds."""
     kv_pull_timeout_s: float = Field(30.0, gt=0, le=3600)
     """How long a pull of KV may take, in seconds."""
+    kv_push_timeout_s: float = Field(120.0, gt=0, le=3600)
+    """How long a decoder's blocks wait for KV that is pushed layer by layer, the prefill included, in seconds."""
     max_body_bytes: int = Field(64 * MIB, ge=1024)
     """Largest request body."""
     drain_timeout_s: float = Field(30.0, ge=0, le=3600)

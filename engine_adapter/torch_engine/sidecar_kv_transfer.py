@@ -6,18 +6,28 @@ when the sidecar is lost is SidecarLink's; here its offers become void.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from engine_adapter.kv_transfer_params import InvalidKvTransferParams, RemotePrefill, parse_remote_prefill
+from engine_adapter.push_params import (
+    PushLanding,
+    calls_metaserver,
+    check_metaserver,
+    parse_push_landing,
+    wants_push,
+)
 from engine_adapter.sidecar_link import SidecarLink, pull_source
 from engine_adapter.torch_engine.kv_transfer import KvEvents, KvTransferUnavailable, PullResult
+from engine_adapter.torch_engine.metaserver_calls import MetaserverCalls
 from engine_adapter.torch_engine.prefix_store import LoadResult
 from engine_adapter.torch_engine.sequence import EngineRequestError
 from engine_adapter.torch_engine.sidecar_prefix_store import SidecarPrefixStore
 from sidecar.errors import SidecarError
-from sidecar.protocol import KvLayout, OfferEnded, PullEnded, PullSource, SidecarLost
+from sidecar.protocol import KvLayout, OfferEnded, PullEnded, PullSource, PushTarget, Ready, SidecarLost
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +46,18 @@ class SidecarKvTransfer:
         wake: Callable[[], None],
         store_load_timeout_s: float = 5.0,
         observe_load: Callable[[LoadResult], None] = lambda load: None,
+        push_timeout_s: float = 120.0,
     ) -> None:
         self._lease_s = lease_s
         self._pull_timeout_s = pull_timeout_s
+        self._push_timeout_s = push_timeout_s
+        self._block_size = layout.block_size
+        self._wake = wake
+        self._metaserver = MetaserverCalls(wake)
+        self._metaserver_failed: dict[str, str] = {}
+        self._landed: set[str] = set()
+        self._pushed: set[str] = set()
+        """Requests whose transfer is a push."""
         self._link = SidecarLink(socket_path, lambda client: client.register_pool(pool_fd, layout), wake)
         self.store = SidecarPrefixStore(self._link, store_load_timeout_s, observe_load)
         """The prefix store behind the same sidecar; it hears of its events by `poll` here."""
@@ -55,8 +74,16 @@ class SidecarKvTransfer:
         return self._link.client is not None
 
     def check(self, params: dict[str, Any]) -> None:
-        """Refuse a decoder's incomplete parameters. Raises EngineRequestError with status 400."""
-        _parse(params)
+        """Refuse incomplete parameters of a hand-off. Raises EngineRequestError with status 400."""
+        try:
+            if calls_metaserver(params):
+                check_metaserver(params)
+            elif wants_push(params):
+                parse_push_landing(params)
+            else:
+                parse_remote_prefill(params)
+        except InvalidKvTransferParams as error:
+            raise EngineRequestError(str(error), "BadRequestError", 400) from error
 
     def offer(self, request_id: str, block_ids: list[int], num_tokens: int, num_cached_tokens: int) -> dict[str, Any]:
         """Lease `block_ids` to whoever is sent the returned parameters. Raises KvTransferUnavailable."""
@@ -87,8 +114,69 @@ class SidecarKvTransfer:
         """Fetch the lease's blocks from `first_block` on into `local_block_ids`; one PullResult follows, always."""
         self._link.pull(request_id, _sources(params), local_block_ids, first_block, self._pull_timeout_s)
 
+    def land(
+        self, request_id: str, params: dict[str, Any], local_block_ids: list[int], first_block: int, num_tokens: int
+    ) -> None:
+        """Land the blocks and ask the metaserver for a prefill that fills them; one PullResult follows, always."""
+        landing = self._link.land(request_id, local_block_ids, first_block, self._push_timeout_s)
+        client = self._link.client
+        if landing is None or client is None:
+            self._wake()
+            return
+        self._landed.add(request_id)
+        hello = client.hello
+        self._metaserver.post(
+            params["metaserver"],
+            request_id,
+            PushLanding(
+                request_id=params.get("request_id") or request_id,
+                engine_id=hello.engine_id,
+                host=hello.host,
+                port=hello.port,
+                block_ids=tuple(local_block_ids),
+                block_size=self._block_size,
+                num_tokens=num_tokens,
+                first_block=first_block,
+                num_blocks=first_block + len(local_block_ids),
+                landing_id=landing.landing_id,
+                token=landing.token,
+                epoch=landing.epoch,
+            ).to_wire(),
+        )
+
+    def push(
+        self, request_id: str, params: dict[str, Any], block_ids: list[int], num_tokens: int, ready: Ready
+    ) -> None:
+        """Lease blocks that are still computed to the decoder's landing. Raises KvTransferUnavailable."""
+        client = self._link.client
+        if client is None:
+            raise KvTransferUnavailable("the sidecar is away")
+        landing = parse_push_landing(params)
+        target = PushTarget(
+            landing.host, landing.port, landing.engine_id, landing.landing_id, landing.token, landing.epoch
+        )
+        try:
+            offer = client.push(request_id, block_ids, num_tokens, self._lease_s, target, ready)
+        except SidecarError as error:
+            raise KvTransferUnavailable(str(error)) from error
+        self._transfer_of[request_id] = offer.transfer_id
+        self._request_of[offer.transfer_id] = request_id
+        self._pushed.add(request_id)
+
+    def mark_ready(self, request_id: str, ready: Ready) -> None:
+        """More of a push is computed; a lost sidecar has ended it anyway."""
+        transfer_id, client = self._transfer_of.get(request_id), self._link.client
+        if transfer_id is not None and client is not None:
+            with contextlib.suppress(SidecarError):
+                client.mark_ready(transfer_id, ready)
+
     def drop(self, params: dict[str, Any]) -> None:
-        """Tell the producer that nobody will read this KV."""
+        """Tell the producer that nobody will read this KV; and those who wait for one of many prompts, not to."""
+        if calls_metaserver(params):
+            if params.get("num_children", 1) > 1:
+                nothing = PushLanding(params["request_id"], "", "", 0, (), self._block_size, params["num_tokens"], 0, 0)
+                self._metaserver.post(params["metaserver"], "", nothing.to_wire())
+            return
         for source in _sources(params):
             self._link.drop(source)
 
@@ -105,44 +193,54 @@ class SidecarKvTransfer:
         """What has ended since the last call."""
         pulls: list[PullResult] = []
         ended: list[str] = []
+        ended_pushes: list[tuple[str, str]] = []
+        for request_id, why in self._metaserver.take_failed():
+            if request_id in self._landed:
+                self._metaserver_failed[request_id] = why
+                self._link.abandon(request_id)
         for event in self._link.poll():
             if isinstance(event, PullEnded):
-                pulls.append(_result(event))
+                pulls.append(self._result(event))
             elif isinstance(event, OfferEnded):
-                self._forget(event.transfer_id, ended)
+                self._forget(event.transfer_id, event.outcome, ended, ended_pushes)
             elif isinstance(event, SidecarLost):
-                self._void_offers(ended)
+                self._void_offers(ended, ended_pushes)
             else:
                 self.store.take(event)
-        return KvEvents(pulls=pulls, ended_offers=ended)
+        return KvEvents(pulls=pulls, ended_offers=ended, ended_pushes=ended_pushes)
 
     def close(self) -> None:
         """Stop the link and let the sidecar go."""
+        self._metaserver.close()
         self._link.close()
 
-    def _forget(self, transfer_id: str, ended: list[str]) -> None:
+    def _forget(self, transfer_id: str, outcome: str, ended: list[str], ended_pushes: list[tuple[str, str]]) -> None:
         request_id = self._request_of.pop(transfer_id, None)
-        if request_id is not None:
-            self._transfer_of.pop(request_id, "")
+        if request_id is None:
+            return
+        self._transfer_of.pop(request_id, "")
+        if request_id in self._pushed:
+            self._pushed.discard(request_id)
+            ended_pushes.append((request_id, outcome))
+        else:
             ended.append(request_id)
 
-    def _void_offers(self, ended: list[str]) -> None:
+    def _void_offers(self, ended: list[str], ended_pushes: list[tuple[str, str]]) -> None:
         """No consumer can confirm a read any more."""
         logger.warning("offers_void num=%d", len(self._request_of))
-        ended += self._transfer_of
-        self._transfer_of.clear()
-        self._request_of.clear()
+        for transfer_id in list(self._request_of):
+            self._forget(transfer_id, "sidecar_lost", ended, ended_pushes)
 
-
-def _parse(params: dict[str, Any]) -> RemotePrefill:
-    try:
-        return parse_remote_prefill(params)
-    except InvalidKvTransferParams as error:
-        raise EngineRequestError(str(error), "BadRequestError", 400) from error
+    def _result(self, event: PullEnded) -> PullResult:
+        """With the reason why it had to be abandoned, where that was the metaserver."""
+        self._landed.discard(event.pull_id)
+        result = _result(event)
+        why = self._metaserver_failed.pop(event.pull_id, None)
+        return result if event.ok or why is None else replace(result, reason="metaserver", message=why)
 
 
 def _sources(params: dict[str, Any]) -> list[PullSource]:
-    remote = _parse(params)
+    remote = parse_remote_prefill(params)
     return [pull_source(source, len(remote.block_ids)) for source in remote.sources]
 
 

@@ -18,9 +18,14 @@ NUM_REQUESTS = 200
 NUM_AT_ONCE = 8
 
 
-@pytest.mark.parametrize("transport", ["shm", pytest.param("mooncake", marks=pytest.mark.mooncake)])
-async def test_200_requests_cut_at_a_random_moment_leave_nothing(tiny_model: Path, transport: str) -> None:
-    with Deployment(tiny_model, transport=transport) as split:
+@pytest.mark.parametrize(
+    ("transport", "contract"),
+    [("shm", "pull"), pytest.param("mooncake", "pull", marks=pytest.mark.mooncake), ("shm", "layerwise")],
+)
+async def test_200_requests_cut_at_a_random_moment_leave_nothing(
+    tiny_model: Path, transport: str, contract: str
+) -> None:
+    with Deployment(tiny_model, transport=transport, proxy_args=["--contract", contract]) as split:
         asked = prompts(64, seed=11)
         usual_s = await _median_seconds(split.url, asked[20:30])
         rng = random.Random(5)

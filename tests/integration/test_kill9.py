@@ -39,9 +39,12 @@ VICTIMS: dict[str, Callable[[Deployment], Command]] = {
 
 
 @pytest.mark.timeout(240)
-async def test_each_part_killed_in_turn_under_load(tiny_model: Path) -> None:
+@pytest.mark.parametrize("contract", ["pull", "layerwise"])
+async def test_each_part_killed_in_turn_under_load(tiny_model: Path, contract: str) -> None:
     asked = prompts(40, seed=13)[20:]
-    with Deployment(tiny_model, num_prefill=2, num_decode=2) as split:
+    # A layerwise decoder that has a prompt in its cache asks no prefiller.
+    engine_args = ["--no-enable-prefix-caching"] if contract == "layerwise" else []
+    with Deployment(tiny_model, 2, 2, engine_args=engine_args, proxy_args=["--contract", contract]) as split:
         async with aiohttp.ClientSession() as session:
             expected = [await ask(session, split.url, prompt, stream=False) for prompt in asked]
             for name, victim in VICTIMS.items():

@@ -57,12 +57,27 @@ def expected(unsplit: str, asked: list[Prompt]) -> list[Answer]:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("num_prefill", "num_decode"), [(1, 1), (2, 2)], ids=["1p1d", "2p2d"])
-@pytest.mark.parametrize("transport", ["shm", pytest.param("mooncake", marks=pytest.mark.mooncake)])
+@pytest.mark.parametrize(
+    ("transport", "contract"),
+    [
+        ("shm", "pull"),
+        pytest.param("mooncake", "pull", marks=pytest.mark.mooncake),
+        ("shm", "layerwise"),
+        ("tcp", "layerwise"),
+    ],
+)
 async def test_64_prompts_split_equal_unsplit(
-    tiny_model: Path, asked: list[Prompt], expected: list[Answer], transport: str, num_prefill: int, num_decode: int
+    tiny_model: Path,
+    asked: list[Prompt],
+    expected: list[Answer],
+    transport: str,
+    contract: str,
+    num_prefill: int,
+    num_decode: int,
 ) -> None:
     stream = [(index // 2) % 2 == (num_prefill + (transport == "shm")) % 2 for index in range(len(asked))]
-    with Deployment(tiny_model, num_prefill, num_decode, transport, engine_args=NO_PREFIX_CACHE) as split:
+    proxy_args = ["--contract", contract]
+    with Deployment(tiny_model, num_prefill, num_decode, transport, NO_PREFIX_CACHE, proxy_args) as split:
         answers = await ask_all(split.url, asked, stream=stream)
         assert answers == expected
         _assert_kv_crossed(split, [answer.num_prompt_tokens for answer in expected], transport)

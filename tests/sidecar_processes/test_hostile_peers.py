@@ -15,12 +15,14 @@ from sidecar.framing import FrameDecoder, encode_frame
 from sidecar.protocol import (
     PROTOCOL_VERSION,
     Claim,
+    Deliver,
     EngineHello,
     Heartbeat,
     Message,
     OfferBlocks,
     OpenRegion,
     PeerHello,
+    PullSource,
     RegisterPool,
     Release,
     encode,
@@ -226,3 +228,28 @@ def test_descriptors_nobody_asked_for_are_closed(ends: Ends) -> None:
             answers(sock)
     finally:
         os.close(fd)
+
+
+def test_deliveries_of_nobody_fill_no_landing(ends: Ends) -> None:
+    """A guessed token, a landing that is none, too many blocks, another model: refused, and the landing stands."""
+    landing = ends.producer.client.land("landing", [7, 8])
+    assert landing is not None
+    before = ends.producer.pool[:]
+    source = PullSource("127.0.0.1", 1, "mallory", "t", "s", "e", 2)
+    more = PullSource("127.0.0.1", 1, "mallory", "t", "s", "e", 3)
+    attempts = [
+        (Deliver(1, landing.landing_id, "0" * 32, source), {}, "wrong_token"),
+        (Deliver(1, "0" * 16, landing.token, source), {}, "unknown"),
+        (Deliver(1, landing.landing_id, landing.token, more), {}, "invalid"),
+        (Deliver(1, landing.landing_id, landing.token, source), {"layout": a_layout(model="other")}, "incompatible"),
+        (Deliver(1, landing.landing_id, landing.token, source), {"layout": None}, "incompatible"),
+    ]
+    for deliver, changes, reason in attempts:
+        with raw_connection(targets(ends)[0]) as sock:
+            sock.sendall(encode_frame(encode(peer_hello(ends, **changes))) + encode_frame(encode(deliver)))
+            sock.shutdown(socket.SHUT_WR)
+            _, refused = answers(sock)
+        assert (refused["type"], refused["reason"]) == ("call_refused", reason)
+    assert ends.producer.pool[:] == before and ends.producer.count("landing") == 0
+    ends.producer.client.abandon("landing")
+    assert ends.producer.pull_ended("landing").reason == "abandoned"

@@ -269,3 +269,41 @@ def test_closing_is_silent_and_idempotent(open_client: Open) -> None:
     assert client.poll() == []
     with pytest.raises(SidecarUnavailable, match=r"closed|ended"):
         client.drop(SOURCE)
+
+
+def test_a_landing_is_answered_and_ends_once(open_client: Open) -> None:
+    def answer(message: Message) -> list[Message]:
+        if isinstance(message, protocol.Land) and message.local_block_ids == [9]:
+            return [CallFailed(message.call_id, "OfferRefused", "not in the pool")]
+        if isinstance(message, protocol.Land):
+            return [ended(message.pull_id), protocol.Landing(message.call_id, "l", "t", "e", 1.0)]
+        return die(message)
+
+    client, _ = open_client(answer)
+    landing = client.land("p", [3], first_block=1, deadline_s=2.0)
+    assert landing is not None and landing.landing_id == "l"
+    assert wait_for_events(client, 1) == [ended("p")]
+    with pytest.raises(OfferRefused, match="not in the pool"):
+        client.land("q", [9])
+    assert client.poll() == []
+    client.land("q", [3])  # the id is free again
+    assert wait_for_events(client, 1) == [ended("q")]
+
+
+def test_landings_of_a_lost_sidecar_are_reported_once(open_client: Open) -> None:
+    def answer(message: Message) -> list[Message]:
+        if isinstance(message, protocol.Land) and message.pull_id == "a":
+            return [protocol.Landing(message.call_id, "l", "t", "e", 1.0)]
+        return die(message)
+
+    client, _ = open_client(answer)
+    client.land("a", [3])
+    reported = {"a"}
+    try:
+        if client.land("b", [4]) is None:
+            reported.add("b")
+    except SidecarUnavailable:
+        pass
+    events = wait_for_events(client, len(reported) + 1)
+    assert {event.pull_id for event in events if isinstance(event, PullEnded)} == reported
+    assert [event.reason for event in events if isinstance(event, PullEnded)] == ["sidecar_lost"] * len(reported)

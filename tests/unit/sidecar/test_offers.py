@@ -9,7 +9,18 @@ from sidecar.errors import OfferRefused, Refusal
 from sidecar.leases import Claimant, State
 from sidecar.metrics import SidecarMetrics
 from sidecar.offers import Offers
-from sidecar.protocol import Offer, OfferBlocks, OfferEnded
+from sidecar.protocol import (
+    Computed,
+    MarkReady,
+    Message,
+    Offer,
+    OfferBlocks,
+    OfferEnded,
+    PushBlocks,
+    PushTarget,
+    Ready,
+    Withdrawn,
+)
 
 ALICE = Claimant("alice", 1)
 
@@ -22,7 +33,7 @@ class Desk:
         self.happened = asyncio.Event()
         config = SidecarConfig(socket="s", engine_id="e", **settings)  # type: ignore[arg-type]
         self.metrics = SidecarMetrics()
-        self.offers = Offers(config, "epoch", 10, self.metrics, self._tell)
+        self.offers = Offers(config, "epoch", 10, self.metrics, self._tell, num_layers=2)
 
     def _tell(self, event: OfferEnded) -> None:
         self.told.append(event)
@@ -98,3 +109,64 @@ async def test_revoking_twice_tells_once() -> None:
     desk.offers.revoke(offer.transfer_id)
     desk.offers.revoke(offer.transfer_id)
     assert desk.told == [OfferEnded(offer.transfer_id, "revoked")]
+
+
+TARGET = PushTarget("h", 1, "d", "l", "t", "e")
+
+
+def push(desk: Desk, ready: Ready, ttl_s: float = 30.0) -> Offer:
+    return desk.offers.offer(PushBlocks(7, "request", [1, 2, 3], 48, ttl_s, ready, TARGET))
+
+
+async def test_who_claimed_a_push_hears_of_every_mark_and_may_consume_when_all_is_computed() -> None:
+    desk = Desk()
+    offer = push(desk, Ready(0, 2, 1))
+    heard: list[Message] = []
+    lease, _ = desk.offers.claim(offer.transfer_id, offer.token, ALICE)
+    desk.offers.follow(lease, heard.append)
+    assert lease.ready == Ready(0, 2, 1)
+    desk.offers.advance(MarkReady(offer.transfer_id, Ready(0, 2, 2)))
+    with pytest.raises(Refusal, match="not computed yet"):
+        desk.offers.release(offer.transfer_id, offer.token, ALICE, "consumed")
+    desk.offers.advance(MarkReady(offer.transfer_id, Ready(2, 3, 2)))
+    assert heard == [Computed(offer.transfer_id, Ready(2, 2)), Computed(offer.transfer_id, Ready(3, 3))]
+    desk.offers.release(offer.transfer_id, offer.token, ALICE, "consumed")
+    await asyncio.sleep(0)
+    assert desk.told == [OfferEnded(offer.transfer_id, "consumed")] and len(heard) == 2
+    desk.offers.advance(MarkReady(offer.transfer_id, Ready(3, 3)))  # has ended: nobody cares
+    desk.offers.close()
+
+
+@pytest.mark.parametrize("mark", [Ready(0, 1, 2), Ready(0, 4, 1), Ready(0, 3, 3), Ready(1, 0, 0), Ready(0, 2, 0)])
+async def test_a_mark_that_steps_back_or_out_is_refused(mark: Ready) -> None:
+    desk = Desk()
+    offer = push(desk, Ready(0, 2, 1))
+    with pytest.raises(Refusal):
+        desk.offers.advance(MarkReady(offer.transfer_id, mark))
+    plain = desk.offer(30.0, 1)
+    with pytest.raises(Refusal):
+        desk.offers.advance(MarkReady(plain.transfer_id, Ready(0, 1, 1)))
+    with pytest.raises(OfferRefused):
+        push(desk, Ready(0, 4, 1))
+    desk.offers.close()
+
+
+async def test_a_push_that_is_taken_back_or_runs_out_tells_who_claimed_it() -> None:
+    desk = Desk(claim_ttl_s=0.1)
+    for ttl_s, reason in ((30.0, "released"), (0.05, "expired")):
+        offer = push(desk, Ready(), ttl_s)
+        heard: list[Message] = []
+        lease, _ = desk.offers.claim(offer.transfer_id, offer.token, ALICE)
+        desk.offers.follow(lease, heard.append)
+        desk.happened.clear()
+        if reason == "released":
+            desk.offers.revoke(offer.transfer_id)
+        await asyncio.wait_for(desk.happened.wait(), 10)
+        await asyncio.sleep(0)
+        (withdrawn,) = heard
+        assert isinstance(withdrawn, Withdrawn) and withdrawn.reason == reason
+    offer = push(desk, Ready())
+    desk.offers.unwanted(offer.transfer_id)
+    assert desk.told[-1] == OfferEnded(offer.transfer_id, "dropped")
+    desk.offers.unwanted(offer.transfer_id)
+    desk.offers.close()

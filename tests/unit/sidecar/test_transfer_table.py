@@ -14,7 +14,7 @@ from sidecar.errors import FrameError, PeerLost, Refusal
 from sidecar.layout import KvLayout, Plane
 from sidecar.leases import Reader
 from sidecar.metrics import SidecarMetrics
-from sidecar.protocol import Claimed, Done, Pull, PullEnded, PullSource
+from sidecar.protocol import Claimed, Computed, Done, Pull, PullEnded, PullSource, Ready, Withdrawn
 from sidecar.transfer_table import TransferTable
 from sidecar.transport.contract import COPIED, STOPPED, PendingCopy
 
@@ -49,6 +49,7 @@ class Producer:
         self.reshard = None
         self.readers: set[object] = set()
         self.copy: Copy | None = None
+        self.follower: Any = None
 
     def gate(self, step: str) -> asyncio.Future[Any]:
         self.gates[step] = asyncio.get_running_loop().create_future()
@@ -65,6 +66,9 @@ class Producer:
     def claim(self, source: PullSource, reader: Reader) -> Any:
         self.num_claims += 1
         return self.gate("claim")
+
+    def follow(self, source: PullSource, follower: Any) -> None:
+        self.follower = follower
 
     def read(self, spans: object) -> Copy:
         self.copy = Copy(self)
@@ -277,3 +281,49 @@ async def test_limits_and_ids() -> None:
     await asyncio.wait_for(stage.done.wait(), 5)
     assert (stage.reported[0].pull_id, stage.reported[0].reason) == ("other", "invalid")
     await stage.table.close("done")
+
+
+async def computing(stage: Stage, ready: Ready) -> None:
+    """Claimed, and computed as far as `ready`."""
+    stage.begin()
+    await stage.go_to("claim")
+    stage.producer.gates["claim"].set_result(Claimed(1, [0, 1], 32, 5.0, ready))
+
+
+async def test_a_lease_that_is_still_computed_is_copied_part_by_part() -> None:
+    stage = Stage()
+    await computing(stage, Ready(1, 1))
+    for mark in (Ready(2, 2), None):
+        await asyncio.wait_for(stage.producer.reached["copy"].wait(), 5)
+        assert not stage.producer.reached["release"].is_set()
+        stage.producer.reached["copy"].clear()
+        stage.producer.gates["copy"].set_result(COPIED)
+        await asyncio.sleep(0)
+        if mark is not None:
+            stage.producer.follower(Computed("t", mark))
+    await asyncio.wait_for(stage.producer.reached["release"].wait(), 5)
+    stage.producer.gates["release"].set_result(Done(2))
+    ended = await stage.end()
+    assert (ended.ok, ended.num_bytes) == (True, 20) and not stage.producer.readers
+    assert stage.producer.follower is None
+
+
+@pytest.mark.parametrize("why", ["withdrawn", "abandoned", "timeout", "nonsense"])
+async def test_a_lease_that_is_never_computed_to_its_end(why: str) -> None:
+    stage = Stage()
+    await computing(stage, Ready())
+    while stage.producer.follower is None or not stage.producer.readers:  # noqa: ASYNC110  (loop turns, not time)
+        await asyncio.sleep(0)
+    if why == "withdrawn":
+        stage.producer.follower(Withdrawn("t", "released", "taken back"))
+    elif why == "abandoned":
+        stage.table.abandon("pull")
+    elif why == "timeout":
+        stage.table.supersede("pull")
+    else:
+        stage.producer.follower(Computed("t", Ready(7, 9, 1)))
+    ended = await stage.end()
+    reason = {"withdrawn": "released", "nonsense": "transport"}.get(why, "abandoned")
+    assert (ended.ok, ended.reason) == (False, reason)
+    assert stage.producer.said == (["drop"] if why == "abandoned" else ["returned"])
+    assert stage.producer.copy is None and stage.producer.follower is None

@@ -45,10 +45,10 @@ class RecordingRunner(ModelRunner):
         self.decode_sizes: list[int] = []
         self.fails_on: set[str] = set()
 
-    def prefill(self, chunk: Any, on_logits: Any = None) -> None:
+    def prefill(self, chunk: Any, on_logits: Any = None, on_written: Any = None) -> None:
         if chunk.sequence.request_id in self.fails_on:
             raise RuntimeError("made to fail in prefill")
-        super().prefill(chunk, on_logits)
+        super().prefill(chunk, on_logits, on_written)
 
     def decode(self, seqs: Sequence[EngineSequence]) -> torch.Tensor:
         self.decode_sizes.append(len(seqs))

@@ -1,0 +1,113 @@
+"""How much of a KV transfer a layerwise push hides behind the prefill that computes it.
+
+    python -m bench.layerwise_push [--transport shm|tcp|mooncake] [--layer-ms MS] [--rounds N] [--check]
+
+Two real pd-sidecar processes on loopback and two pools in this process. A prefill is stood for by sleeping `--layer-ms`
+for each layer of each chunk, as on an accelerator, and marking what is then computed. Exposed is the time from the end
+of the prefill to the PullEnded at the consumer's engine; the pull beside it, in the same round, is of the same blocks,
+offered at the end of such a prefill. Hidden is 1 - exposed / pull. `--check` ends with status 1 if the median of any
+shape hides less than 80 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from bench.kv_transfer import POOL_BYTES, Engine, sidecar, transfer
+from sidecar.protocol import OfferEnded, PullEnded, PushTarget, Ready
+
+MIB = 1 << 20
+NUM_LAYERS = 8
+"""Of bench.kv_transfer's pools."""
+BLOCK_BYTES = 256 << 10
+SHAPES = [(64 * MIB, 1), (64 * MIB, 4), (128 * MIB, 1), (128 * MIB, 4)]
+"""(bytes a transfer, chunks of the prefill)."""
+BAR = 0.8
+
+
+def push(
+    producer: Engine, consumer: Engine, remote: list[int], local: list[int], name: str, chunks: int, layer_s: float
+) -> float:
+    """Seconds from the end of the prefill to the end of the push."""
+    landing = consumer.client.land(name, local, deadline_s=60)
+    assert landing is not None
+    hello = consumer.client.hello
+    target = PushTarget(hello.host, hello.port, hello.engine_id, landing.landing_id, landing.token, landing.epoch)
+    offer = producer.client.push(name, remote, 16 * len(remote), 60, target, Ready())
+    borders = [len(remote) * index // chunks for index in range(chunks + 1)]
+    for start, end in itertools.pairwise(borders):
+        for layer in range(NUM_LAYERS):
+            time.sleep(layer_s)
+            computed = time.perf_counter()
+            producer.client.mark_ready(offer.transfer_id, Ready(start, end, layer + 1))
+    ended = consumer.wait(PullEnded)
+    took = time.perf_counter() - computed
+    if not isinstance(ended, PullEnded) or not ended.ok:
+        raise SystemExit(f"a push failed: {ended}")
+    producer.wait(OfferEnded)
+    return took
+
+
+def measure(arguments: argparse.Namespace) -> bool:
+    """Print a line a shape; whether all are above the bar."""
+    good = True
+    rng = random.Random(1)
+    layers = f"{NUM_LAYERS} layers of {arguments.layer_ms:g} ms a chunk"
+    print(f"transport {arguments.transport}, {layers}, {BLOCK_BYTES >> 10} KiB blocks")
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory)
+        with sidecar(path, "p", arguments.transport) as p, sidecar(path, "d", arguments.transport) as d:
+            producer, consumer = Engine(p, BLOCK_BYTES), Engine(d, BLOCK_BYTES)
+            try:
+                for num_bytes, chunks in SHAPES:
+                    good &= one_shape(producer, consumer, rng, num_bytes, chunks, arguments)
+            finally:
+                producer.close()
+                consumer.close()
+    return good
+
+
+def one_shape(
+    producer: Engine, consumer: Engine, rng: random.Random, num_bytes: int, chunks: int, arguments: argparse.Namespace
+) -> bool:
+    pulls, pushes = [], []
+    for turn in range(arguments.rounds + 1):
+        num = num_bytes // BLOCK_BYTES
+        remote, local = (rng.sample(range(POOL_BYTES // BLOCK_BYTES), num) for _ in range(2))
+        time.sleep(arguments.layer_ms / 1000)
+        offered_s, pulled_s = transfer(producer, consumer, remote, local, f"pull-{num_bytes}-{chunks}-{turn}")
+        name = f"push-{num_bytes}-{chunks}-{turn}"
+        pushed_s = push(producer, consumer, remote, local, name, chunks, arguments.layer_ms / 1000)
+        if turn:  # the first warms up
+            pulls.append(offered_s + pulled_s)
+            pushes.append(pushed_s)
+    hidden = statistics.median(1 - push / pull for push, pull in zip(pushes, pulls, strict=True))
+    pull_ms, push_ms = statistics.median(pulls) * 1e3, statistics.median(pushes) * 1e3
+    print(
+        f"{num_bytes // MIB:4} MiB in {chunks} chunk{'s' * (chunks > 1)}: pull {pull_ms:6.2f} ms, "
+        f"exposed after a push {push_ms:6.2f} ms, hidden {hidden:.0%}"
+        + ("" if hidden >= BAR else f"  below the bar of {BAR:.0%}")
+    )
+    return hidden >= BAR
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--transport", choices=("shm", "tcp", "mooncake"), default="shm")
+    parser.add_argument("--layer-ms", type=float, default=10.0, help="milliseconds a layer of one chunk is computed")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--check", action="store_true", help="end with status 1 below the bar")
+    arguments = parser.parse_args()
+    good = measure(arguments)
+    sys.exit(0 if good or not arguments.check else 1)
+
+
+if __name__ == "__main__":
+    main()
