@@ -24,18 +24,12 @@ bit for bit by core/test_batch_invariance.py; bfloat16 and accelerators run thro
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from engine_adapter.device import Device
-
-logger = logging.getLogger(__name__)
 
 _IS_AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
 if _IS_AVX2:
@@ -52,12 +46,9 @@ _MOST_PIECED_WEIGHTS = 4 << 20
 """Weights of more elements than this are packed for oneDNN only: its 40 us are lost in reading 16 MiB."""
 _PARALLEL_GRAIN = 32768
 """at::internal::GRAIN_SIZE: an elementwise operation on no more elements than this is never cut for threads."""
-_RMS_NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 
 _onednn_linear = torch.ops.mkldnn._linear_pointwise
 _mkl_linear = torch.ops.mkl._mkl_linear
-_TABLE_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Rotary embeddings that depend on the position alone; dynamic and longrope ones depend on the batch's longest."""
 
 
 @dataclass(slots=True)
@@ -76,7 +67,7 @@ class BatchInvariantLinear(nn.Module):
     def __init__(self, linear: nn.Linear, kind: ForwardKind) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._kind = kind
+        self.kind = kind
         weight = linear.weight.detach()
         self._bias = None if linear.bias is None else linear.bias.detach()
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, MAX_DECODE_ROWS)
@@ -88,7 +79,7 @@ class BatchInvariantLinear(nn.Module):
                 self._packed_for_rows[num_rows] = torch.ops.mkl._mkl_reorder_linear_weight(weight, num_rows)
 
     def forward(self, rows: Tensor) -> Tensor:
-        if not (self._kind.is_decode and self._packed_for_rows):
+        if not (self.kind.is_decode and self._packed_for_rows):
             out: Tensor = _onednn_linear(rows, self._packed, self._bias, "none", [], "")
             return out
         if rows.shape[-2] in self._packed_for_rows:
@@ -172,91 +163,13 @@ class FewOpsRmsNorm(nn.Module):
         return (rows * scale).mul_(self._scaled_weight)
 
 
-class RotaryTable(nn.Module):
-    """Cosines and sines of every position, [max_positions, head_dim] each, as the model's own module computes them."""
-
-    def __init__(self, rotary: nn.Module, max_positions: int, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__()
-        positions = torch.arange(max_positions, device=device).unsqueeze(0)
-        cos, sin = rotary(torch.empty(0, dtype=dtype, device=device), positions)
-        self._cos, self._sin = cos.squeeze(0).contiguous(), sin.squeeze(0).contiguous()
-
-    def forward(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """`position_ids` [1, rows]; both results [1, rows, head_dim]."""
-        positions = position_ids[0]
-        return self._cos.index_select(0, positions).unsqueeze(0), self._sin.index_select(0, positions).unsqueeze(0)
-
-
-def make_batch_invariant(model: Any, *, max_positions: int, device: Device) -> tuple[ForwardKind, int]:
-    """Swap `model`'s modules in place; their kind of forward, and the multiple of rows that decodes must have."""
-    kind = ForwardKind()
-    backbone = model.get_decoder()
-    dtype = model.get_output_embeddings().weight.dtype
-    config = model.config
-    rope_parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    if rope_parameters.get("rope_type", "default") in _TABLE_ROPE_TYPES:
-        last_tile_end = -(-max_positions // device.max_prefill_tile) * device.max_prefill_tile
-        backbone.rotary_emb = RotaryTable(backbone.rotary_emb, last_tile_end, dtype, device.torch_device)
-    if device.kind != "cpu":
-        return kind, 1
-    if dtype is torch.float32:
-        _swap_norms(backbone)
-    for layer in backbone.layers:
-        layer.mlp.act_fn = UncutActivation(layer.mlp.act_fn)
-    if dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return kind, 1  # oneDNN has no bfloat16 on this CPU: the model's own linears stay, without the promise
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        logger.warning("event=no_onednn consequence=decodes_padded rows=%d", MAX_DECODE_ROWS)
-        return kind, MAX_DECODE_ROWS
-    linears = _swap_linears(model, kind)
-    if dtype is not torch.float32 or all(rows_are_invariant(linear, kind) for linear in _one_of_each_shape(linears)):
-        return kind, DECODE_MULTIPLE
-    logger.warning("event=matmul_depends_on_batch consequence=decodes_padded rows=%d", MAX_DECODE_ROWS)
-    return kind, MAX_DECODE_ROWS
-
-
-_SHARED_INPUT_NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""In the order in which transformers' modules call them."""
-
-
-def _swap_linears(model: Any, kind: ForwardKind) -> list[BatchInvariantLinear]:
-    """Replace one at a time, so that few weights are there twice (a tied one stays with the embedding)."""
-    swapped = []
-    for parent in list(model.modules()):
-        for names in _SHARED_INPUT_NAMES:
-            members = [getattr(parent, name, None) for name in names]
-            linears = [member for member in members if type(member) is nn.Linear]
-            if len(linears) < len(names) or len({linear.bias is None for linear in linears}) > 1:
-                continue
-            shared = SharedInput(linears, kind)
-            swapped.append(shared.linear)
-            for index, name in enumerate(names):
-                setattr(parent, name, SharedInputPart(shared, index))
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
-                swapped.append(BatchInvariantLinear(child, kind))
-                setattr(parent, name, swapped[-1])
-    return swapped
-
-
-def _swap_norms(backbone: nn.Module) -> None:
-    for parent in list(backbone.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child).__name__ in _RMS_NORMS:
-                setattr(parent, name, FewOpsRmsNorm(child.weight, child.variance_epsilon))  # type: ignore[arg-type]
-
-
-def _one_of_each_shape(linears: list[BatchInvariantLinear]) -> list[BatchInvariantLinear]:
-    return list({(linear.in_features, linear.out_features): linear for linear in linears}.values())
-
-
 @torch.inference_mode()
 def rows_are_invariant(linear: nn.Module, kind: ForwardKind) -> bool:
     """True where every decode shape gives each row the bits it has in the largest one, at whatever place it stands."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(1, MAX_DECODE_ROWS, int(linear.in_features), generator=generator)  # type: ignore[arg-type]
 
-    kind.is_decode = True
+    before, kind.is_decode = kind.is_decode, True
     try:
         full = linear(rows)
         return all(
@@ -265,4 +178,4 @@ def rows_are_invariant(linear: nn.Module, kind: ForwardKind) -> bool:
             for start in {0, 1, 3, MAX_DECODE_ROWS - num_rows}
         )
     finally:
-        kind.is_decode = False
+        kind.is_decode = before

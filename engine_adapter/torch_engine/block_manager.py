@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 
 class BlockManager:
@@ -38,13 +38,23 @@ class BlockManager:
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def hash_full_blocks(self, token_ids: Sequence[int], num_blocks: int, known: Sequence[bytes] = ()) -> list[bytes]:
-        """Chained hashes of the first `num_blocks` blocks of a sequence; `known` is a prefix of the answer."""
+    def hash_full_blocks(
+        self,
+        token_ids: Sequence[int],
+        num_blocks: int,
+        known: Sequence[bytes] = (),
+        key_of: Callable[[int, int], bytes] | None = None,
+    ) -> list[bytes]:
+        """Chained hashes of the first `num_blocks` blocks of a sequence; `known` is a prefix of the answer.
+
+        `key_of(start, end)`: what makes the content of these places beside their token ids, such as an image's hash.
+        """
         hashes = list(known[:num_blocks])
         parent = hashes[-1] if hashes else self._root
         for start in range(len(hashes) * self.block_size, num_blocks * self.block_size, self.block_size):
             tokens = array("q", token_ids[start : start + self.block_size])
-            parent = hashlib.sha256(parent + tokens.tobytes()).digest()
+            key = key_of(start, start + self.block_size) if key_of is not None else b""
+            parent = hashlib.sha256(parent + tokens.tobytes() + key).digest()
             hashes.append(parent)
         return hashes
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine_adapter.torch_engine.detokenizer import Detokenizer
+from engine_adapter.torch_engine.prompt_images import PromptImages
 from engine_adapter.torch_engine.sequence import RequestOutput, TokenLogprobs
 
 StopReason = int | str | None
@@ -18,6 +19,7 @@ class Prompt:
 
     token_ids: list[int]
     text: str | None = None
+    images: PromptImages | None = None
 
 
 @dataclass(slots=True)

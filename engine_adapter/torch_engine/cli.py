@@ -15,7 +15,7 @@ from engine_adapter.torch_engine.config import EngineConfig, EngineStartError
 from engine_adapter.torch_engine.flags import UsageParser, add_flags, add_version, nearest, read_flags
 from engine_adapter.torch_engine.server_config import ServerConfig
 
-FAMILIES = ("qwen3", "qwen2", "llama")
+FAMILIES = ("qwen3", "qwen2", "llama", "qwen3_moe", "qwen2_5_vl")
 SIZES = ("tiny", "small")
 IMPLEMENTATIONS = {
     "serve": "engine_adapter.torch_engine.server:serve",

@@ -50,12 +50,15 @@ class EngineStats:
     num_preemptions: int
     block_size: int
     """Tokens of a block."""
+    num_images_encoded: int = 0
+    """Forwards of the vision tower."""
 
 
 class Engine:
     """Loads the model and allocates the pool when constructed (EngineStartError), serves between start and shutdown.
 
     Attributes for the server: `max_model_len`, `vocab_size`, `eos_token_ids`, `model_fingerprint` (str),
+    `image_token_id` (None for a model that takes text only),
     `kv_cache` (with `fd`, and `kv_layout()` here, for the sidecar).
     """
 
@@ -71,6 +74,8 @@ class Engine:
         self.vocab_size = model.vocab_size
         self.eos_token_ids = model.eos_token_ids
         self.model_fingerprint = model.fingerprint
+        self.image_token_id = model.image_token_id
+        self._vision = model.vision
         self.kv_cache = KvCache(model.shape, num_blocks, config.block_size, device)
         self.core = self._make_core(config, model, device, kv_transfer)
         self._num_threads = torch.get_num_threads()
@@ -245,4 +250,5 @@ class Engine:
             num_generation_tokens=counters.num_generation_tokens,
             num_preemptions=scheduler.num_preemptions,
             block_size=self.kv_cache.block_size,
+            num_images_encoded=0 if self._vision is None else self._vision.num_encoded,
         )

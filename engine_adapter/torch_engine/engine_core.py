@@ -36,6 +36,9 @@ from engine_adapter.torch_engine.store_use import StoreUse
 
 logger = logging.getLogger(__name__)
 
+IMAGES_KEY = "remote_mm_hashes"
+"""In kv_transfer_params: content hashes of the prompt's images. A URL may name another image a second later."""
+
 
 @dataclass(slots=True)
 class _Ask:
@@ -110,8 +113,7 @@ class EngineCore:
         try:
             if request.request_id in self._asks or request.request_id in self.scheduler.offered:
                 raise EngineRequestError(f"request id {request.request_id} is in use")
-            if params.get("do_remote_prefill"):
-                self._check_remote_prefill(request, params)
+            is_of_other_images = bool(params.get("do_remote_prefill")) and self._check_remote_prefill(request, params)
             wants_nothing = wants_push(params) and self._pushes.check(request, params, self.kv_transfer)
         except EngineRequestError as exc:
             self._outputs.append(RequestOutput(request.request_id, [], finish_reason="error", error=exc))
@@ -122,15 +124,21 @@ class EngineCore:
         seq = Sequence(request, self._num_arrived)
         self._num_arrived += 1
         self._asks[request.request_id] = self._ask_of(seq)
-        if request.sampling.prompt_logprobs is not None:
+        if request.sampling.prompt_logprobs is not None or is_of_other_images:
             self._drop_lease(seq)  # every prompt position has to be computed here, as in vLLM
         if seq.push_params is not None:
             self._pushes.expect(seq)
         self.scheduler.add(seq)
 
-    def _check_remote_prefill(self, request: EngineRequest, params: dict[str, Any]) -> None:
+    def _check_remote_prefill(self, request: EngineRequest, params: dict[str, Any]) -> bool:
+        """True where that KV is of other images than the request's, and the prompt is to be computed here instead."""
         if self.kv_transfer is not None:
             self.kv_transfer.check(params)
+        if params.get(IMAGES_KEY, []) != (request.images.hashes if request.images is not None else []):
+            if self._kv_load_failure_policy == "recompute":
+                return True
+            self._drop(params)
+            raise _kv_load_error("the prompt's images are not those that the prefiller was given")
         num_tokens = params.get("remote_num_tokens")
         if num_tokens is not None and num_tokens != len(request.prompt_token_ids):
             self._drop(params)
@@ -138,6 +146,7 @@ class EngineCore:
                 f"kv_transfer_params.remote_num_tokens is {num_tokens}, "
                 f"but the prompt has {len(request.prompt_token_ids)} tokens"
             )
+        return False
 
     def _ask_of(self, seq: Sequence) -> _Ask:
         sampling = seq.request.sampling
@@ -374,6 +383,8 @@ class EngineCore:
         except KvTransferUnavailable as exc:
             logger.warning("event=kv_offer_failed request_id=%s reason=%s", seq.request_id, exc)
             return None
+        if seq.request.images is not None:
+            params[IMAGES_KEY] = seq.request.images.hashes
         self.scheduler.offer(seq)
         self._asks.pop(seq.request_id)
         self._runner.forget(seq.request_id)

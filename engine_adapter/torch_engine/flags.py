@@ -72,7 +72,9 @@ def add_flags(parser: argparse.ArgumentParser, config: type[BaseModel], title: s
     for name, field in config.model_fields.items():
         flag = "--" + name.replace("_", "-")
         text = _help(field)
-        if field.annotation is bool:
+        if get_origin(field.annotation) is tuple:
+            group.add_argument(flag, nargs="+", metavar="TEXT", default=argparse.SUPPRESS, help=text)
+        elif field.annotation is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         else:
             group.add_argument(
@@ -126,4 +128,4 @@ def _metavar(name: str, field: FieldInfo) -> str:
 
 def _help(field: FieldInfo) -> str:
     text = (field.description or "").strip().replace("\n", " ").replace("%", "%%")
-    return text if field.is_required() or field.default is None else f"{text} [{field.default}]".strip()
+    return text if field.is_required() or field.default in (None, ()) else f"{text} [{field.default}]".strip()

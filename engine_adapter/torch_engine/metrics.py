@@ -144,6 +144,7 @@ class ServerMetrics(Collector):
             ("vllm:prompt_tokens", "Prompt tokens, wherever their KV came from.", sum(sources.values())),
             ("vllm:generation_tokens", "Tokens generated.", stats.num_generation_tokens),
             ("vllm:num_preemptions", "Requests preempted because the pool was full.", stats.num_preemptions),
+            ("baton_engine_images_encoded", "Images that the vision tower computed.", stats.num_images_encoded),
         ):
             family = CounterMetricFamily(name, text, labels=["model_name"])
             family.add_metric(self._labels, value)

@@ -10,19 +10,24 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import __version__ as transformers_version
 from transformers.utils import logging as transformers_logging
 
 from engine_adapter.device import Device
 from engine_adapter.model_fingerprint import model_fingerprint
 from engine_adapter.torch_engine.attention import ATTENTION_NAME, register_attention
-from engine_adapter.torch_engine.batch_invariant import ForwardKind, make_batch_invariant
+from engine_adapter.torch_engine.batch_invariant import ForwardKind
 from engine_adapter.torch_engine.config import Dtype, EngineStartError
+from engine_adapter.torch_engine.invariant_model import make_batch_invariant
 from engine_adapter.torch_engine.model_shape import ModelShape
+from engine_adapter.torch_engine.vision_tower import VisionTower
 
-SUPPORTED_FAMILIES = ("llama", "qwen2", "qwen3")
+SUPPORTED_FAMILIES = ("llama", "qwen2", "qwen2_5_vl", "qwen3", "qwen3_moe")
 """`model_type`s whose modules have been tested on the paged attention. To add one: its name here, and a test."""
 
+_NEED_TRANSFORMERS_5 = ("qwen2_5_vl", "qwen3_moe")
+"""Their modules were made anew there; the older ones don't fit what this engine puts in their place."""
 _FULL_ATTENTION = "full_attention"
 
 
@@ -39,6 +44,8 @@ class LoadedModel:
     fingerprint: str
     kind: ForwardKind
     decode_multiple: int
+    vision: VisionTower | None = None
+    image_token_id: int | None = None
 
 
 def load_model(model_dir: Path, dtype: Dtype, device: Device, max_positions: int | None = None) -> LoadedModel:
@@ -50,9 +57,12 @@ def load_model(model_dir: Path, dtype: Dtype, device: Device, max_positions: int
     torch_dtype = _choose_dtype(config, dtype, device)
     register_attention()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    sees = hasattr(config, "vision_config")
+    kind_of_model: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    attention: Any = {"text_config": ATTENTION_NAME, "vision_config": "sdpa"} if sees else ATTENTION_NAME
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            model_dir, config=config, dtype=torch_dtype, attn_implementation=ATTENTION_NAME, local_files_only=True
+        model: Any = kind_of_model.from_pretrained(
+            model_dir, config=config, dtype=torch_dtype, attn_implementation=attention, local_files_only=True
         )
         fingerprint = model_fingerprint(model_dir)
     except (OSError, ValueError, RuntimeError, SafetensorError) as exc:
@@ -61,20 +71,23 @@ def load_model(model_dir: Path, dtype: Dtype, device: Device, max_positions: int
         ) from exc
     model.eval().requires_grad_(False)
     model.to(device.torch_device)
-    max_position_embeddings = int(config.max_position_embeddings)
+    text_config = config.get_text_config()
+    max_position_embeddings = int(text_config.max_position_embeddings)
     kind, decode_multiple = make_batch_invariant(
         model, max_positions=min(max_positions or max_position_embeddings, max_position_embeddings), device=device
     )
     return LoadedModel(
         backbone=model.get_decoder(),
         lm_head=model.get_output_embeddings(),
-        shape=_shape_of(config, torch_dtype),
-        vocab_size=int(config.vocab_size),
+        shape=_shape_of(text_config, torch_dtype),
+        vocab_size=int(text_config.vocab_size),
         max_position_embeddings=max_position_embeddings,
         eos_token_ids=read_eos_token_ids(model_dir),
         fingerprint=fingerprint,
         kind=kind,
         decode_multiple=decode_multiple,
+        vision=VisionTower(model.model.visual, device.torch_device) if sees else None,
+        image_token_id=int(config.image_token_id) if sees else None,
     )
 
 
@@ -92,7 +105,12 @@ def _read_config(model_dir: Path) -> Any:
         raise EngineStartError(
             f"{model_dir} is a {config.model_type!r} model", f"this engine runs {', '.join(SUPPORTED_FAMILIES)}"
         )
-    layer_types = set(getattr(config, "layer_types", None) or [_FULL_ATTENTION])
+    if config.model_type in _NEED_TRANSFORMERS_5 and int(transformers_version.partition(".")[0]) < 5:
+        raise EngineStartError(
+            f"{config.model_type} models need transformers 5, this is {transformers_version}",
+            "pip install 'transformers>=5'",
+        )
+    layer_types = set(getattr(config.get_text_config(), "layer_types", None) or [_FULL_ATTENTION])
     if layer_types != {_FULL_ATTENTION}:
         raise EngineStartError(
             f"{model_dir} has layers with {', '.join(sorted(layer_types - {_FULL_ATTENTION}))}",

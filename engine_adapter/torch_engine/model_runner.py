@@ -17,8 +17,14 @@ from engine_adapter.torch_engine.kv_cache import KvCache
 from engine_adapter.torch_engine.kv_rows import BlockRows, WriteRows
 from engine_adapter.torch_engine.model_loader import LoadedModel
 from engine_adapter.torch_engine.prefill_tiles import tiles_of
+from engine_adapter.torch_engine.prompt_images import PromptImages
 from engine_adapter.torch_engine.scheduler import PrefillChunk
 from engine_adapter.torch_engine.sequence import Sequence
+
+Positions = AbstractSequence[int] | list[list[int]]
+"""One a row; or times, heights and widths (M-RoPE), where a prompt has images."""
+ImageRows = list[tuple[int, Tensor]]
+"""Features that replace the embeddings of as many rows, and the first of these rows."""
 
 
 class ModelRunner:
@@ -86,7 +92,10 @@ class ModelRunner:
             None if on_written is None else partial(on_written, end),
         )
         self._model.kind.is_decode = False
-        return self._forward(token_ids, range(*tile), step)
+        images = seq.request.images
+        if images is None:
+            return self._forward(token_ids, range(*tile), step)
+        return self._forward(token_ids, images.positions(*tile), step, self._image_rows(images, (tile[0], end)))
 
     @torch.inference_mode()
     def decode(self, seqs: AbstractSequence[Sequence]) -> Tensor:
@@ -100,6 +109,7 @@ class ModelRunner:
         cache, shape = self._kv_cache, self._model.shape
         size = cache.block_size
         positions = [seq.num_computed_tokens for seq in seqs]
+        padding = [0] * (-len(seqs) % self._model.decode_multiple)
         token_ids = [seq.token_ids[position] for seq, position in zip(seqs, positions, strict=True)]
         step = DecodeStep(
             cache,
@@ -113,9 +123,9 @@ class ModelRunner:
                 self._device,
             ),
         )
-        num_padding = -len(seqs) % self._model.decode_multiple
         self._model.kind.is_decode = True
-        hidden = self._forward(token_ids + [0] * num_padding, positions + [0] * num_padding, step)
+        rotary_positions, image_rows = self._decode_images(seqs, positions, padding)
+        hidden = self._forward(token_ids + padding, rotary_positions, step, image_rows)
         logits: Tensor = self._model.lm_head(hidden)
         return logits[: len(seqs)].float()
 
@@ -128,13 +138,47 @@ class ModelRunner:
             self._block_rows[seq.request_id] = rows
         return rows
 
-    def _forward(self, token_ids: list[int], positions: AbstractSequence[int], step: AttentionStep) -> Tensor:
+    def _decode_images(
+        self, seqs: AbstractSequence[Sequence], places: list[int], padding: list[int]
+    ) -> tuple[Positions, ImageRows]:
+        """Positions of the rows; and features, for a prompt that ends with an image: its last token is decoded too."""
+        if all(seq.request.images is None for seq in seqs):
+            return places + padding, []
+        positions: list[tuple[int, int, int]] = []
+        image_rows: ImageRows = []
+        for row, (seq, place) in enumerate(zip(seqs, places, strict=True)):
+            images = seq.request.images
+            positions.append((place, place, place) if images is None else images.position_of(place))
+            if images is not None and place < seq.num_prompt_tokens:
+                image_rows += [(row, features) for _, features in self._image_rows(images, (place, place + 1))]
+        positions += [(place, place, place) for place in padding]
+        return [list(axis) for axis in zip(*positions, strict=True)], image_rows
+
+    def _image_rows(self, images: PromptImages, places: tuple[int, int]) -> ImageRows:
+        """The features that stand for the image tokens among `places`, with the first row of each."""
+        start, end = places
+        rows: ImageRows = []
+        for placed in images.within(start, end):
+            assert self._model.vision is not None
+            first, last = max(start, placed.start), min(end, placed.end)
+            features = self._model.vision.features(placed.image)
+            rows.append((first - start, features[first - placed.start : last - placed.start]))
+        return rows
+
+    def _forward(
+        self, token_ids: list[int], positions: Positions, step: AttentionStep, image_rows: ImageRows | None = None
+    ) -> Tensor:
         """Hidden states [rows, hidden] of one packed row of tokens."""
+        tokens = torch.tensor([token_ids], device=self._device)
+        place_ids = torch.tensor(positions, device=self._device)
+        given: dict[str, Tensor] = {"input_ids": tokens}
+        if image_rows:
+            embeddings: Tensor = self._model.backbone.embed_tokens(tokens)  # type: ignore[operator]
+            for row, features in image_rows:
+                embeddings[0, row : row + features.shape[0]] = features
+            given = {"inputs_embeds": embeddings}
         out: Any = self._model.backbone(
-            input_ids=torch.tensor([token_ids], device=self._device),
-            position_ids=torch.tensor([positions], device=self._device),
-            use_cache=False,
-            attention_step=step,
+            position_ids=place_ids.unsqueeze(-2), use_cache=False, attention_step=step, **given
         )
         hidden: Tensor = out.last_hidden_state[0]
         return hidden

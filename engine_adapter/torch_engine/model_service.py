@@ -18,13 +18,16 @@ from engine_adapter.kv_transfer_params import (
 )
 from engine_adapter.push_params import calls_metaserver, check_metaserver, child_id, for_child, wants_push
 from engine_adapter.torch_engine.api_errors import ApiError, context_too_long, model_not_found, service_unavailable
+from engine_adapter.torch_engine.chat_images import ImageReader
 from engine_adapter.torch_engine.choice import Choice, Prompt
+from engine_adapter.torch_engine.content_parts import ImageSource
 from engine_adapter.torch_engine.detokenizer import Detokenizer, StopStrings
 from engine_adapter.torch_engine.engine import Engine
 from engine_adapter.torch_engine.generation import Generation, PlannedChoice, to_api_error
 from engine_adapter.torch_engine.metrics import ServerMetrics
 from engine_adapter.torch_engine.openai_requests import GenerationRequest
 from engine_adapter.torch_engine.output_router import OutputRouter
+from engine_adapter.torch_engine.prompt_images import PromptImages
 from engine_adapter.torch_engine.sampling_defaults import SamplingDefaults
 from engine_adapter.torch_engine.sequence import EngineRequest, EngineRequestError, SamplingParams
 from engine_adapter.torch_engine.tokenizer import Tokenizer
@@ -41,6 +44,8 @@ class ModelService:
     metrics: ServerMetrics
     model_name: str
     model_root: str
+    image_reader: ImageReader | None = None
+    """None for a model that takes text only."""
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
@@ -87,6 +92,15 @@ class ModelService:
             raise ApiError("the prompt has no tokens", param="prompt")
         return prompt
 
+    async def image_prompt(
+        self, text: str, sources: Sequence[ImageSource], *, add_special_tokens: bool, prepare: bool
+    ) -> tuple[list[int], PromptImages]:
+        """The tokens of a text that speaks of these images. `prepare`: they will be prefilled here. Raises ApiError."""
+        assert self.image_reader is not None
+        images = await self.image_reader.read(sources, prepare=prepare)
+        token_ids = await self.tokenize(text, add_special_tokens=add_special_tokens)
+        return self.image_reader.place(token_ids, images)
+
     def prompt_text(self, prompt: Prompt) -> str:
         return self.tokenizer.decode(prompt.token_ids) if prompt.text is None else prompt.text
 
@@ -116,6 +130,7 @@ class ModelService:
                             kv_transfer_params=kv_params,
                             priority=request.priority or 0,
                             arrival_time=arrived_at,
+                            images=prompt.images,
                         ),
                         follower=index > 0 and kv_params is None and wants_remote_prefill(request.kv_transfer_params),
                     )

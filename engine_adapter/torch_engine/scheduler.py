@@ -206,7 +206,9 @@ class Scheduler:
         """
         blocks = self.block_manager
         num_full_blocks = seq.num_prefill_tokens // blocks.block_size
-        seq.block_hashes = blocks.hash_full_blocks(seq.token_ids, num_full_blocks, seq.block_hashes)
+        images = seq.request.images
+        key_of = images.key_of if images is not None else None
+        seq.block_hashes = blocks.hash_full_blocks(seq.token_ids, num_full_blocks, seq.block_hashes, key_of)
         reads_cache = seq.request.sampling.prompt_logprobs is None
         cached = blocks.acquire_cached_prefix(seq.block_hashes) if reads_cache else []
         num_missing = blocks.num_blocks_for(len(seq.token_ids)) - len(cached)

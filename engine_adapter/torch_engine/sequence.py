@@ -7,6 +7,7 @@ from enum import Enum, auto
 from typing import Any, Literal
 
 from engine_adapter.push_params import wants_push
+from engine_adapter.torch_engine.prompt_images import PromptImages
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -55,6 +56,8 @@ class EngineRequest:
     priority: int = 0
     """Lower runs first, as in vLLM."""
     arrival_time: float = 0.0
+    images: PromptImages | None = None
+    """What the prompt's image tokens stand for."""
 
 
 @dataclass(slots=True)

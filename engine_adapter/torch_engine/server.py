@@ -18,6 +18,7 @@ from typing import Any
 import uvloop
 
 from engine_adapter.torch_engine.api_errors import service_unavailable
+from engine_adapter.torch_engine.chat_images import ImageReader
 from engine_adapter.torch_engine.config import EngineConfig, EngineStartError
 from engine_adapter.torch_engine.engine import Engine
 from engine_adapter.torch_engine.http_server import OpenAIServer
@@ -58,10 +59,14 @@ def serve(config: ServerConfig, engine_config: EngineConfig) -> int:
         engine = Engine(engine_config)
         stack.callback(engine.shutdown)
         tokenizer = Tokenizer.load(engine_config.model)
+        image_reader = None
+        if engine.image_token_id is not None:
+            image_reader = ImageReader.of(engine_config.model, engine.image_token_id, config)
         metrics = ServerMetrics(config.served_model_name or str(engine_config.model), engine.stats)
         kv_link = stack.enter_context(build_kv_transfer(config, engine, metrics.observe_pull, metrics.observe_load))
         stack.callback(engine.shutdown)  # also before the link goes: the engine thread uses it
-        return uvloop.run(Instance(config, engine_config, engine, tokenizer, metrics, kv_link, sock).run())
+        instance = Instance(config, engine_config, engine, tokenizer, image_reader, metrics, kv_link, sock)
+        return uvloop.run(instance.run())
 
 
 @dataclass(slots=True)
@@ -72,6 +77,7 @@ class Instance:
     engine_config: EngineConfig
     engine: Engine
     tokenizer: Tokenizer
+    image_reader: ImageReader | None
     metrics: ServerMetrics
     kv_link: KvLink
     sock: socket.socket
@@ -87,6 +93,7 @@ class Instance:
             metrics=self.metrics,
             model_name=self.metrics.model_name,
             model_root=str(self.engine_config.model),
+            image_reader=self.image_reader,
             defaults=read_sampling_defaults(self.engine_config.model),
         )
         self.engine.start(router.on_outputs)

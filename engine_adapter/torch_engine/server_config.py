@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Role = Literal["prefill", "decode", "both"]
 MIB = 1024 * 1024
@@ -51,7 +52,35 @@ class ServerConfig(BaseModel):
     """How long a decoder's blocks wait for KV that is pushed layer by layer, the prefill included, in seconds."""
     max_body_bytes: int = Field(64 * MIB, ge=1024)
     """Largest request body."""
+    limit_mm_per_prompt: str = Field("image=16", pattern=r"^image=\d{1,4}$")
+    """Images a request may hold, as image=N; 0: none."""
+    max_media_bytes: int = Field(32 * MIB, ge=1024)
+    """All image files of a request together, as they were encoded."""
+    max_image_pixels: int = Field(50_000_000, ge=1)
+    """Width times height of one image, before it is scaled to the model's size."""
+    media_fetch_timeout_s: float = Field(5.0, gt=0, le=600)
+    """How long one image's URL may take, redirects included, in seconds."""
+    allowed_media_domains: tuple[str, ...] = ()
+    """The only hosts that image URLs may name, separated by spaces; default: any."""
+    allow_private_media: bool = False
+    """Also fetch images from private, loopback and link-local addresses."""
     drain_timeout_s: float = Field(30.0, ge=0, le=3600)
     """On SIGTERM or SIGINT: how long running requests and offered KV may still take, in seconds."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Lowest level that is logged."""
+
+    @field_validator("limit_mm_per_prompt", mode="before")
+    @classmethod
+    def _from_json(cls, value: object) -> object:
+        """vLLM's other form, {"image": N}."""
+        if isinstance(value, str) and value.lstrip().startswith("{"):
+            fields = json.loads(value)
+            if set(fields) != {"image"}:
+                raise ValueError("name images only, as image=N")
+            return f"image={fields['image']}"
+        return value
+
+    @property
+    def max_images(self) -> int:
+        """Of one request."""
+        return int(self.limit_mm_per_prompt.partition("=")[2])

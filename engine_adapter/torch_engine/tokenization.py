@@ -15,9 +15,12 @@ async def tokenize(service: ModelService, raw: bytes) -> dict[str, Any]:
     body = parse_body(TokenizeRequest, raw)
     service.check_model(body.model)
     is_chat = body.messages is not None
-    text = render_prompt(service, body.messages, body) if body.messages else body.prompt or ""
+    text, sources = render_prompt(service, body.messages, body) if body.messages else (body.prompt or "", [])
     add_special_tokens = (not is_chat) if body.add_special_tokens is None else body.add_special_tokens
-    token_ids = await service.tokenize(text, add_special_tokens=add_special_tokens)
+    if sources:
+        token_ids, _ = await service.image_prompt(text, sources, add_special_tokens=add_special_tokens, prepare=False)
+    else:
+        token_ids = await service.tokenize(text, add_special_tokens=add_special_tokens)
     token_strs = [service.tokenizer.token_string(token_id) for token_id in token_ids]
     return {
         "count": len(token_ids),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from engine_adapter.torch_engine.model_loader import LoadedModel
 from tests.unit.engine_adapter.torch_engine.core.harness import CoreHarness, ask, greedy, random_prompt
@@ -17,11 +17,12 @@ PROMPT_LENGTHS = (1, 2, 15, 16, 17, 64, 129, 500, 1500)
 NUM_TOKENS = 16
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama", "qwen3_moe", "qwen2_5_vl"])
 def test_greedy_text(
     model_dir: Callable[[str, str], Path], loaded: Callable[[str, str], LoadedModel], family: str
 ) -> None:
-    reference: Any = AutoModelForCausalLM.from_pretrained(model_dir(family, "tiny"), dtype=torch.float32).eval()
+    kind: Any = AutoModelForImageTextToText if family == "qwen2_5_vl" else AutoModelForCausalLM
+    reference = kind.from_pretrained(model_dir(family, "tiny"), dtype=torch.float32).eval()
     assert reference.config._attn_implementation == "sdpa"
     harness = CoreHarness(loaded(family, "tiny"))
     for length in PROMPT_LENGTHS:

@@ -65,7 +65,7 @@ def test_any_number_of_threads(tiny: LoadedModel, num_threads: int) -> None:
     assert_same_bits(one, run_alone(tiny, asked, max_tokens=3))
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama", "qwen3_moe", "qwen2_5_vl"])
 def test_alone_or_beside_others(loaded: Load, family: str) -> None:
     model = loaded(family, "tiny")
     asked = prompts(model.vocab_size)

@@ -15,7 +15,8 @@ from tests.unit.engine_adapter.torch_engine.core.harness import CoreHarness, ask
 
 
 @pytest.mark.parametrize(
-    ("family", "size"), [("qwen3", "tiny"), ("qwen2", "tiny"), ("llama", "tiny"), ("qwen3", "small")]
+    ("family", "size"),
+    [("qwen3", "tiny"), ("qwen2", "tiny"), ("llama", "tiny"), ("qwen3", "small"), ("qwen3_moe", "tiny")],
 )
 def test_greedy_text_varies(loaded: Callable[[str, str], LoadedModel], family: str, size: str) -> None:
     harness = CoreHarness(loaded(family, size))
