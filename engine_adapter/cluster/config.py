@@ -59,7 +59,7 @@ class ClusterSection(Section):
 class MadeModel(Section):
     """A model with seeded random weights, written by `pd-engine make-model` where it is absent."""
 
-    family: Literal["qwen3", "qwen2", "llama"] = "qwen3"
+    family: Literal["qwen3", "qwen2", "llama", "qwen3_moe", "qwen2_5_vl"] = "qwen3"
     size: Literal["tiny", "small"] = "small"
     seed: int = Field(default=0, ge=0)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -52,7 +52,7 @@ class ServerConfig(BaseModel):
     """How long a decoder's blocks wait for KV that is pushed layer by layer, the prefill included, in seconds."""
     max_body_bytes: int = Field(64 * MIB, ge=1024)
     """Largest request body."""
-    limit_mm_per_prompt: str = Field("image=16", pattern=r"^image=\d{1,4}$")
+    limit_mm_per_prompt: str = "image=16"
     """Images a request may hold, as image=N; 0: none."""
     max_media_bytes: int = Field(32 * MIB, ge=1024)
     """All image files of a request together, as they were encoded."""
@@ -69,16 +69,14 @@ class ServerConfig(BaseModel):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Lowest level that is logged."""
 
-    @field_validator("limit_mm_per_prompt", mode="before")
+    @field_validator("limit_mm_per_prompt")
     @classmethod
-    def _from_json(cls, value: object) -> object:
-        """vLLM's other form, {"image": N}."""
-        if isinstance(value, str) and value.lstrip().startswith("{"):
-            fields = json.loads(value)
-            if set(fields) != {"image"}:
-                raise ValueError("name images only, as image=N")
-            return f"image={fields['image']}"
-        return value
+    def _as_words(cls, value: str) -> str:
+        """vLLM's other form, {"image": N}, becomes image=N."""
+        found = re.fullmatch(r'\s*(?:image=(\d{1,4})|\{\s*"image"\s*:\s*(\d{1,4})\s*\})\s*', value)
+        if found is None:
+            raise ValueError('write image=N, or {"image": N}')
+        return f"image={found[1] or found[2]}"
 
     @property
     def max_images(self) -> int:
