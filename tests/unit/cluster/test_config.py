@@ -30,11 +30,11 @@ def problem_of(text: str, status: int) -> str:
 def test_the_examples_are_right(path: Path) -> None:
     config = load(path)
     assert config.cluster.name == path.stem
-    assert sum(group.count for group in config.instance) == {"1p1d-cpu": 2, "2p2d-cpu": 4}[path.stem]
+    assert sum(group.count for group in config.instance) == {"1p1d-cpu": 2, "2p2d-cpu": 4, "vl-1p1d-cpu": 2}[path.stem]
 
 
 def test_there_are_the_two_examples() -> None:
-    assert [path.name for path in EXAMPLES] == ["1p1d-cpu.toml", "2p2d-cpu.toml"]
+    assert [path.name for path in EXAMPLES] == ["1p1d-cpu.toml", "2p2d-cpu.toml", "vl-1p1d-cpu.toml"]
 
 
 @pytest.mark.parametrize(
