@@ -30,6 +30,8 @@ _TABLE_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _SHARED_INPUT_NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """In the order in which transformers' modules call them."""
 
+_ACTIVATIONS = ("SiLU", "SiLUActivation", "GELU", "GELUActivation")
+
 
 class RotaryTable(nn.Module):
     """Cosines and sines of every position, [max_positions, head_dim] each, as the model's own module computes them.
@@ -77,6 +79,9 @@ def make_batch_invariant(model: Any, *, max_positions: int, device: Device) -> t
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         logger.warning("event=no_onednn consequence=decodes_padded rows=%d", MAX_DECODE_ROWS)
         return kind, MAX_DECODE_ROWS
+    tower = getattr(model.model, "visual", None)
+    if tower is not None:
+        _swap_in_tower(tower)
     experts = swap_experts(backbone, kind, DECODE_MULTIPLE)
     linears = _swap_linears(model, backbone, kind)
     linears += [linear for block in experts for linear in block.linears]
@@ -92,7 +97,7 @@ def make_batch_invariant(model: Any, *, max_positions: int, device: Device) -> t
 def _swap_linears(model: Any, backbone: Any, kind: ForwardKind) -> list[BatchInvariantLinear]:
     """Replace one at a time, so that few weights are there twice (a tied one stays with the embedding).
 
-    Those of the backbone and the head; a vision tower sees one image a forward and stays as it is.
+    Those of the backbone and the head; a vision tower has its own.
     """
     swapped = []
     for parent in [model, *backbone.modules()]:
@@ -110,6 +115,17 @@ def _swap_linears(model: Any, backbone: Any, kind: ForwardKind) -> list[BatchInv
                 swapped.append(BatchInvariantLinear(child, kind))
                 setattr(parent, name, swapped[-1])
     return swapped
+
+
+def _swap_in_tower(tower: nn.Module) -> None:
+    """A vision tower sees one image a forward, so its bits could differ by the number of threads only."""
+    kind = ForwardKind()
+    for parent in list(tower.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                setattr(parent, name, BatchInvariantLinear(child, kind))
+            elif type(child).__name__ in _ACTIVATIONS:
+                setattr(parent, name, UncutActivation(child))
 
 
 def _swap_norms(backbone: nn.Module) -> None:

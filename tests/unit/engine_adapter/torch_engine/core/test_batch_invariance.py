@@ -56,9 +56,10 @@ def assert_same_bits(left: CoreHarness, right: CoreHarness) -> None:
         assert torch.equal(rows, right.kv_of[request_id]), f"keys and values of {request_id}"
 
 
-@pytest.mark.parametrize("num_threads", [2, 3])
-def test_any_number_of_threads(tiny: LoadedModel, num_threads: int) -> None:
+@pytest.mark.parametrize(("family", "num_threads"), [("qwen3", 2), ("qwen3", 3), ("qwen3_moe", 2)])
+def test_any_number_of_threads(loaded: Load, family: str, num_threads: int) -> None:
     """A prefiller and a decoder may have different numbers of cores."""
+    tiny = loaded(family, "tiny")
     asked = {f"p{length}": random_prompt(length) for length in (5, 130)}
     one = run_alone(tiny, asked, max_tokens=3)
     torch.set_num_threads(num_threads)
@@ -106,8 +107,12 @@ def test_chunked_or_whole(tiny: LoadedModel, max_num_batched_tokens: int) -> Non
     assert_same_bits(run_alone(tiny, asked), chunked)
 
 
-@pytest.mark.parametrize("num_shared", [16, 33, 150])
-def test_prefix_hit_or_not(tiny: LoadedModel, num_shared: int) -> None:
+@pytest.mark.parametrize(
+    ("family", "num_shared"), [("qwen3", 16), ("qwen3", 33), ("qwen3", 150), ("qwen3_moe", 33), ("qwen3_moe", 150)]
+)
+def test_prefix_hit_or_not(loaded: Load, family: str, num_shared: int) -> None:
+    """With experts: the shared tokens were prefilled beside others, which were routed otherwise."""
+    tiny = loaded(family, "tiny")
     shared = random_prompt(num_shared)
     asked = {f"p{length}": shared + random_prompt(length, 1) for length in (1, 20, 100)}
     warm = CoreHarness(tiny)

@@ -30,7 +30,7 @@ from tests.unit.engine_adapter.torch_engine.core.test_batch_invariance import as
 
 IMAGE_TOKEN = 5
 FAMILY = "qwen2_5_vl"
-SIZES = {"wide": (200, 120), "tall": (90, 300), "small": (30, 30)}
+SIZES = {"wide": (200, 120), "tall": (90, 300), "small": (30, 30), "large": (448, 448)}
 PROMPTS: dict[str, list[str | int]] = {
     "image first": ["wide", 20],
     "image in the middle": [37, "tall", 9],
@@ -231,3 +231,15 @@ def test_features_are_kept_within_their_bytes(model: LoadedModel, processor: Ima
         assert tower.features(image).shape == (image.num_tokens, 128)
     assert tower.num_encoded == 3
     assert len(tower._features) == 1
+
+
+def test_features_are_the_same_with_any_number_of_threads(model: LoadedModel, processor: ImageProcessor) -> None:
+    """A prefiller and a decoder that computes the prompt itself may have different numbers of cores."""
+    assert model.vision is not None
+    found = []
+    for num_threads in (1, 2, 3):
+        torch.set_num_threads(num_threads)
+        model.vision._features.clear()
+        found.append(model.vision.features(images_of(processor, ["large"])[0]))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
