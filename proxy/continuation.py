@@ -2,9 +2,9 @@
 
 `Delivered` is what the client (or, of a whole answer, the proxy) has. `Continuation` is the call that asks for the
 rest, and the edit that makes the rest the same answer. Token ids are the prompt where the engine returned them, of a
-chat too, which then goes on as a completion (no chat route takes ids). Otherwise text is: a completion's prompt with
-the text behind it, a chat's with the text as its last message and vLLM's `continue_final_message`. What was generated
-is taken off both limits and off `min_tokens`.
+chat too, which then goes on as a completion (no chat route takes ids, and no completion images). Otherwise text is: a
+completion's prompt with the text behind it, a chat's with the text as its last message and vLLM's
+`continue_final_message`. What was generated is taken off both limits and off `min_tokens`.
 
 Greedy answers go on as they would have. Sampled ones go on as a valid sample, not as the lost one: no engine returns
 the state of its sampler. Where the rest could not be right in this sense, `NotExact` says why.
@@ -17,6 +17,7 @@ from typing import Any
 
 import orjson
 
+from proxy.image_parts import has_images
 from proxy.openai_api import ApiCall
 from proxy.sse import EVENT_END, name_of
 
@@ -182,7 +183,8 @@ class Continuation:
         delivered, stops = self.delivered, _stops_of(fields)
         prompt: Any = fields.get("prompt")
         chat = self.original.route == "chat"
-        if delivered.token_ids is not None and not (chat and (stops or fields.get("tools"))):
+        keeps_chat = chat and (stops or fields.get("tools") or has_images(fields.get("messages")))
+        if delivered.token_ids is not None and not keeps_chat:
             before = prompt if _is_ids(prompt) else delivered.prompt_token_ids
             if before is not None:
                 self._is_turned = chat

@@ -12,6 +12,7 @@ from typing import Any
 import orjson
 
 from proxy.errors import BadRequest
+from proxy.image_parts import MARK, bytes_and_tokens
 from proxy.long_body import LONG_BYTES, Body, LongBody, rewritten
 
 BYTES_PER_TOKEN = 4  # the seeds' proxy divides the body's bytes by 4 as well (ascend-proxy.md 2.1, "Scores")
@@ -71,7 +72,7 @@ class ApiCall:
     fields: dict[str, Any]
     stream: bool
     num_prompt_tokens: int
-    """Exact for a list of token ids, else the body's bytes over BYTES_PER_TOKEN."""
+    """Exact for a list of token ids, else the body's bytes over BYTES_PER_TOKEN; images have a price of their own."""
     max_new_tokens: int | None
     num_prompts: int
     own_kv_transfer_params: bool = False
@@ -116,6 +117,9 @@ def parse_call(route: str, body: bytes) -> ApiCall:
             raise _wrong_type("input", "is required and must be a string or a list")
     elif type(get("messages")) is not list:
         raise _wrong_type("messages", "is required and must be a list")
+    elif MARK in body:
+        num_bytes, num_tokens = bytes_and_tokens(len(body), fields["messages"])
+        num_tokens += num_bytes // BYTES_PER_TOKEN + 1
     call = ApiCall(
         route,
         body,

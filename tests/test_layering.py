@@ -85,6 +85,7 @@ PURE = {
     "proxy/errors.py",
     "proxy/fair_queue.py",
     "proxy/health.py",
+    "proxy/image_parts.py",
     "proxy/instance_state.py",
     "proxy/route_memory.py",
     "proxy/http1.py",

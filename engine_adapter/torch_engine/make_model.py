@@ -49,7 +49,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+VISION_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
 VISION_CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' }}"
@@ -192,7 +192,7 @@ def _make_vision_config(size: _Dimensions, tokenizer: Any, stop_ids: list[int]) 
         "fullatt_block_indexes": [1],
         "window_size": 56,
     }
-    start, end, image, video = tokenizer.convert_tokens_to_ids(list(VISION_TOKENS))
+    image, video, start, end = tokenizer.convert_tokens_to_ids(list(VISION_TOKENS))
     return Qwen2_5_VLConfig(
         text_config=text,
         vision_config=vision,

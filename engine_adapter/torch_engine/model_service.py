@@ -90,6 +90,8 @@ class ModelService:
             prompt = Prompt(prompt.token_ids[-keep:])
         if not prompt.token_ids:
             raise ApiError("the prompt has no tokens", param="prompt")
+        if self.image_reader is not None and self.image_reader.image_token_id in prompt.token_ids:
+            raise ApiError("the prompt holds the image token and no image: give images to /v1/chat/completions")
         return prompt
 
     async def image_prompt(

@@ -208,6 +208,9 @@ def test_a_chat_whose_token_ids_are_known_goes_on_as_a_completion() -> None:
     assert unlimited["max_tokens"] is None, "a completion would end after 16"
     with_tools = Continuation(call_of("chat", tools=[{}]), delivered, 2)
     assert with_tools.call.fields["messages"][-1]["content"] == "a", "a tool parser belongs to the chat route"
+    seen = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,x"}}]}]
+    with_image = Continuation(call_of("chat", messages=seen), delivered, 2).call
+    assert (with_image.route, with_image.fields["messages"][:1]) == ("chat", seen), "a completion would lose the image"
 
 
 def test_a_whole_chat_is_joined_with_a_completion() -> None:

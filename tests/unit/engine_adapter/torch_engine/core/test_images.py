@@ -28,7 +28,7 @@ from tests.unit.engine_adapter.torch_engine.core.harness import (
 )
 from tests.unit.engine_adapter.torch_engine.core.test_batch_invariance import assert_same_bits
 
-IMAGE_TOKEN = 5
+IMAGE_TOKEN = 3
 FAMILY = "qwen2_5_vl"
 SIZES = {"wide": (200, 120), "tall": (90, 300), "small": (30, 30), "large": (448, 448)}
 PROMPTS: dict[str, list[str | int]] = {
