@@ -10,12 +10,12 @@ from pathlib import Path
 from engine_adapter.torch_engine.api_errors import ApiError
 from engine_adapter.torch_engine.content_parts import ImageSource
 from engine_adapter.torch_engine.image_processor import ImageProcessor, NotAnImage, Pixels
-from engine_adapter.torch_engine.media_fetcher import MediaError, MediaFetcher, MediaLimits
+from engine_adapter.torch_engine.media_fetcher import MediaError, MediaFetcher, MediaLimits, Room
 from engine_adapter.torch_engine.prompt_images import Image, PromptImages, expand
 from engine_adapter.torch_engine.server_config import ServerConfig
 
-MAX_REQUESTS_AT_ONCE = 8
-"""Requests whose images are fetched and decoded at a time: each may hold --max-media-bytes and a decoded picture."""
+MAX_DECODERS = 4
+"""Pictures decoded at a time: each may take --max-image-pixels times some bytes, and a core."""
 
 
 @dataclass(slots=True)
@@ -26,7 +26,7 @@ class ImageReader:
     fetcher: MediaFetcher
     image_token_id: int
     max_images: int
-    slots: asyncio.Semaphore
+    decoders: asyncio.Semaphore
 
     @classmethod
     def of(cls, model_dir: Path, image_token_id: int, config: ServerConfig) -> ImageReader:
@@ -38,8 +38,8 @@ class ImageReader:
             allow_private=config.allow_private_media,
         )
         processor = ImageProcessor.load(model_dir, config.max_image_pixels)
-        slots = asyncio.Semaphore(MAX_REQUESTS_AT_ONCE)
-        return cls(processor, MediaFetcher(limits), image_token_id, config.max_images, slots)
+        decoders = asyncio.Semaphore(MAX_DECODERS)
+        return cls(processor, MediaFetcher(limits), image_token_id, config.max_images, decoders)
 
     async def read(self, sources: Sequence[ImageSource], *, prepare: bool) -> list[Image]:
         """One image a source. `prepare`: a prefill will need their pixels. Raises ApiError, which names the part."""
@@ -49,20 +49,21 @@ class ImageReader:
                 f"(--limit-mm-per-prompt image={self.max_images})",
                 param=sources[self.max_images].field,
             )
-        images: dict[str, Image] = {}
-        room_bytes = self.fetcher.limits.max_bytes
-        async with self.slots:
-            for source in sources:
-                if source.url not in images:
-                    image, num_bytes = await self._read_one(source, room_bytes, prepare)
-                    images[source.url] = image
-                    room_bytes -= num_bytes
-        return [images[source.url] for source in sources]
-
-    async def _read_one(self, source: ImageSource, room_bytes: int, prepare: bool) -> tuple[Image, int]:
+        room = Room(self.fetcher.limits.max_bytes)
+        once = {source.url: source for source in reversed(sources)}
+        reads = {url: asyncio.ensure_future(self._read_one(source, room, prepare)) for url, source in once.items()}
         try:
-            content = await self.fetcher.fetch(source.url, room_bytes)
-            return await asyncio.to_thread(self._decode, content, prepare), len(content)
+            await asyncio.gather(*reads.values())
+        finally:
+            for read in reads.values():
+                read.cancel()
+        return [reads[source.url].result() for source in sources]
+
+    async def _read_one(self, source: ImageSource, room: Room, prepare: bool) -> Image:
+        try:
+            content = await self.fetcher.fetch(source.url, room)
+            async with self.decoders:
+                return await asyncio.to_thread(self._decode, content, prepare)
         except (MediaError, NotAnImage) as error:
             raise ApiError(f"{source.field}: {error}", param=source.field) from error
 

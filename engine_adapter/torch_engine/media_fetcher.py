@@ -22,6 +22,8 @@ from yarl import URL
 from engine_adapter.torch_engine.media_addresses import is_allowed_domain, is_public, literal_address
 
 MAX_REDIRECTS = 5
+MAX_CONNECTIONS = 64
+"""URLs fetched at a time, over all requests; waiting for a turn is part of a URL's time."""
 MAX_URL_CHARS = 8192
 """Of an http(s) URL; servers take no longer ones."""
 _SHOWN_CHARS = 200
@@ -50,21 +52,39 @@ async def look_up(host: str, port: int, family: socket.AddressFamily) -> list[st
     return [str(sockaddr[0]) for *_, sockaddr in found]
 
 
+class Room:
+    """How many bytes the files of one request may still have, however many are on their way at once."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._left_bytes = max_bytes
+
+    def check(self, num_bytes: int) -> None:
+        """Raises MediaError where that many more are too many."""
+        if num_bytes > self._left_bytes:
+            raise MediaError(f"the request's images are larger than {self._max_bytes} bytes (--max-media-bytes)")
+
+    def take(self, num_bytes: int) -> None:
+        self.check(num_bytes)
+        self._left_bytes -= num_bytes
+
+
 class MediaFetcher:
     """Makes a connection of its own for every fetch: nothing is kept between requests."""
 
     def __init__(self, limits: MediaLimits, lookup: Lookup = look_up) -> None:
         self.limits = limits
         self._lookup = lookup
+        self._connections = asyncio.Semaphore(MAX_CONNECTIONS)
 
-    async def fetch(self, url: str, room_bytes: int) -> bytes:
-        """At most `room_bytes` bytes. Raises MediaError."""
+    async def fetch(self, url: str, room: Room) -> bytes:
+        """Raises MediaError."""
         if url[:5].lower() == "data:":
-            return await asyncio.to_thread(decode_data_url, url, room_bytes)
+            return await asyncio.to_thread(decode_data_url, url, room)
         target = self._checked(url)
         try:
-            async with asyncio.timeout(self.limits.timeout_s):
-                return await self._fetch_http(target, room_bytes)
+            async with asyncio.timeout(self.limits.timeout_s), self._connections:
+                return await self._fetch_http(target, room)
         except TimeoutError:
             raise MediaError(
                 f"{shown(url)} did not come within {self.limits.timeout_s:g} s (--media-fetch-timeout-s)"
@@ -96,7 +116,7 @@ class MediaFetcher:
             said = address if host in (address, f"[{address}]") else f"{host} is {address}, which"
             raise MediaError(f"{said} is no public address (--allow-private-media would allow it)")
 
-    async def _fetch_http(self, target: URL, room_bytes: int) -> bytes:
+    async def _fetch_http(self, target: URL, room: Room) -> bytes:
         resolver = CheckedResolver(self._lookup, self._check_address)
         connector = aiohttp.TCPConnector(resolver=resolver, use_dns_cache=False, force_close=True)
         async with aiohttp.ClientSession(
@@ -106,7 +126,7 @@ class MediaFetcher:
                 headers = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "pd-engine"}
                 async with session.get(target, allow_redirects=False, headers=headers) as response:
                     if response.status not in _REDIRECTS:
-                        return await _read(response, room_bytes)
+                        return await _read(response, room)
                     target = self._checked(str(target.join(URL(response.headers.get("Location", "")))))
         raise MediaError(f"{shown(str(target))}: more than {MAX_REDIRECTS} redirects")
 
@@ -141,23 +161,21 @@ class CheckedResolver(AbstractResolver):
         return None
 
 
-async def _read(response: aiohttp.ClientResponse, room_bytes: int) -> bytes:
+async def _read(response: aiohttp.ClientResponse, room: Room) -> bytes:
     url = shown(str(response.url))
     if response.status != 200:
         raise MediaError(f"{url} answered with status {response.status}")
     if response.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise MediaError(f"{url} came compressed, though asked not to")
-    if (response.content_length or 0) > room_bytes:
-        raise too_large(url, room_bytes)
+    room.check(response.content_length or 0)
     content = bytearray()
     async for piece in response.content.iter_any():
+        room.take(len(piece))
         content += piece
-        if len(content) > room_bytes:
-            raise too_large(url, room_bytes)
     return bytes(content)
 
 
-def decode_data_url(url: str, room_bytes: int) -> bytes:
+def decode_data_url(url: str, room: Room) -> bytes:
     """Raises MediaError."""
     head, comma, body = url[5:].partition(",")
     if not comma:
@@ -165,21 +183,13 @@ def decode_data_url(url: str, room_bytes: int) -> bytes:
     if not head.lower().replace(" ", "").endswith(";base64"):
         content = unquote_to_bytes(body)
     else:
-        if len(body) * 3 // 4 > room_bytes + 2:
-            raise too_large("the data URL", room_bytes)
+        room.check(len(body) * 3 // 4 - 2)
         try:
             content = base64.b64decode(body, validate=True)
         except (binascii.Error, ValueError) as error:
             raise MediaError(f"the data URL is not valid base64 ({error})") from error
-    if len(content) > room_bytes:
-        raise too_large("the data URL", room_bytes)
+    room.take(len(content))
     return content
-
-
-def too_large(what: str, room_bytes: int) -> MediaError:
-    return MediaError(
-        f"{what} is larger than the {room_bytes} bytes left for this request's images (--max-media-bytes)"
-    )
 
 
 def shown(url: Any) -> str:

@@ -168,6 +168,15 @@ def test_blocks_of_different_images_are_never_shared(model: LoadedModel, process
         assert torch.equal(harness.kv_of[request_id], reference.kv_of[request_id])
 
 
+def test_preempted_or_not(model: LoadedModel, processor: ImageProcessor) -> None:
+    asked = ("image first", "two images", "image in the middle")
+    tight = CoreHarness(model, num_blocks=19)
+    tight.run(*(request(processor, name, max_tokens=40) for name in asked))
+    assert tight.scheduler.num_preemptions > 0
+    assert_same_bits(alone(model, *(request(processor, name, max_tokens=40) for name in asked)), tight)
+    tight.assert_idle()
+
+
 def prefilled(producer: CoreHarness, one: EngineRequest) -> dict[str, Any]:
     one.kv_transfer_params, one.sampling = {"do_remote_decode": True}, greedy(1, min_tokens=1)
     producer.run(one)

@@ -112,7 +112,7 @@ def test_tokenize_counts_them_too(seeing: Served) -> None:
         ([part("http://[::ffff:127.0.0.1]/x")], "is no public address"),
         ([part("http://localhost:1/x.png")], "which is no public address"),
         ([part("file:///etc/passwd")], "give an http, https or data URL"),
-        ([part(url_of(200, 200, noise=True))], "larger than the 20000 bytes"),
+        ([part(url_of(200, 200, noise=True))], "larger than 20000 bytes (--max-media-bytes)"),
         ([part(url_of(400, 400))], "400 x 400 pixels, more than 90000 (--max-image-pixels)"),
         ([part(url_of())] * 3, "the request holds 3 images, at most 2 may be given (--limit-mm-per-prompt image=2)"),
         ([part(7)], "messages.0.content.0.image_url.url must be a string"),
@@ -137,6 +137,19 @@ def test_a_prompt_with_images_is_not_cut(seeing: Served) -> None:
 def test_images_do_not_excuse_a_prompt_that_is_too_long(seeing: Served) -> None:
     status, answer = chat(seeing, part(url_of(290, 290)), part(url_of(290, 280)), text("word " * 320))
     assert (status, answer["error"]["param"]) == (400, "input_tokens")
+
+
+def test_a_completion_has_no_images(seeing: Served) -> None:
+    for prompt in ("a <|image_pad|>", [20, 3, 30]):
+        status, answer = post(seeing, "/v1/completions", {"prompt": prompt, "max_tokens": 2})
+        assert status == 400
+        assert "give images to /v1/chat/completions" in answer["error"]["message"]
+
+
+def test_all_faults_leave_nothing_running(seeing: Served) -> None:
+    """One bad image among good ones: the others are not waited for, and the next request is served."""
+    assert chat(seeing, part(url_of()), part("data:,x"), text("?"))[0] == 400
+    assert chat(seeing, part(url_of()), part(url_of()), text("?"))[0] == 200
 
 
 def test_a_model_without_eyes_says_so(served: Served) -> None:
