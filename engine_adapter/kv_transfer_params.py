@@ -15,6 +15,9 @@ from typing import Any
 
 BATON_PARAMS_VERSION = 1
 """Version of the `baton` object. 1: transfer_id, token, epoch, num_blocks, and other_ranks where there are any."""
+IMAGES_KEY = "remote_mm_hashes"
+"""Content hashes of the images in the prompt, in hex, by whoever wrote the parameters; absent without images. The
+image behind a URL may be another one a second later."""
 _RANK_KEYS = ("host", "port", "transfer_id", "token", "epoch")
 
 
@@ -97,6 +100,11 @@ def wants_remote_decode(params: dict[str, Any] | None) -> bool:
 def wants_remote_prefill(params: dict[str, Any] | None) -> bool:
     """True where this request's prompt was computed elsewhere."""
     return bool(params) and bool((params or {}).get("do_remote_prefill"))
+
+
+def is_of_images(params: dict[str, Any], hashes: list[str]) -> bool:
+    """True where these parameters were written for a prompt with the same images."""
+    return bool(params.get(IMAGES_KEY, []) == hashes)
 
 
 def parse_remote_prefill(params: dict[str, Any]) -> RemotePrefill:

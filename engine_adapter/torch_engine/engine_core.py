@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from engine_adapter.kv_transfer_params import IMAGES_KEY, is_of_images
 from engine_adapter.push_params import calls_metaserver, wants_push
 from engine_adapter.torch_engine.config import KvLoadFailurePolicy
 from engine_adapter.torch_engine.counters import Counters
@@ -32,12 +32,10 @@ from engine_adapter.torch_engine.sequence import (
     SequenceState,
     TokenLogprobs,
 )
+from engine_adapter.torch_engine.step_errors import internal_error, kv_load_error
 from engine_adapter.torch_engine.store_use import StoreUse
 
 logger = logging.getLogger(__name__)
-
-IMAGES_KEY = "remote_mm_hashes"
-"""In kv_transfer_params: content hashes of the prompt's images. A URL may name another image a second later."""
 
 
 @dataclass(slots=True)
@@ -134,11 +132,11 @@ class EngineCore:
         """True where that KV is of other images than the request's, and the prompt is to be computed here instead."""
         if self.kv_transfer is not None:
             self.kv_transfer.check(params)
-        if params.get(IMAGES_KEY, []) != (request.images.hashes if request.images is not None else []):
+        if not (calls_metaserver(params) or is_of_images(params, request.image_hashes)):
             if self._kv_load_failure_policy == "recompute":
                 return True
             self._drop(params)
-            raise _kv_load_error("the prompt's images are not those that the prefiller was given")
+            raise kv_load_error("the prompt's images are not those that the prefiller was given")
         num_tokens = params.get("remote_num_tokens")
         if num_tokens is not None and num_tokens != len(request.prompt_token_ids):
             self._drop(params)
@@ -257,7 +255,7 @@ class EngineCore:
             self.scheduler.pull_failed_recompute(seq)
         else:
             logger.warning("event=kv_load_failed request_id=%s reason=%s action=fail", seq.request_id, pull.reason)
-            self._fail(seq, _kv_load_error(f"the prompt's KV could not be loaded ({pull.reason}): {pull.message}"))
+            self._fail(seq, kv_load_error(f"the prompt's KV could not be loaded ({pull.reason}): {pull.message}"))
 
     def _start_pulls(self, plan: StepPlan) -> None:
         for seq in plan.covered_pulls:
@@ -290,7 +288,7 @@ class EngineCore:
             on_written = None if seq.push_params is None else self._pushes.marker(seq, self.kv_transfer)
             self._runner.prefill(chunk, on_logits, on_written)
         except Exception as exc:  # last resort: one request's failure must not end the others
-            self._fail(seq, _internal_error(exc, [seq]))
+            self._fail(seq, internal_error(exc, [seq]))
             return
         self.scheduler.computed(seq, chunk.end)
         self.store_use.save(seq)
@@ -315,7 +313,7 @@ class EngineCore:
             token_ids = sample(rows, [ask.sampling for ask in asks]) if asks else []
             logprobs = [self._logprobs_of(rows[index], token_ids[index], ask) for index, ask in enumerate(asks)]
         except Exception as exc:  # last resort, as above
-            error = _internal_error(exc, seqs)
+            error = internal_error(exc, seqs)
             for seq in seqs:
                 self._fail(seq, error)
             return
@@ -384,7 +382,7 @@ class EngineCore:
             logger.warning("event=kv_offer_failed request_id=%s reason=%s", seq.request_id, exc)
             return None
         if seq.request.images is not None:
-            params[IMAGES_KEY] = seq.request.images.hashes
+            params[IMAGES_KEY] = seq.request.image_hashes
         self.scheduler.offer(seq)
         self._asks.pop(seq.request_id)
         self._runner.forget(seq.request_id)
@@ -393,14 +391,3 @@ class EngineCore:
     def _fail(self, seq: Sequence, error: EngineRequestError) -> None:
         self._outputs.append(RequestOutput(seq.request_id, [], finish_reason="error", error=error))
         self._forget(seq)
-
-
-def _kv_load_error(message: str) -> EngineRequestError:
-    return EngineRequestError(message, "kv_load_error", 503)
-
-
-def _internal_error(exc: Exception, seqs: AbstractSequence[Sequence]) -> EngineRequestError:
-    """The traceback goes to the log, the client learns that it was the engine's fault."""
-    request_ids = ",".join(seq.request_id for seq in seqs)
-    logger.error("event=step_failed request_ids=%s error=%r", request_ids, exc, exc_info=exc)
-    return EngineRequestError("the engine failed in the step that computed this request", "InternalServerError", 500)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from engine_adapter.kv_transfer_params import (
+    IMAGES_KEY,
     InvalidKvTransferParams,
     RemotePrefill,
     parse_remote_prefill,
@@ -122,6 +123,8 @@ class ModelService:
                 kv_params = self._kv_params(request, response_id, prompt_index, k, len(prompts))
                 if kv_params is not None and "num_children" in kv_params:
                     kv_params["num_tokens"] = len(prompt.token_ids)
+                    if prompt.images is not None:
+                        kv_params[IMAGES_KEY] = prompt.images.hashes
                 plan.append(
                     PlannedChoice(
                         self._choice(request, prompt, index, engine_request_id),

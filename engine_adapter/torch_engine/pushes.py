@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from engine_adapter.kv_transfer_params import is_of_images
 from engine_adapter.torch_engine.kv_transfer import KvTransfer, KvTransferUnavailable
 from engine_adapter.torch_engine.scheduler import Scheduler, StepPlan
 from engine_adapter.torch_engine.sequence import EngineRequest, EngineRequestError, RequestOutput, Sequence
@@ -68,6 +69,8 @@ class Pushes:
                 f"kv_transfer_params.baton.num_blocks is {num_blocks}, but the prompt has {has_blocks} here: "
                 "prefiller and decoder need the same --block-size"
             )
+        if landing["landing_id"] and not is_of_images(params, request.image_hashes):
+            raise push_error("it was given other images")
         return not landing["landing_id"]
 
     def expect(self, seq: Sequence) -> None:

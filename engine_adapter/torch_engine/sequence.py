@@ -59,6 +59,10 @@ class EngineRequest:
     images: PromptImages | None = None
     """What the prompt's image tokens stand for."""
 
+    @property
+    def image_hashes(self) -> list[str]:
+        return self.images.hashes if self.images is not None else []
+
 
 @dataclass(slots=True)
 class TokenLogprobs:

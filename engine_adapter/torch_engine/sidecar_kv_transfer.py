@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from engine_adapter.kv_transfer_params import InvalidKvTransferParams, RemotePrefill, parse_remote_prefill
+from engine_adapter.kv_transfer_params import IMAGES_KEY, InvalidKvTransferParams, RemotePrefill, parse_remote_prefill
 from engine_adapter.push_params import (
     PushLanding,
     calls_metaserver,
@@ -141,7 +141,8 @@ class SidecarKvTransfer:
                 landing_id=landing.landing_id,
                 token=landing.token,
                 epoch=landing.epoch,
-            ).to_wire(),
+            ).to_wire()
+            | {key: params[key] for key in (IMAGES_KEY,) if key in params},
         )
 
     def push(

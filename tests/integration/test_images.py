@@ -96,7 +96,8 @@ def image(content: bytes) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": data_url(content)}}
 
 
-async def test_the_seeds_request_split_and_unsplit(model: Path, image_host: str) -> None:
+@pytest.mark.parametrize("contract", ["pull", "layerwise"])
+async def test_the_seeds_request_split_and_unsplit(model: Path, image_host: str, contract: str) -> None:
     red, blue = png(280, 140, (200, 30, 60)), png(100, 330, (10, 60, 220))
     asked = [
         seeds_request(f"{image_host}/resource/qwen.png"),
@@ -106,7 +107,7 @@ async def test_the_seeds_request_split_and_unsplit(model: Path, image_host: str)
         with_parts("No picture here."),
     ]
     flags = ["--no-enable-prefix-caching", "--allow-private-media", "--max-num-batched-tokens", "50"]
-    with Deployment(model, engine_args=flags) as split:
+    with Deployment(model, engine_args=flags, proxy_args=["--contract", contract]) as split:
         decoder_url, timeout = split.decoders[0].url, aiohttp.ClientTimeout(total=120)
         async with aiohttp.ClientSession(timeout=timeout) as session:
             alone = [await ask(session, split.prefillers[0].url, one, stream=False) for one in asked]

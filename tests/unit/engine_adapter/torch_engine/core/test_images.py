@@ -14,7 +14,7 @@ import torch
 from PIL import Image as Pillow
 from transformers import AutoImageProcessor, AutoModelForImageTextToText
 
-from engine_adapter.torch_engine.engine_core import IMAGES_KEY
+from engine_adapter.kv_transfer_params import IMAGES_KEY
 from engine_adapter.torch_engine.image_processor import ImageProcessor
 from engine_adapter.torch_engine.model_loader import LoadedModel
 from engine_adapter.torch_engine.prompt_images import Image, PromptImages, expand
@@ -230,6 +230,20 @@ def test_kv_of_another_image_is_not_taken(model: LoadedModel, processor: ImagePr
     producer.step()
     producer.assert_idle()
     consumer.assert_idle()
+
+
+def test_nothing_is_pushed_to_a_decoder_that_has_other_images(model: LoadedModel, processor: ImageProcessor) -> None:
+    producer, _ = linked_pair(model)
+    one, other = (request(processor, "image first", f"p{seed}", seed) for seed in (0, 1))
+    num_tokens = len(one.prompt_token_ids)
+    baton = {"landing_id": "x", "num_tokens": num_tokens, "num_blocks": -(-(num_tokens - 1) // 16)}
+    landing = {"do_remote_decode": True, "remote_request_id": "d", "baton": baton, IMAGES_KEY: one.image_hashes}
+    other.kv_transfer_params = landing
+    producer.run(other)
+    error = producer.last("p1").error
+    assert error is not None
+    assert (error.status, "other images" in error.message) == (503, True)
+    producer.assert_idle()
 
 
 def test_features_are_kept_within_their_bytes(model: LoadedModel, processor: ImageProcessor) -> None:
