@@ -65,7 +65,7 @@ def serve(config: ServerConfig, engine_config: EngineConfig) -> int:
         metrics = ServerMetrics(config.served_model_name or str(engine_config.model), engine.stats)
         kv_link = stack.enter_context(build_kv_transfer(config, engine, metrics.observe_pull, metrics.observe_load))
         stack.callback(engine.shutdown)  # also before the link goes: the engine thread uses it
-        instance = Instance(config, engine_config, engine, tokenizer, image_reader, metrics, kv_link, sock)
+        instance = Instance(config, engine_config, engine, tokenizer, metrics, kv_link, sock, image_reader)
         return uvloop.run(instance.run())
 
 
@@ -77,10 +77,10 @@ class Instance:
     engine_config: EngineConfig
     engine: Engine
     tokenizer: Tokenizer
-    image_reader: ImageReader | None
     metrics: ServerMetrics
     kv_link: KvLink
     sock: socket.socket
+    image_reader: ImageReader | None = None
 
     async def run(self) -> int:
         """Serve until told to stop (0) or until the engine dies (1)."""
