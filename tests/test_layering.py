@@ -55,6 +55,8 @@ PURE = {
     "engine_adapter/cluster/processes.py",
     "engine_adapter/cluster/rank_table.py",
     "engine_adapter/cluster/seed_checks.py",
+    "engine_adapter/cluster/rehearsal.py",
+    "engine_adapter/cluster/share.py",
     "engine_adapter/cluster/shell_script.py",
     "engine_adapter/cluster/shell_words.py",
     "engine_adapter/cluster/topology.py",

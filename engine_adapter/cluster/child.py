@@ -38,7 +38,7 @@ class Guard:
             start_new_session=True,
             cwd="/",
         )
-        self._tell(f"rm {directory}")
+        self.remove_at_end(directory)
 
     @property
     def pid(self) -> int:
@@ -49,6 +49,10 @@ class Guard:
 
     def ended(self, group: int) -> None:
         self._tell(f"-{group}")
+
+    def remove_at_end(self, path: Path) -> None:
+        """A file that goes with the cluster; from the root, because the guard runs there."""
+        self._tell(f"rm {path.absolute()}")
 
     def __enter__(self) -> Self:
         return self

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
-from engine_adapter.cluster import demo, deployment_rules, rank_table_command
+from engine_adapter.cluster import demo, deployment_rules, node_commands, rank_table_command
 from engine_adapter.cluster.config import load, with_flags
 from engine_adapter.cluster.deployment import is_deployment, text_of
 from engine_adapter.cluster.deployment_plan import deployment_plan
@@ -60,6 +60,9 @@ def _parse(words: list[str]) -> argparse.Namespace:
         "--format", choices=("shell", "json"), default="shell", help="shell runs as it is with bash (%(default)s)"
     )
     by_name["ranktable"] = rank_table_command.add_to(commands)
+    by_name |= node_commands.add_running_commands(commands)
+    by_name["up"].add_argument("--log-dir", type=Path, help="for logs, instead of a directory below --dir")
+    node_commands.add_up_flags(by_name["up"])
     by_name["up"].add_argument("--check-only", action="store_true", help="say whether it could start here, and end")
     by_name["demo"].add_argument("--once", action="store_true", help="stop after the answer")
     by_name["demo"].add_argument("--prompt", default=demo.PROMPT, help="what to ask")
@@ -88,14 +91,17 @@ def _command(commands: argparse._SubParsersAction[Parser], name: str, run: objec
 def _deployment(arguments: argparse.Namespace) -> Deployment:
     source = str(arguments.file)
     if is_deployment(text_of(arguments.file)):
-        raise ClusterError(
-            f"{source} is a deployment over several nodes; `pd-cluster plan {source}` prints its commands"
-        )
+        raise ClusterError(f"{source} is a deployment over several nodes; `up {source} --rehearse` runs it here")
     config = with_flags(load(arguments.file), source, model_dir=arguments.model, port=arguments.port)
-    return deployment(config, arguments.dir)
+    return deployment(config, arguments.dir, getattr(arguments, "log_dir", None))
 
 
 def _up(arguments: argparse.Namespace) -> int:
+    if is_deployment(text_of(arguments.file)):
+        return node_commands.run_up(arguments)
+    for flag in node_commands.UP_FLAGS:
+        if getattr(arguments, flag):
+            raise ConfigError(f"--{flag}: {arguments.file} has no [[node]], all of it runs on one machine")
     here = _deployment(arguments)
     if arguments.check_only:
         check(here)
@@ -124,8 +130,7 @@ def _plan_of_nodes(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"{flag}: for a deployment over several nodes, say it in {arguments.file}")
     source, node = str(arguments.file), arguments.node
     planned = deployment_plan(deployment_rules.load(arguments.file))
-    if node is not None and node not in planned.nodes:
-        raise ConfigError(f"--node {node}: {source} has no such node; {nearest(node, planned.nodes)}")
+    node_commands.check_node(planned, source, node)
     print(as_json(planned, node) if arguments.format == "json" else script(planned, source, node), end="")
     return 0
 

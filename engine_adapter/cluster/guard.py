@@ -1,8 +1,8 @@
 """`python -I -S guard.py`: outlives the supervisor by a moment, to end what it may have left.
 
 Standard library only, run by path. Reads lines from standard input: `+PGID` and `-PGID` (a process group began, was
-seen to end), `rm DIR` (a directory that goes with the cluster). At the end of the input, that is when the supervisor
-is gone, however it went, the groups still there are killed and the directories removed. The children themselves
+seen to end), `rm PATH` (a directory or a file that goes with the cluster). At the end of the input, that is when the
+supervisor is gone, however it went, the groups still there are killed and the paths removed. The children themselves
 already die by PR_SET_PDEATHSIG; their own children and the socket files are what only the guard gets.
 """
 
@@ -18,7 +18,7 @@ from collections.abc import Iterable
 
 def main(lines: Iterable[str]) -> None:
     groups: set[int] = set()
-    directories: list[str] = []
+    paths: list[str] = []
     for line in lines:
         word = line.rstrip("\n")
         if word.startswith("+"):
@@ -26,12 +26,16 @@ def main(lines: Iterable[str]) -> None:
         elif word.startswith("-"):
             groups.discard(-int(word))
         elif word.startswith("rm "):
-            directories.append(word.removeprefix("rm "))
+            paths.append(word.removeprefix("rm "))
     for group in groups:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(group, signal.SIGKILL)
-    for directory in directories:
-        shutil.rmtree(directory, ignore_errors=True)
+    for path in paths:
+        if os.path.isdir(path):
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from typing import Literal
 
 from engine_adapter.cluster.config import Args, ClusterConfig, Instance, StoreSection
 
-Kind = Literal["sidecar", "engine", "proxy"]
+Kind = Literal["sidecar", "engine", "proxy", "store"]
 
-STOP_ORDER: tuple[Kind, ...] = ("proxy", "engine", "sidecar")
+STOP_ORDER: tuple[Kind, ...] = ("proxy", "engine", "sidecar", "store")
 """The proxy drains first, while the engines still answer; a sidecar outlives its engine."""
 
 DEFAULT_KV_POOL_BYTES = 256 * 1024**2
@@ -48,7 +48,7 @@ class PlannedProcess:
     argv: tuple[str, ...]
     host: str
     port: int
-    """The one it is known by; `ports` are all it listens on."""
+    """The one it is known by (0: none); `ports` are all it listens on."""
     ports: tuple[int, ...]
     health_url: str
     """200 when it can do its work."""
@@ -62,7 +62,7 @@ class PlannedProcess:
 
     @property
     def address(self) -> str:
-        return f"{bracketed(self.host)}:{self.port}"
+        return f"{bracketed(self.host)}:{self.port}" if self.port else bracketed(self.host)
 
     def shell_line(self) -> str:
         """The command as bash takes it, environment included."""

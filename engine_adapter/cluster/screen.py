@@ -6,13 +6,25 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from typing import TextIO
+from typing import Protocol, TextIO
 
-from engine_adapter.cluster.supervisor import Watched
+from engine_adapter.cluster.supervisor import Supervisor, Watched
 
 HEADINGS = ("role", "instance", "address", "pid", "state", "sidecar")
 LINE_LIMIT = 200
 """Characters of a quoted log line; the log has the rest."""
+
+
+class Events(Protocol):
+    """What says in lines what happens."""
+
+    def event(self, text: str) -> None: ...
+
+    def change(self, watched: Watched, text: str, last_lines: Sequence[str]) -> None: ...
+
+    def watch(self, supervisor: Supervisor) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Screen:
@@ -25,6 +37,9 @@ class Screen:
     def close(self) -> None:
         if self._nowhere is not None:
             self._nowhere.close()
+
+    def watch(self, supervisor: Supervisor) -> None:
+        """Lines say each change; there is nothing more to show."""
 
     def line(self, text: str = "") -> None:
         self.piece(text + "\n")

@@ -23,6 +23,7 @@ from engine_adapter.cluster.backoff import Backoff
 from engine_adapter.cluster.child import Child, Guard
 from engine_adapter.cluster.errors import StartFailed
 from engine_adapter.cluster.plan import Plan, PlannedProcess
+from engine_adapter.cluster.readiness import answers
 
 NUM_LAST_LINES = 15
 NUM_START_ATTEMPTS = 3
@@ -48,6 +49,7 @@ class Pace:
 
     starting_s: float = 0.1
     healthy_s: float = 1.0
+    elsewhere_s: float = 1.0
     timeout_s: float = 5.0
     num_failures: int = 3
 
@@ -89,10 +91,14 @@ class Supervisor:
         report: Report,
         start_timeout_s: float,
         stop_timeout_s: float,
+        elsewhere: Mapping[str, str] | None = None,
         pace: Pace | None = None,
         backoff: Callable[[], Backoff] = Backoff,
     ) -> None:
         self.watched = {process.name: Watched(process, backoff()) for process in plan.processes}
+        self.elsewhere = {name: asyncio.Event() for name in elsewhere or {}}
+        """Of what runs on other nodes: set when it was first seen to be ready."""
+        self._ready_urls = dict(elsewhere or {})
         self._plan = plan
         self._run_dir = run_dir
         self._env = env
@@ -102,11 +108,16 @@ class Supervisor:
         self._pace = pace or Pace()
         self._guard = guard
         self._keepers: dict[str, asyncio.Task[None]] = {}
+        self._looks: list[asyncio.Task[None]] = []
         self._http: aiohttp.ClientSession | None = None
 
     async def start(self) -> None:
-        """Start everything, in order; return when all are healthy. Raises StartFailed; call `stop` then, too."""
+        """Start everything, in order; return when all are healthy. Raises StartFailed; call `stop` then, too.
+
+        What runs elsewhere is waited for without a limit, by whom it comes after.
+        """
         self._http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=self._pace.timeout_s))
+        self._looks = [asyncio.create_task(self._look_elsewhere(name)) for name in self.elsewhere]
         for watched in self.watched.values():
             self._log_path(watched.process).unlink(missing_ok=True)
             self._keepers[watched.process.name] = asyncio.create_task(self._keep(watched), name=watched.process.name)
@@ -124,9 +135,10 @@ class Supervisor:
 
     async def stop(self) -> None:
         """Proxy, engines, sidecars: each is asked, and killed at its deadline. Then nothing is left."""
-        for keeper in self._keepers.values():
-            keeper.cancel()
-        await asyncio.gather(*self._keepers.values(), return_exceptions=True)
+        tasks = [*self._keepers.values(), *self._looks]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         for stage in self._plan.stop_stages():
             await asyncio.gather(*(self._stop_one(self.watched[process.name]) for process in stage))
         if self._http is not None:
@@ -161,7 +173,7 @@ class Supervisor:
     async def _keep(self, watched: Watched) -> None:
         """The life of a process: until it is cancelled, or failed in too many attempts to be healthy once."""
         for name in watched.process.after:
-            await self.watched[name].was_healthy.wait()
+            await (self.elsewhere.get(name) or self.watched[name].was_healthy).wait()
         while True:
             for name in watched.process.needs:
                 await self.watched[name].is_healthy.wait()
@@ -215,11 +227,14 @@ class Supervisor:
 
     async def _looks_well(self, process: PlannedProcess) -> bool:
         assert self._http is not None
-        try:
-            async with self._http.get(process.health_url) as answer:
-                return answer.status == 200
-        except (aiohttp.ClientError, TimeoutError, OSError):
-            return False
+        return await answers(self._http, process.health_url, self._pace.timeout_s)
+
+    async def _look_elsewhere(self, name: str) -> None:
+        assert self._http is not None
+        while not self.elsewhere[name].is_set():
+            if await answers(self._http, self._ready_urls[name], self._pace.timeout_s):
+                self.elsewhere[name].set()
+            await asyncio.sleep(self._pace.elsewhere_s)
 
     def _lose_health(self, watched: Watched) -> None:
         watched.healthy_since = None

@@ -89,5 +89,20 @@ def test_mistakes_are_listed(run: Run, small: str) -> None:
 
 def test_up_says_what_it_takes(run: Run, small: str) -> None:
     rc, _, err = run("up", small)
-    assert rc == 1
-    assert f"`pd-cluster plan {small}` prints its commands" in err
+    assert rc == 2
+    there = "(10.0.0.1, 10.0.0.2)"
+    said = f"{small} has several nodes: say which this is by --node {there}, or add --rehearse"
+    assert err == f"pd-cluster: {said}\n"
+    assert "did you mean" in run("up", small, "--node", "10.0.0.3")[2]
+    assert run("up", small, "--node", "10.0.0.1", "--once")[2] == "pd-cluster: --once: of a rehearsal; add --rehearse\n"
+    assert "a rehearsal is of all nodes" in run("up", small, "--rehearse", "--node", "10.0.0.1")[2]
+    assert "has no [[node]]" in run("up", str(LOCAL), "--rehearse")[2]
+    assert "over several nodes" in run("demo", small)[2]
+
+
+def test_nothing_is_up(run: Run, small: str) -> None:
+    for command in ("status", "down"):
+        for which in (small, "small"):
+            rc, out, err = run(command, which)
+            assert (rc, out) == (1, "")
+            assert err.startswith("pd-cluster: small is not up (.baton/run); is it another --dir")
