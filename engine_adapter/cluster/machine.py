@@ -27,9 +27,13 @@ ones: an outgoing connection never takes the port of a process that is down for 
 LONGEST_SOCKET_NAME = len("/prefill-1023.sock.peer")
 
 
-def environment() -> dict[str, str]:
-    """Ours, with the directory of this Python first on PATH: a virtual environment need not be activated."""
-    return os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
+def environment(own_first: bool = True) -> dict[str, str]:
+    """Ours, with the directory of this Python on PATH: a virtual environment need not be activated.
+
+    Last on it where the commands are not only ours, such as `vllm`: the user's PATH says which one is meant.
+    """
+    own, given = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)
+    return os.environ | {"PATH": os.pathsep.join([own, given] if own_first else [given, own])}
 
 
 def model_directory(config: ClusterConfig, state_dir: Path) -> Path:

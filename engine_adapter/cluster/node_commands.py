@@ -85,7 +85,7 @@ def _node_run(deployment: Deployment, planned: DeploymentPlan, arguments: argpar
     mine = planned.of_node(node)
     if not mine:
         raise ClusterError(f"--node {node}: {source} starts nothing there")
-    env = machine.environment()
+    env = machine.environment(own_first=False)
     run_dir = arguments.dir / "run" / planned.name / node.replace(":", "_")
     return Run(
         share=share_of(planned, node, deployment.model.served_name or deployment.model.path, env),
