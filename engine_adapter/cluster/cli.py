@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
-from engine_adapter.cluster import demo, deployment_rules, node_commands, rank_table_command
+from engine_adapter.cluster import check_command, demo, deployment_rules, node_commands, rank_table_command
 from engine_adapter.cluster.config import load, with_flags
 from engine_adapter.cluster.deployment import is_deployment, text_of
 from engine_adapter.cluster.deployment_plan import deployment_plan
@@ -60,6 +60,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
         "--format", choices=("shell", "json"), default="shell", help="shell runs as it is with bash (%(default)s)"
     )
     by_name["ranktable"] = rank_table_command.add_to(commands)
+    by_name["check"] = check_command.add_to(commands)
     by_name |= node_commands.add_running_commands(commands)
     by_name["up"].add_argument("--log-dir", type=Path, help="for logs, instead of a directory below --dir")
     node_commands.add_up_flags(by_name["up"])
