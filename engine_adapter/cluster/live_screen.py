@@ -57,7 +57,10 @@ def screen_for(title: str) -> Events:
 if HAS_RICH:
 
     class LiveScreen:
-        """`watch` gives it what to show; until then, events only. `close` leaves the last picture."""
+        """`watch` gives it what to show; until then, events only. `close` leaves the last picture.
+
+        Only a thread of its own writes: a terminal that is stopped (Ctrl-S) must not stop the watch over processes.
+        """
 
         def __init__(self, title: str, console: Console) -> None:
             self._title = title
@@ -72,12 +75,10 @@ if HAS_RICH:
 
         def event(self, text: str) -> None:
             self._events.append(f"{time.strftime('%H:%M:%S')} {text}")
-            self._live.refresh()
 
         def change(self, watched: Watched, text: str, last_lines: Sequence[str]) -> None:
             self.event(f"{watched.process.name}: {text}")
             self._events.extend(f"    | {line[:LINE_LIMIT]}" for line in last_lines)
-            self._live.refresh()
 
         def close(self) -> None:
             self._live.stop()

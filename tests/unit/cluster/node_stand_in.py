@@ -27,8 +27,8 @@ PORT = flag("--port")
 
 def note(event: str, **more: object) -> None:
     said = {"event": event, "argv": [COMMAND, *FLAGS], "pid": os.getpid(), **more}
-    with JOURNAL.open("a") as journal:
-        journal.write(json.dumps(said) + "\n")
+    with JOURNAL.open("ab", buffering=0) as journal:  # one write: readers see whole lines
+        journal.write(json.dumps(said).encode() + b"\n")
 
 
 def afflicted(how: str) -> bool:

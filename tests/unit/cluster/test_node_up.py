@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import json
 import os
+import pty
 import signal
 import socket
+import struct
+import subprocess
+import termios
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.unit.cluster.conftest import wait_for
-from tests.unit.cluster.nodes import LIMIT_S, A, B, Nodes
+from tests.unit.cluster.nodes import LIMIT_S, PD_CLUSTER, A, B, Nodes
 
 PROMPTS = ("--warm-up-prompts", "1")
 
@@ -131,3 +139,87 @@ def test_a_second_up_is_refused_and_a_deaf_engine_is_killed_at_the_deadline(node
     assert nodes.run(B, "down", str(nodes.file), "--node", B).returncode == 0
     assert "did not stop within 1 s and was killed" in second.text()
     assert nodes.names("end") == ["decode-0-dp1"]
+
+
+HEADLESS = """
+name = "two"
+node = [{{ address = "{a}", devices = 2 }}, {{ address = "{b}", devices = 2 }}]
+model = {{ path = "/m", served_name = "m" }}
+engine = {{ kind = "vllm-ascend", engine_version = "0.11.0" }}
+connector = {{ name = "LLMDataDistCMgrConnector" }}
+proxy = {{ node = "{a}", port = {ports[0]} }}
+ports = {{ http = {ports[1]}, kv = {ports[4]}, dp_rpc = {ports[5]}, llmdatadist = {ports[6]} }}
+prefill = {{ dp = 1, tp = 1 }}
+decode = {{ dp = 2, tp = 1, dp_mode = "internal" }}
+instance = [{{ role = "prefill", nodes = ["{a}"] }}, {{ role = "decode", nodes = ["{a}", "{b}"] }}]
+"""
+
+
+def test_a_headless_engine_is_well_with_its_api_server_and_the_rank_table_is_made_first(tmp_path: Path) -> None:
+    nodes = Nodes(tmp_path, HEADLESS)
+    (tmp_path / "bin" / "hccn_tool").symlink_to(Path(__file__).with_name("npu_tools") / "hccn_tool")
+    nodes.env |= {"NODE": "127.0.81.9", "FAULTS": str(tmp_path / "bin")}
+    try:
+        second = nodes.up(B)
+        wait_for(lambda: nodes.names("begin") == ["decode-0-node1"], "the headless one begins", LIMIT_S)
+        assert nodes.status(B)["decode-0-node1"]["state"] == "starting"
+        first = nodes.up(A, *PROMPTS)
+        first.wait_until("serves m on")
+        second.wait_until("serves;")
+        assert nodes.status(B)["decode-0-node1"]["health_url"] == nodes.plan.named("decode-0-node0").ready_url
+        assert all("ranktable.json" in event["files"] for event in nodes.events("begin"))
+        table = json.loads((nodes.directory / A / "ranktable.json").read_text())
+        assert [it["server_id"] for it in table["decode_device_list"]] == [A, B]
+        assert sorted(nodes.names("prompt")[:2]) == ["decode-0-node0", "prefill-0"]
+        for node in (A, B):
+            assert nodes.run(node, "down", "two").returncode == 0
+        assert nodes.names("end")[:2] == ["decode-0-node0", "prefill-0"]
+    finally:
+        for one in nodes.started:
+            one.end()
+    wait_for(lambda: not nodes.left(), "nothing is left", 10)
+
+
+def test_a_rank_table_that_cannot_be_made_is_said_with_the_tools_words(tmp_path: Path) -> None:
+    nodes = Nodes(tmp_path, HEADLESS)
+    result = nodes.run(A, "up", str(nodes.file), "--node", A)
+    assert result.returncode == 1
+    assert "pd-cluster: ./ranktable.json could not be made:" in result.stderr
+    assert "hccn_tool is not on" in result.stderr
+    assert nodes.events("begin") == []
+
+
+def test_on_a_terminal_there_is_one_live_screen(nodes: Nodes) -> None:
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 150, 0, 0))
+    process = subprocess.Popen(
+        [*PD_CLUSTER, "up", str(nodes.file), "--node", A],
+        cwd=nodes.node_directory(A),
+        env=nodes.env | {"TERM": "xterm"},
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+    )
+    os.close(slave)
+    seen = bytearray()
+
+    def read() -> None:
+        with contextlib.suppress(OSError):  # the end of a terminal
+            while part := os.read(master, 1 << 16):
+                seen.extend(part)
+
+    def shows(*words: bytes) -> bool:
+        return all(word in seen for word in words)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        wait_for(lambda: shows(b"prefill-0", b"healthy", b"restarts", b"waits for decode-0-dp0"), "a table", LIMIT_S)
+        assert nodes.run(A, "down", "two").returncode == 0
+        wait_for(lambda: shows(b"stopped") and process.poll() is not None, "it ends", LIMIT_S)
+        assert process.returncode == 0
+    finally:
+        process.kill()
+        process.wait()
+        reader.join()
+        os.close(master)
