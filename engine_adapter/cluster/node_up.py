@@ -16,7 +16,7 @@ from engine_adapter.cluster.screen import Events
 from engine_adapter.cluster.share import Share
 from engine_adapter.cluster.supervisor import Supervisor, Watched
 from engine_adapter.cluster.up import until_stopped
-from engine_adapter.cluster.warmup import preheat
+from engine_adapter.cluster.warmup import FIRST_TIMEOUT_S, preheat
 
 NUM_NAMED = 4
 
@@ -39,6 +39,7 @@ class Run:
     start_timeout_s: float
     stop_timeout_s: float
     num_prompts: int
+    prompt_timeout_s: float = FIRST_TIMEOUT_S
     once: bool = False
     """End after the first prompts."""
     notes: Sequence[str] = ()
@@ -116,7 +117,7 @@ async def _serve(run: Run, supervisor: Supervisor, state: StateFile, guard: Guar
     await supervisor.start()
     if run.num_prompts:
         screen.event(f"all healthy; {run.num_prompts} warm-up prompts to each")
-        for problem in await preheat(share, run.num_prompts):
+        for problem in await preheat(share, run.num_prompts, run.prompt_timeout_s):
             screen.event(problem)
             if run.once:
                 raise ClusterError(problem)

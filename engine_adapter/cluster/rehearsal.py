@@ -18,6 +18,7 @@ Place = tuple[str, int]
 MAX_TORCH_INSTANCES = 4
 """More would not fit a small machine's memory and patience: mock engines then, unless torch is asked for."""
 NODES_A_NET = 250
+CALLERS, LOOPBACK = "--metaserver-allow", "127.0.0.0/8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +166,11 @@ def _proxy(plan: DeploymentPlan, placed: Mapping[str, Place], after: Sequence[st
         words += [f"--{flag}-hosts", *(host for host, _ in standing), f"--{flag}-ports", *ports]
         if contract == "mooncake" and role == "prefill":  # of a mock engine they are one
             words += ["--prefiller-bootstrap-ports", *ports]
-    return _planned("proxy", "proxy", [*words, *_own_flags(plan.proxy.argv)], place, stage.env, after)
+    own = list(_own_flags(plan.proxy.argv))
+    if contract == "layerwise":  # they call from 127.0.0.1, whatever address they listen on
+        at = own.index(CALLERS) + 1 if CALLERS in own else 0
+        own[at:at] = [LOOPBACK] if at else [CALLERS, LOOPBACK]
+    return _planned("proxy", "proxy", [*words, *own], place, stage.env, after)
 
 
 def _own_flags(argv: Sequence[str]) -> Iterator[str]:

@@ -32,6 +32,7 @@ from engine_adapter.cluster.rehearsal import (
 )
 from engine_adapter.cluster.screen import Events
 from engine_adapter.cluster.up import make_model
+from engine_adapter.cluster.warmup import TIMEOUT_S
 
 NODE = "rehearsal"
 CHECKOUT = Path(__file__).parents[2]
@@ -64,6 +65,7 @@ def rehearsal_run(deployment: Deployment, planned: DeploymentPlan, arguments: ar
         start_timeout_s=min(arguments.start_timeout_s, START_TIMEOUT_S),
         stop_timeout_s=arguments.stop_timeout_s,
         num_prompts=arguments.warm_up_prompts,
+        prompt_timeout_s=TIMEOUT_S,
         once=arguments.once,
         notes=_notes(planned, engines, moved),
         prepare=partial(_make_model, model_dir, run_dir) if engines == "torch" else None,

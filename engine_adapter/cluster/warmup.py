@@ -38,10 +38,10 @@ def base_url(process: PlannedProcess) -> str:
     return f"http://{bracketed(reachable(process.host))}:{process.port}"
 
 
-async def preheat(share: Share, num: int) -> list[str]:
+async def preheat(share: Share, num: int, timeout_s: float = FIRST_TIMEOUT_S) -> list[str]:
     """`num` prompts to each API server of a share, one after the other, then through its proxy as many for each
     prefiller (operators of NPUs reach their speed after some rounds). A line for each that did not answer."""
-    timeout = aiohttp.ClientTimeout(total=FIRST_TIMEOUT_S)
+    timeout = aiohttp.ClientTimeout(total=timeout_s)
     proxy = share.proxy_address
     async with aiohttp.ClientSession(timeout=timeout) as http:
         found = await asyncio.gather(

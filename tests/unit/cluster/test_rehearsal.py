@@ -34,9 +34,9 @@ def test_every_file_has_a_rehearsal_whose_proxy_and_engines_agree(path: Path) ->
         ("prefill", config.prefillers, told.prefill_at),
         ("decode", config.decoders, told.decode_at),
     ):
-        assert [str(address) for address in listed] == [f"{host}:{port}" for host, port in stood]
+        assert [str(address) for address in listed] == stood
         planned = [process for process in instances(plan) if process.role == role]
-        assert [port for _, port in stood] == [int(process.serves.rpartition(":")[2]) for process in planned]
+        assert [it.rpartition(":")[2] for it in stood] == [it.serves.rpartition(":")[2] for it in planned]
     assert config.contract == told.contract
     assert len(set(told.prefill_at + told.decode_at)) == len(instances(plan))
     assert share.elsewhere == {} and share.files == ()
@@ -72,6 +72,15 @@ def test_bootstrap_ports_are_the_mock_engines_own() -> None:
     proxy = share.processes[-1].argv
     assert proxy[proxy.index("--prefiller-bootstrap-ports") + 1] == proxy[proxy.index("--prefiller-ports") + 1]
     assert share.processes[0].argv[-2:] == ("--num-ranks", "1")
+
+
+def test_layerwise_decoders_may_call_from_any_loopback_address_beside_whom_the_file_allows() -> None:
+    text = SMALL.replace("MooncakeConnectorV1", "MooncakeLayerwiseConnector")
+    for args, expected in ((", args = { metaserver-allow = '10.1.0.0/16' }", {"10.1.0.0/16"}), ("", set())):
+        given = text.replace("port = 8000", f"port = 8000{args}")
+        share = rehearsal(deployment_plan(parse(given, "f")), "m", stage("mock"))
+        allowed = read_config(share.processes[-1].argv[1:]).metaserver_allow
+        assert set(allowed) == {"127.0.0.0/8", *expected}
 
 
 def test_mock_engines_are_in_a_checkout_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
