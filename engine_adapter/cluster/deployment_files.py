@@ -89,7 +89,7 @@ def ais_bench_model(deployment: Deployment) -> File:
             "]",
         ]
     )
-    return File("./ais_bench/models/vllm_api/vllm_api_stream_chat.py", text + "\n")
+    return File("./configs/models/vllm_api/vllm_api_stream_chat.py", text + "\n")
 
 
 def _python(value: object) -> str:

@@ -409,8 +409,8 @@ curl http://192.0.0.1:1999/v1/completions -H 'Content-Type: application/json' -d
 }
 
 bench() {
-mkdir -p ./ais_bench/models/vllm_api
-cat > ./ais_bench/models/vllm_api/vllm_api_stream_chat.py <<'END_OF_FILE'
+mkdir -p ./configs/models/vllm_api
+cat > ./configs/models/vllm_api/vllm_api_stream_chat.py <<'END_OF_FILE'
 from ais_bench.benchmark.models import VLLMCustomAPIChatStream
 
 models = [
