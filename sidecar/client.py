@@ -33,6 +33,7 @@ from sidecar.protocol import (
     Offer,
     OfferBlocks,
     OfferEnded,
+    PoolMemory,
     PoolRegistered,
     Pull,
     PullEnded,
@@ -110,6 +111,13 @@ class SidecarClient:
         SidecarUnavailable.
         """
         answer = self._call(lambda call_id: RegisterPool(call_id, layout), PoolRegistered, REGISTER_TIMEOUT_S, (fd,))
+        return answer.epoch
+
+    def register_memory(self, memory: PoolMemory, layout: KvLayout) -> str:
+        """As register_pool, for a pool that has no descriptor. It must stay where it is while this client lives."""
+        answer = self._call(
+            lambda call_id: RegisterPool(call_id, layout, memory), PoolRegistered, REGISTER_TIMEOUT_S
+        )  # fmt: skip
         return answer.epoch
 
     def join_pool(self) -> str:

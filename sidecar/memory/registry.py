@@ -1,0 +1,17 @@
+"""The kinds of memory that come without a descriptor: one line each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sidecar.memory.contract import PoolRegion
+from sidecar.memory.host import BorrowedRegion
+from sidecar.protocol import PoolMemory
+
+OPENERS: dict[str, Callable[[PoolMemory], PoolRegion]] = {
+    "address": BorrowedRegion,
+}
+"""By PoolMemory.kind; each raises MemoryFault."""
+
+OWN_PROCESS_ONLY = {"address"}
+"""Kinds that mean nothing to another process."""
