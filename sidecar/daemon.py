@@ -32,6 +32,7 @@ from sidecar.store.block_store import BlockStore
 from sidecar.store.metrics import StoreMetrics
 from sidecar.store.registry import open_store
 from sidecar.store.store_table import StoreTable
+from sidecar.taken_ports import check_ports
 from sidecar.tenancy import Tenancy
 from sidecar.transfer_table import TransferTable
 from sidecar.transport.registry import available_transports
@@ -48,9 +49,10 @@ class Daemon:
     """One sidecar; also the Host of its engine sessions."""
 
     def __init__(self, config: SidecarConfig) -> None:
-        """Bind every socket and find the transports. Raises StartError, with nothing left behind."""
+        """Bind every socket and find the transports. Raises StartError or UsageError, with nothing left behind."""
         self._config = config
         host, port = split_address(config.listen)
+        check_ports(config, os.environ)
         if host in ("0.0.0.0", "::") and not config.advertise_host:
             raise StartError(f"--listen {config.listen}: give --advertise-host, peers cannot connect to {host}")
         advertised = config.advertise_host or host

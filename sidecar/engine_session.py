@@ -167,7 +167,9 @@ class EngineSession:
             return
         self._tenancy, self._joined = tenancy, True
         tenancy.joined.add(self)
-        self.send(PoolRegistered(message.call_id, tenancy.registration.epoch))
+        registration = tenancy.registration
+        slots = registration.layout.num_blocks if registration.staged else 0
+        self.send(PoolRegistered(message.call_id, registration.epoch, slots))
 
     def _pull(self, message: Pull) -> None:
         if self._tenancy is not None and not self._joined:
@@ -205,6 +207,7 @@ class EngineSession:
         await self._host.dismiss(self, "the engine registers another pool")
         try:
             registration = await self._open_pool(message, fd)
+            registration.staged = message.staged
             if self._connection.closed:
                 registration.close()
                 return

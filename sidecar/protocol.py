@@ -138,11 +138,16 @@ class RegisterPool(Message, tag="register_pool", frozen=True):
     call_id: Natural
     layout: KvLayout
     memory: PoolMemory | None = None
+    staged: bool = False
+    """The pool is a buffer that stands for the engine's KV: its blocks are slots."""
 
 
 class PoolRegistered(Message, tag="pool_registered", frozen=True):
+    """`staged_slots`: of a staging buffer; 0 where the pool is the engine's KV."""
+
     call_id: Natural
     epoch: str
+    staged_slots: Natural = 0
 
 
 class JoinPool(Message, tag="join_pool", frozen=True):

@@ -43,6 +43,7 @@ class Registration:
         self.fd = fd
         self.region = region
         self.engine_socket = engine_socket
+        self.staged = False
         self.retired = False
 
     def close(self) -> None:

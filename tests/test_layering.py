@@ -131,6 +131,7 @@ PURE = {
     "sidecar/store/keys.py",
     "sidecar/store/messages.py",
     "sidecar/store/sealed_block.py",
+    "sidecar/taken_ports.py",
     "sidecar/transfer.py",
 }
 

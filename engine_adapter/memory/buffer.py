@@ -63,7 +63,7 @@ class StagingBuffer:
                 os.close(fd)
             raise NoBuffer(f"no {num_bytes >> 20} MiB for a staging buffer ({error.strerror})") from error
         address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
-        self.pool = Pool(address, num_bytes, fd)
+        self.pool = Pool(address, num_bytes, fd, staged=True)
 
     def close(self) -> None:
         """Close the descriptor; the memory goes with its last view. Nothing may be staged any more. Idempotent."""

@@ -23,6 +23,8 @@ class Place:
     """Why host memory can't be shared here; "" if it can."""
     environment: Mapping[str, str] = field(default_factory=dict)
     transport: str = "auto"
+    shared_pool_fault: str = ""
+    """Why the KV itself can't be moved into shared memory, though a buffer may."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,8 @@ class Pool:
     num_bytes: int
     fd: int | None = None
     """Of the memory behind `address`, where other processes can map it."""
+    staged: bool = False
+    """It is a staging buffer."""
 
 
 class MemoryProvider(Protocol):

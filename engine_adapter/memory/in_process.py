@@ -32,4 +32,5 @@ class InProcess:
         return place.device != "cpu"
 
     def enter(self, client: SidecarClient, pool: Pool, layout: KvLayout) -> str:
-        return client.register_memory(PoolMemory("address", pool.address, num_bytes=pool.num_bytes), layout)
+        memory = PoolMemory("address", pool.address, num_bytes=pool.num_bytes)
+        return client.register_memory(memory, layout, staged=pool.staged)

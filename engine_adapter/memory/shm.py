@@ -16,7 +16,7 @@ class SharedMemory:
     def lacking(self, place: Place) -> str:
         if place.device != "cpu":
             return f"the KV lies in {place.device} memory, which no other process can map as shared memory"
-        return place.shared_memory_fault
+        return place.shared_memory_fault or place.shared_pool_fault
 
     def needs_shared_pool(self, place: Place) -> bool:
         return True
@@ -31,4 +31,4 @@ class SharedMemory:
 def enter_shared(client: SidecarClient, pool: Pool, layout: KvLayout) -> str:
     """Hand the pool's descriptor over. Raises SidecarError."""
     assert pool.fd is not None, "the pool was not allocated as shared memory"
-    return client.register_pool(pool.fd, layout)
+    return client.register_pool(pool.fd, layout, staged=pool.staged)
