@@ -119,7 +119,7 @@ class SidecarHello(Message, tag="sidecar_hello", frozen=True):
 
 
 class PoolMemory(msgspec.Struct, frozen=True):
-    """A pool without a descriptor. `kind` is address (only from the sidecar's own process), cuda_ipc or acl_ipc.
+    """A pool without a descriptor. `kind` is address (only from the sidecar's own process), cuda_ipc or npu_ipc.
 
     For the last two `key` is the driver's name for an allocation in which the pool begins at `offset`.
     """

@@ -58,6 +58,8 @@ def choose(wanted: str, place: Place) -> Choice:
     refused: list[tuple[str, str]] = []
     for provider in PROVIDERS.values():
         why = provider.lacking(place)
+        if not why and provider.unproven:
+            why = "it has not run on hardware yet; ask for it by name to try it"
         if not why:
             return _logged(Choice(provider, place, tuple(refused)))
         refused.append((provider.name, why))

@@ -35,6 +35,8 @@ class Pool:
     num_bytes: int
     fd: int | None = None
     """Of the memory behind `address`, where other processes can map it."""
+    device: DeviceKind = "cpu"
+    device_index: int = 0
     staged: bool = False
     """It is a staging buffer."""
 
@@ -45,6 +47,8 @@ class MemoryProvider(Protocol):
     name: str
     in_process: bool
     """The sidecar is a thread of the engine's process."""
+    unproven: bool
+    """It has not run on hardware yet: taken only when it is asked for by name."""
 
     def lacking(self, place: Place) -> str:
         """Why it can't work there, and what would help; "" if it can."""

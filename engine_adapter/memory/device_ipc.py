@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from engine_adapter.memory.contract import Place, Pool
+from engine_adapter.memory.device_keys import NoKey, export_key
 from sidecar.client import SidecarClient
-from sidecar.protocol import KvLayout
+from sidecar.errors import LayoutRefused
+from sidecar.protocol import KvLayout, PoolMemory
 
 ALLOCATOR_VARIABLES = {
     "cuda": ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"),
@@ -24,6 +26,7 @@ class DeviceIpc:
 
     name = "device_ipc"
     in_process = False
+    unproven = True
 
     def lacking(self, place: Place) -> str:
         if place.device == "cpu":
@@ -44,7 +47,12 @@ class DeviceIpc:
         return False
 
     def enter(self, client: SidecarClient, pool: Pool, layout: KvLayout) -> str:
-        raise NotImplementedError
+        try:
+            key, offset = export_key(pool.device, pool.address, pool.num_bytes)
+        except NoKey as error:
+            raise LayoutRefused(f"no IPC key for the KV: {error}; use another memory provider") from error
+        memory = PoolMemory(f"{pool.device}_ipc", 0, key, offset, pool.num_bytes, pool.device_index)
+        return client.register_memory(memory, layout)
 
 
 def expandable_segments(device: str, environment: Mapping[str, str]) -> str:

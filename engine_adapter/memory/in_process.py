@@ -17,6 +17,7 @@ class InProcess:
 
     name = "in_process"
     in_process = True
+    unproven = False
 
     def lacking(self, place: Place) -> str:
         if not place.own_sidecar:

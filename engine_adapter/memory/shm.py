@@ -12,6 +12,7 @@ class SharedMemory:
 
     name = "shm"
     in_process = False
+    unproven = False
 
     def lacking(self, place: Place) -> str:
         if place.device != "cpu":

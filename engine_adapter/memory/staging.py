@@ -16,6 +16,7 @@ class Staging:
 
     name = "staging"
     in_process = False
+    unproven = False
 
     def lacking(self, place: Place) -> str:
         return place.shared_memory_fault

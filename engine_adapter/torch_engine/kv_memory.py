@@ -53,7 +53,7 @@ class KvMemory:
         self._stack = ExitStack()
         self._buffer: StagingBuffer | None = None
         cache = engine.kv_cache
-        self.pool = Pool(cache.block_rows.data_ptr(), cache.pool_bytes, cache.fd)
+        self.pool = Pool(cache.block_rows.data_ptr(), cache.pool_bytes, cache.fd, choice.place.device)
         if choice.stages:
             self._buffer = self._allocate()
             self.layout, self.pool = self._buffer.layout, self._buffer.pool

@@ -39,7 +39,7 @@ class KvMemory:
             self.layout = layout_of(shared.position)
             self.pool = Pool(0, shared.num_bytes, shared.fd)
         else:
-            self.layout, self.pool = _as_it_lies(tensors, layout_of)
+            self.layout, self.pool = _as_it_lies(tensors, layout_of, self.choice)
 
     def enter(self, client: SidecarClient) -> str:
         """Register with the sidecar. Returns the epoch. Raises SidecarError."""
@@ -100,7 +100,7 @@ def _choose(settings: ConnectorSettings, tensors: Sequence[Any]) -> Choice:
         ) from error
 
 
-def _as_it_lies(tensors: Sequence[Any], layout_of: LayoutOf) -> tuple[KvLayout, Pool]:
+def _as_it_lies(tensors: Sequence[Any], layout_of: LayoutOf, choice: Choice) -> tuple[KvLayout, Pool]:
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
     if len(storages) != 1:
         raise ConnectorStartError(
@@ -108,4 +108,5 @@ def _as_it_lies(tensors: Sequence[Any], layout_of: LayoutOf) -> tuple[KvLayout, 
             "use kv_connector_extra_config.memory staging"
         )
     [(address, storage)] = storages.items()
-    return layout_of({address: 0}), Pool(address, storage.nbytes())
+    index = tensors[0].device.index or 0
+    return layout_of({address: 0}), Pool(address, storage.nbytes(), None, choice.place.device, index)

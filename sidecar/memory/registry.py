@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from sidecar.memory import acl, cuda
 from sidecar.memory.contract import PoolRegion
 from sidecar.memory.host import BorrowedRegion
 from sidecar.protocol import PoolMemory
 
 OPENERS: dict[str, Callable[[PoolMemory], PoolRegion]] = {
     "address": BorrowedRegion,
+    "cuda_ipc": cuda.open_region,
+    "npu_ipc": acl.open_region,
 }
 """By PoolMemory.kind; each raises MemoryFault."""
 

@@ -19,6 +19,8 @@ def test_the_first_that_works_is_taken_and_says_why_the_others_do_not() -> None:
     assert "shm: refused, the KV lies in cuda memory" in str(on_gpu)
     assert "device_ipc: refused, expandable segments are on" in str(on_gpu)
     assert str(on_gpu).endswith("staging is used")
+    assert "device_ipc: refused, it has not run on hardware yet" in str(choose("auto", CUDA))
+    assert choose("device_ipc", CUDA).provider.name == "device_ipc"
     alone = choose("auto", replace(CPU, shared_memory_fault=NO_SHARING))
     assert alone.provider.name == "in_process"
     assert dict(alone.refused)["staging"] == NO_SHARING
