@@ -30,7 +30,7 @@ class SidecarThread:
     def start(self) -> None:
         """Serve from now on. Raises SidecarStartError."""
         command = self._command
-        settings = {
+        settings: dict[str, object] = {
             "socket": self.socket_path,
             "listen": command.listen,
             "engine_id": command.engine_id,
@@ -39,6 +39,8 @@ class SidecarThread:
             "metrics_port": command.metrics_port,
             "log_level": command.log_level,
         }
+        flags = command.more[::2]  # pairs of a flag and its value, of the settings' names
+        settings |= {flag[2:].replace("-", "_"): value for flag, value in zip(flags, command.more[1::2], strict=True)}
         try:
             self._sidecar = importlib.import_module(IMPLEMENTATION).InProcessSidecar(settings)
             line = self._sidecar.start()

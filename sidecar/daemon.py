@@ -143,7 +143,9 @@ class Daemon:
         landings = Landings(config, epoch, layout.num_blocks, metrics, session.send)
         pulls = landings.pulls = TransferTable(config, registration, peers, metrics, landings.pull_ended)
         deliveries = Deliveries(self.identity, epoch, peers, offers)
-        store = StoreTable(self._store, registration, config.rank, self._executor) if self._store else None
+        store = None
+        if self._store and registration.region.on_host and not registration.staged:
+            store = StoreTable(self._store, registration, config.rank, self._executor)
         self._tenancy = Tenancy(
             registration, offers, peers, pulls, landings, deliveries, self.transports.values(), store
         )

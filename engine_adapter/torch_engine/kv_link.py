@@ -47,6 +47,7 @@ def build_kv_transfer(
 
     The engine closes the transfer when it ends; the sidecar ends after it. Raises EngineStartError.
     """
+    _check_store(config, choice)
     if choice is None:
         yield KvLink("none")
         return
@@ -85,13 +86,19 @@ def _store_flags(config: ServerConfig) -> dict[str, str]:
     return {flag: value for flag, value in flags.items() if value}
 
 
-def _check_store(config: ServerConfig) -> None:
+def _check_store(config: ServerConfig, choice: Choice | None = None) -> None:
     """Raises EngineStartError where flags of the store can have no effect."""
     flags = _store_flags(config)
     if flags and config.sidecar != "auto":
         flag = next(iter(flags))
         remedy = "give --sidecar auto" if config.sidecar == "none" else f"give it to the pd-sidecar at {config.sidecar}"
         raise EngineStartError(f"{flag} is for --sidecar auto", remedy)
+    if flags and choice is not None and (choice.stages or choice.place.device != "cpu"):
+        raise EngineStartError(
+            f"{next(iter(flags))}: the prefix store takes blocks of KV in host memory, and with --kv-memory "
+            f"{choice.provider.name} the sidecar does not reach them",
+            "give --kv-memory shm, or no --store-... flags",
+        )
     if "--store-dir-bytes" in flags and "--store-dir" not in flags:
         raise EngineStartError("--store-dir-bytes is the size of --store-dir", "give that too, or neither")
     if "--store-mooncake-segment-bytes" in flags and "--store-mooncake" not in flags:

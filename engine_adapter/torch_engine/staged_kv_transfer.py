@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from engine_adapter.memory.slots import Run, Slots, runs
 from engine_adapter.torch_engine.kv_transfer import KvEvents, KvTransfer, KvTransferUnavailable, PullResult
+from sidecar.protocol import Ready
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +37,22 @@ class Copies(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Pull:
+    """A pull, or a landing. `begin` is told its slots."""
+
     request_id: str
     params: dict[str, Any]
     block_ids: list[int]
-    first_block: int
+    begin: Callable[[list[int]], None]
     asked_at: float
+
+
+@dataclass(slots=True)
+class _Push:
+    """Blocks under computation and their slots; all before number `num_copied` are copied for good."""
+
+    block_ids: list[int]
+    slots: list[int]
+    num_copied: int = 0
 
 
 class StagedKvTransfer:
@@ -70,6 +82,7 @@ class StagedKvTransfer:
         self._waiting: deque[_Pull] = deque()
         self._pulling: dict[str, tuple[_Pull, list[int]]] = {}
         self._arriving: list[tuple[PullResult, list[int], Callable[[], bool]]] = []
+        self._pushes: dict[str, _Push] = {}
         self._events = KvEvents()
         self.check = inner.check
         self.drop = inner.drop
@@ -79,11 +92,6 @@ class StagedKvTransfer:
     def offer(self, request_id: str, block_ids: list[int], num_tokens: int, num_cached_tokens: int) -> dict[str, Any]:
         """Copy the blocks out and offer the copies. Raises KvTransferUnavailable, also while the buffer stays full."""
         slots = self._take_within(len(block_ids), self._offer_wait_s)
-        if slots is None:
-            raise KvTransferUnavailable(
-                f"the staging buffer has {self._slots.num_free} of {self._slots.num_slots} blocks free, "
-                f"{len(block_ids)} are needed: give more --kv-staging-bytes"
-            )
         try:
             self._copies.out(runs(block_ids, slots))
             params = self._inner.offer(request_id, slots, num_tokens, num_cached_tokens)
@@ -95,8 +103,48 @@ class StagedKvTransfer:
 
     def start_pull(self, request_id: str, params: dict[str, Any], local_block_ids: list[int], first_block: int) -> None:
         """As KvTransfer has it; the pull begins when there are slots for all of it."""
-        self._waiting.append(_Pull(request_id, params, local_block_ids, first_block, self._clock()))
+
+        def begin(slots: list[int]) -> None:
+            self._inner.start_pull(request_id, params, slots, first_block)
+
+        self._waiting.append(_Pull(request_id, params, local_block_ids, begin, self._clock()))
         self._begin_pulls()
+
+    def land(
+        self, request_id: str, params: dict[str, Any], local_block_ids: list[int], first_block: int, num_tokens: int
+    ) -> None:
+        """As KvTransfer has it; slots are held out, and a prefill is asked for when there are enough."""
+
+        def begin(slots: list[int]) -> None:
+            self._inner.land(request_id, params, slots, first_block, num_tokens)
+
+        self._waiting.append(_Pull(request_id, params, local_block_ids, begin, self._clock()))
+        self._begin_pulls()
+
+    def push(
+        self, request_id: str, params: dict[str, Any], block_ids: list[int], num_tokens: int, ready: Ready
+    ) -> None:
+        """As KvTransfer has it, of slots that are filled as blocks are marked. Raises KvTransferUnavailable."""
+        push = _Push(block_ids, self._take_within(len(block_ids), self._offer_wait_s))
+        try:
+            self._copy_ready(push, ready)
+            self._inner.push(request_id, params, push.slots, num_tokens, ready)
+        except BaseException:
+            self._slots.give_back(push.slots)
+            raise
+        self._pushes[request_id] = push
+
+    def mark_ready(self, request_id: str, ready: Ready) -> None:
+        """As KvTransfer has it; what is marked is copied first, within the forward."""
+        if (push := self._pushes.get(request_id)) is not None:
+            self._copy_ready(push, ready)
+            self._inner.mark_ready(request_id, ready)
+
+    def _copy_ready(self, push: _Push, ready: Ready) -> None:
+        """Blocks go whole, once a layer that is marked: what is not computed yet is not read, and copied again."""
+        begin, end = push.num_copied, ready.end_block
+        self._copies.out(runs(push.block_ids[begin:end], push.slots[begin:end]))
+        push.num_copied = ready.first_block
 
     def abandon(self, request_id: str) -> None:
         """As KvTransfer has it; the lease of a pull that has not begun is dropped."""
@@ -117,14 +165,20 @@ class StagedKvTransfer:
         events, self._events = self._events, KvEvents()
         return events
 
-    def _take_within(self, count: int, seconds: float) -> list[int] | None:
+    def _take_within(self, count: int, seconds: float) -> list[int]:
+        """Raises KvTransferUnavailable if there are not enough in time."""
         deadline = self._clock() + seconds
         while (slots := self._slots.take(count)) is None and count <= self._slots.num_slots:
             left = deadline - self._clock()
             if left <= 0:
-                return None
+                break
             self._news.wait(min(left, LOOK_AGAIN_S if self._arriving else left))
             self._take_events()
+        if slots is None:
+            raise KvTransferUnavailable(
+                f"the staging buffer has {self._slots.num_free} of {self._slots.num_slots} blocks free, "
+                f"{count} are needed: give more --kv-staging-bytes"
+            )
         return slots
 
     def _take_events(self) -> None:
@@ -133,6 +187,10 @@ class StagedKvTransfer:
         for request_id in events.ended_offers:
             self._slots.give_back(self._offered.pop(request_id, ()))
         self._events.ended_offers.extend(events.ended_offers)
+        for request_id, _ in events.ended_pushes:
+            if (push := self._pushes.pop(request_id, None)) is not None:
+                self._slots.give_back(push.slots)
+        self._events.ended_pushes.extend(events.ended_pushes)
         for result in events.pulls:
             self._pull_ended(result)
         arriving, self._arriving = self._arriving, []
@@ -165,7 +223,7 @@ class StagedKvTransfer:
                 return
             self._waiting.popleft()
             self._pulling[pull.request_id] = (pull, slots)
-            self._inner.start_pull(pull.request_id, pull.params, slots, pull.first_block)
+            pull.begin(slots)
 
     def _refuse_late(self, now: float) -> None:
         for pull in list(self._waiting):

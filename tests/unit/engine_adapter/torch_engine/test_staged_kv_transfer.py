@@ -13,6 +13,7 @@ from engine_adapter.device import BlockCopies
 from engine_adapter.memory.slots import Run, Slots
 from engine_adapter.torch_engine.kv_transfer import KvEvents, KvTransferUnavailable, PullResult
 from engine_adapter.torch_engine.staged_kv_transfer import StagedKvTransfer
+from sidecar.protocol import Ready
 
 NUM_BLOCKS, NUM_SLOTS, BLOCK_BYTES = 12, 4, 8
 
@@ -36,6 +37,21 @@ class Sidecar:
             raise KvTransferUnavailable("away")
         self.told.append(("offer", request_id, block_ids))
         return {"remote_block_ids": block_ids}
+
+    def land(
+        self, request_id: str, params: dict[str, Any], local_block_ids: list[int], first_block: int, num_tokens: int
+    ) -> None:
+        self.told.append(("land", request_id, local_block_ids, first_block))
+
+    def push(
+        self, request_id: str, params: dict[str, Any], block_ids: list[int], num_tokens: int, ready: Ready
+    ) -> None:
+        if self.refuses:
+            raise KvTransferUnavailable("away")
+        self.told.append(("push", request_id, block_ids, ready))
+
+    def mark_ready(self, request_id: str, ready: Ready) -> None:
+        self.told.append(("mark", request_id, ready))
 
     def drop(self, params: dict[str, Any]) -> None:
         self.told.append(("drop", params))
@@ -198,4 +214,38 @@ def test_on_a_stream_the_end_is_told_when_the_copy_is_done(stage: Stage) -> None
     assert stage.slots.num_free == NUM_SLOTS - 1
     Slow.done = True
     assert [pull.request_id for pull in transfer.poll().pulls] == ["r"]
+    assert stage.slots.num_free == NUM_SLOTS
+
+
+def test_a_landing_is_of_slots_and_arrives_like_a_pull(stage: Stage) -> None:
+    stage.transfer.land("r", {}, [9, 2], 1, 40)
+    assert stage.inner.told == [("land", "r", [0, 1], 1)]
+    stage.buffer[:2] = 200
+    stage.ends("r")
+    assert stage.transfer.poll().pulls[0].ok
+    assert bool((stage.pool[[9, 2]] == 200).all())
+
+
+def test_a_push_copies_what_is_marked_before_it_says_so(stage: Stage) -> None:
+    stage.transfer.push("r", {}, [5, 6, 7], 48, Ready(1, 1, 0))
+    assert torch.equal(stage.buffer[0], stage.pool[5])
+    assert not stage.buffer[1:].any()
+    stage.pool[6:8, :4] = 1  # a first layer of both blocks
+    stage.transfer.mark_ready("r", Ready(1, 3, 1))
+    assert torch.equal(stage.buffer[1:3], stage.pool[6:8])
+    stage.pool[6:8, 4:] = 2  # the second, which is marked as complete blocks later
+    stage.transfer.mark_ready("r", Ready(3, 3, 0))
+    assert torch.equal(stage.buffer[1:3], stage.pool[6:8])
+    assert [told[0] for told in stage.inner.told] == ["push", "mark", "mark"]
+    stage.inner.next.ended_pushes.append(("r", "consumed"))
+    assert stage.transfer.poll().ended_pushes == [("r", "consumed")]
+    assert stage.slots.num_free == NUM_SLOTS
+
+
+def test_a_refused_push_keeps_no_slot_and_marks_of_an_ended_one_are_nothing(stage: Stage) -> None:
+    stage.inner.refuses = True
+    with pytest.raises(KvTransferUnavailable):
+        stage.transfer.push("r", {}, [5, 6], 32, Ready())
+    stage.transfer.mark_ready("r", Ready(2, 2, 0))
+    assert stage.inner.told == []
     assert stage.slots.num_free == NUM_SLOTS
