@@ -84,3 +84,20 @@ async def test_split_equals_unsplit(
         for instance in split.instances:
             log = instance.engine.log.read_text()
             assert f"kv_memory provider={memory[instance.role]} " in log
+
+
+@pytest.mark.timeout(300)
+async def test_layers_pushed_through_staging_buffers(
+    tiny_model: Path, asked: list[Prompt], expected: list[Answer]
+) -> None:
+    """Prompts of many chunks and of a part of a block: what is marked is copied first, layer by layer."""
+    few = slice(8, 14)
+    with OwnSidecars(
+        tiny_model, engine_args=["--no-enable-prefix-caching", *SMALL_BUFFER], proxy_args=["--contract", "layerwise"],
+        memory={"prefill": "staging", "decode": "staging"},
+    ) as split:  # fmt: skip
+        answers = await ask_all(split.url, asked[few], stream=[False] * len(asked[few]), num_at_once=3)
+        assert answers == expected[few]
+        crossed = metric(split.decoders[0].url, "vllm:prompt_tokens_by_source_total", source="external_kv_transfer")
+        assert crossed == sum(answer.num_prompt_tokens - 1 for answer in expected[few])
+        assert split.settles(within_s=5) == {}
