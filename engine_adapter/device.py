@@ -1,4 +1,4 @@
-"""What differs between cpu, cuda and npu: the torch device, its memory, and the shapes that suit it.
+"""What differs between cpu, cuda and npu: the torch device, its memory, its copies, and the shapes that suit it.
 
 `torch_npu` is imported here and nowhere else, and only when an NPU is asked for.
 """
@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -70,3 +71,50 @@ def open_device(kind: str) -> Device:
 def usable_cores() -> int:
     """Cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class BlockCopies:
+    """Copies blocks between planes of KV and the staging planes in host memory, on a stream where the device has one.
+
+    A plane is a tensor of bytes [blocks, bytes of a block]; staging plane i has the slots for plane i's blocks.
+    """
+
+    def __init__(self, kind: str, planes: Sequence[torch.Tensor], staging: Sequence[torch.Tensor]) -> None:
+        self._pairs = list(zip(planes, staging, strict=True))
+        self._backend: Any = None if kind == "cpu" else getattr(torch, kind)
+        self._stream: Any = None if self._backend is None else self._backend.Stream()
+        if kind == "cuda":  # pinned: copies run beside the kernels; without it they only wait for each other
+            whole = staging[0].untyped_storage()
+            runtime: Any = torch.cuda.cudart  # untyped
+            runtime().cudaHostRegister(whole.data_ptr(), whole.nbytes(), 0)
+
+    def out(self, runs: Sequence[tuple[int, int, int]]) -> None:
+        """(first block, first slot, how many): the blocks lie in their slots when this returns."""
+        self._copy(runs, outwards=True)
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def into(self, runs: Sequence[tuple[int, int, int]]) -> Callable[[], bool]:
+        """Begin to copy slots into their blocks; the answer says whether they are there."""
+        self._copy(runs, outwards=False)
+        if self._stream is None:
+            return lambda: True
+        event = self._backend.Event()
+        event.record(self._stream)
+        done: Callable[[], bool] = event.query
+        return done
+
+    def _copy(self, runs: Sequence[tuple[int, int, int]], *, outwards: bool) -> None:
+        if self._stream is None:
+            self._copy_now(runs, outwards)
+            return
+        self._stream.wait_stream(self._backend.current_stream())  # kernels that still write or read these blocks
+        with self._backend.stream(self._stream):
+            self._copy_now(runs, outwards)
+
+    def _copy_now(self, runs: Sequence[tuple[int, int, int]], outwards: bool) -> None:
+        for blocks, slots in self._pairs:
+            for block, slot, count in runs:
+                there, here = blocks[block : block + count], slots[slot : slot + count]
+                target, source = (here, there) if outwards else (there, here)
+                target.copy_(source, non_blocking=True)

@@ -33,6 +33,7 @@ from sidecar.protocol import (
     Offer,
     OfferBlocks,
     OfferEnded,
+    PoolMemory,
     PoolRegistered,
     Pull,
     PullEnded,
@@ -75,6 +76,8 @@ class SidecarClient:
         self, sock: socket.socket, hello: SidecarHello, decoder: FrameDecoder, on_event: Callable[[], object] | None
     ) -> None:
         self.hello = hello
+        self.staged_slots = 0
+        """Of the pool that was joined, where that is a staging buffer."""
         self._sock = sock
         self._decoder = decoder
         self._on_event = on_event
@@ -103,21 +106,26 @@ class SidecarClient:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(CALL_TIMEOUT_S), 0))
         return cls(sock, hello, decoder, on_event)
 
-    def register_pool(self, fd: int, layout: KvLayout) -> str:
+    def register_pool(self, fd: int, layout: KvLayout, *, staged: bool = False) -> str:
         """Hand the pool's memfd over, which stays ours too. Returns the registration's epoch.
 
-        A pool registered before is retired first: its leases are void and its pulls end. Raises LayoutRefused or
-        SidecarUnavailable.
+        `staged`: it is a buffer that stands for the KV. A pool registered before is retired first: its leases are void
+        and its pulls end. Raises LayoutRefused or SidecarUnavailable.
         """
-        answer = self._call(lambda call_id: RegisterPool(call_id, layout), PoolRegistered, REGISTER_TIMEOUT_S, (fd,))
-        return answer.epoch
+        return self._register(lambda call_id: RegisterPool(call_id, layout, None, staged), (fd,))
+
+    def register_memory(self, memory: PoolMemory, layout: KvLayout, *, staged: bool = False) -> str:
+        """As register_pool, for a pool that has no descriptor. It must stay where it is while this client lives."""
+        return self._register(lambda call_id: RegisterPool(call_id, layout, memory, staged))
 
     def join_pool(self) -> str:
         """Offer, revoke and drop for the pool that another process of this engine registered. Returns its epoch.
 
         Offers' ends are reported to that process. Raises OfferRefused while no pool is registered, SidecarUnavailable.
         """
-        return self._call(lambda call_id: JoinPool(call_id), PoolRegistered).epoch
+        answer = self._call(lambda call_id: JoinPool(call_id), PoolRegistered)
+        self.staged_slots = answer.staged_slots
+        return answer.epoch
 
     def offer(self, request_id: str, block_ids: Sequence[int], num_tokens: int, ttl_s: float) -> Offer:
         """Lease blocks; OfferEnded follows once, unless SidecarLost comes first. Raises OfferRefused."""
@@ -251,6 +259,9 @@ class SidecarClient:
             if pull_id in self._pulls:
                 raise ValueError(f"pull {pull_id!r} is open already")
             self._pulls[pull_id] = source
+
+    def _register(self, make: Callable[[int], RegisterPool], fds: tuple[int, ...] = ()) -> str:
+        return self._call(make, PoolRegistered, REGISTER_TIMEOUT_S, fds).epoch
 
     def _call(
         self,

@@ -65,6 +65,10 @@ class FrameConnection:
         """The socket's descriptor."""
         return self._fileno
 
+    def same_process(self) -> bool:
+        """Whether both ends of this unix socket are in this very process."""
+        return self._unix and peer_pid(self._sock) == os.getpid()
+
     def send(self, payload: bytes, fds: Sequence[int] = ()) -> None:
         """Queue one frame; `fds` go with its first byte and stay the caller's. Does nothing once closed."""
         if self.closed:
@@ -178,6 +182,16 @@ class FrameConnection:
 
 def same_user(sock: socket.socket) -> bool:
     """Whether the process at the other end of a unix socket runs as our user (or as root)."""
-    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    _, uid, _ = _UCRED.unpack(credentials)
+    _, uid, _ = _credentials(sock)
     return uid in (0, os.getuid())
+
+
+def peer_pid(sock: socket.socket) -> int:
+    """Of the process that made the other end of a unix socket."""
+    return _credentials(sock)[0]
+
+
+def _credentials(sock: socket.socket) -> tuple[int, int, int]:
+    """pid, uid, gid."""
+    pid, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    return pid, uid, gid

@@ -120,6 +120,12 @@ class CopyExecutor:
         for thread in self._threads:
             thread.start()
 
+    @property
+    def num_queued(self) -> int:
+        """Jobs with moves that no thread has taken yet."""
+        with self._condition:
+            return len(self._queue)
+
     def submit(self, moves: Moves | Sequence[Move], on_end: Callable[[bool], None]) -> CopyJob:
         """Begin copying; `moves` is not empty. See CopyJob."""
         job = CopyJob(moves, on_end, self._chunk_bytes)

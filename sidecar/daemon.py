@@ -10,6 +10,7 @@ import secrets
 import signal
 import socket
 import sys
+from collections.abc import Callable
 
 from aiohttp import web
 
@@ -31,6 +32,7 @@ from sidecar.store.block_store import BlockStore
 from sidecar.store.metrics import StoreMetrics
 from sidecar.store.registry import open_store
 from sidecar.store.store_table import StoreTable
+from sidecar.taken_ports import check_ports
 from sidecar.tenancy import Tenancy
 from sidecar.transfer_table import TransferTable
 from sidecar.transport.registry import available_transports
@@ -47,9 +49,10 @@ class Daemon:
     """One sidecar; also the Host of its engine sessions."""
 
     def __init__(self, config: SidecarConfig) -> None:
-        """Bind every socket and find the transports. Raises StartError, with nothing left behind."""
+        """Bind every socket and find the transports. Raises StartError or UsageError, with nothing left behind."""
         self._config = config
         host, port = split_address(config.listen)
+        check_ports(config, os.environ)
         if host in ("0.0.0.0", "::") and not config.advertise_host:
             raise StartError(f"--listen {config.listen}: give --advertise-host, peers cannot connect to {host}")
         advertised = config.advertise_host or host
@@ -60,6 +63,8 @@ class Daemon:
         self._peer_sessions: set[PeerSession] = set()
         self._vacant: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._num_epochs = 0
+        self._engine_fault = ""
+        """Why the engine that was registered is no more; "" while one is, and before the first."""
         self._stopping = asyncio.Event()
         self._sockets: list[socket.socket] = []
         self._executor = CopyExecutor(config.copy_threads, config.copy_bytes_per_s)
@@ -86,20 +91,27 @@ class Daemon:
             self._peer_sock.getsockname()[1], peer_socket if "shm" in self.transports else "", tuple(self.transports),
         )  # fmt: skip
 
-    async def serve(self) -> None:
-        """Run until SIGTERM or SIGINT, then drain."""
+    def watch_process(self) -> None:
+        """For a process of its own: stop at SIGTERM or SIGINT, and where it was asked for, with the parent."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stopping.set)
+            loop.add_signal_handler(number, self.stop)
         if self._config.exit_on_stdin_eof:
             self._watch_stdin()
+
+    def stop(self) -> None:
+        """Have `serve` end, in order. Called on the loop's thread."""
+        self._stopping.set()
+
+    async def serve(self, on_ready: Callable[[str], None]) -> None:
+        """Run until `stop`, then drain. `on_ready` gets the line that says where everything is."""
         listeners = [
             Listener(self._engine_socket.sock, self._engine_connected),
             Listener(self._peer_sock, self._peer_connected),
             Listener(self._local_sock, self._peer_connected),
         ]
         runner = await self._serve_http()
-        self._say_ready()
+        on_ready(self._ready_line())
         try:
             await self._stopping.wait()
             logger.info("stopping")
@@ -131,11 +143,14 @@ class Daemon:
         landings = Landings(config, epoch, layout.num_blocks, metrics, session.send)
         pulls = landings.pulls = TransferTable(config, registration, peers, metrics, landings.pull_ended)
         deliveries = Deliveries(self.identity, epoch, peers, offers)
-        store = StoreTable(self._store, registration, config.rank, self._executor) if self._store else None
+        store = None
+        if self._store and registration.region.on_host and not registration.staged:
+            store = StoreTable(self._store, registration, config.rank, self._executor)
         self._tenancy = Tenancy(
             registration, offers, peers, pulls, landings, deliveries, self.transports.values(), store
         )
         self._tenant_session = session
+        self._engine_fault = ""
         for transport in self.transports.values():
             transport.registered(registration)
         logger.info(
@@ -152,6 +167,7 @@ class Daemon:
         await self._tenancy.retire(why)
         self._tenancy = None
         self._tenant_session = None
+        self._engine_fault = why
         self._vacant.set_result(None)
 
     def tenant(self) -> Tenancy | None:
@@ -204,6 +220,7 @@ class Daemon:
         tenancy = self._tenancy
         for state in (State.OFFERED, State.CLAIMED):
             self.metrics.leases.labels(state).set(tenancy.offers.count(state) if tenancy else 0)
+        self.metrics.queued_copies.set(self._executor.num_queued)
         self.metrics.open_pulls.set(len(tenancy.pulls) if tenancy else 0)
         self.metrics.open_landings.set(len(tenancy.landings) if tenancy else 0)
         self.metrics.registered_bytes.set(tenancy.registration.region.num_bytes if tenancy else 0)
@@ -212,8 +229,10 @@ class Daemon:
         return web.Response(body=self.metrics.page(), headers={"Content-Type": CONTENT_TYPE})
 
     async def _health_page(self, request: web.Request) -> web.Response:
-        """200 also without an engine, which is a state and not a fault; 503 when a transport is broken."""
+        """503 when a transport is broken or the engine is gone; 200 while the first one has yet to come."""
         faults = {name: fault for name, transport in self.transports.items() if (fault := transport.fault())}
+        if self._engine_fault:
+            faults["engine"] = self._engine_fault
         tenant = self.tenant()
         state = {
             "status": "broken" if faults else "ok",
@@ -226,14 +245,14 @@ class Daemon:
         }
         return web.json_response(state, status=503 if faults else 200)
 
-    def _say_ready(self) -> None:
+    def _ready_line(self) -> str:
         peer, metrics = self._peer_sock.getsockname(), self._metrics_sock.getsockname()
         line = (
             f"ready socket={self._config.socket} listen={_join(peer)} metrics={_join(metrics)} "
             f"transports={','.join(self.transports)}"
         )
-        print(line, flush=True)
         logger.info("%s engine_id=%s pid=%d", line, self._config.engine_id, os.getpid())
+        return line
 
     def _watch_stdin(self) -> None:
         try:
@@ -257,7 +276,9 @@ class Daemon:
 async def run(config: SidecarConfig) -> None:
     """Serve one sidecar until it is told to stop. Raises StartError."""
     gc.freeze()  # what the imports made stays; without it every full collection walks it
-    await Daemon(config).serve()
+    daemon = Daemon(config)
+    daemon.watch_process()
+    await daemon.serve(lambda line: print(line, flush=True))
 
 
 def _join(address: tuple[object, ...]) -> str:

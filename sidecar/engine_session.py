@@ -13,6 +13,7 @@ from typing import Protocol
 from sidecar import protocol
 from sidecar.connection import FrameConnection
 from sidecar.errors import FrameError, LayoutRefused, OfferRefused, Refusal
+from sidecar.memory.registry import OWN_PROCESS_ONLY
 from sidecar.protocol import (
     ENGINE_FRAME_BYTES,
     PROTOCOL_VERSION,
@@ -37,7 +38,7 @@ from sidecar.protocol import (
     encode,
     version_fault,
 )  # fmt: skip
-from sidecar.registration import Identity, Registration, register
+from sidecar.registration import Identity, Registration, register, register_memory
 from sidecar.store.messages import StoreRequest, store_refusal
 from sidecar.tenancy import Tenancy
 
@@ -166,7 +167,9 @@ class EngineSession:
             return
         self._tenancy, self._joined = tenancy, True
         tenancy.joined.add(self)
-        self.send(PoolRegistered(message.call_id, tenancy.registration.epoch))
+        registration = tenancy.registration
+        slots = registration.layout.num_blocks if registration.staged else 0
+        self.send(PoolRegistered(message.call_id, registration.epoch, slots))
 
     def _pull(self, message: Pull) -> None:
         if self._tenancy is not None and not self._joined:
@@ -190,17 +193,21 @@ class EngineSession:
     def _register(self, message: RegisterPool) -> None:
         if self._joined:
             raise FrameError("a pool is registered on a connection that has joined another")
-        fd = self._connection.take_fd()
+        memory = message.memory
+        if memory is not None and memory.kind in OWN_PROCESS_ONLY and not self._connection.same_process():
+            raise FrameError("an address of another process was registered")
+        fd = self._connection.take_fd() if memory is None else None
         previous, self._registering = self._registering, None
         self._registering = asyncio.ensure_future(self._take_pool(message, fd, previous))
 
-    async def _take_pool(self, message: RegisterPool, fd: int, previous: asyncio.Task[None] | None) -> None:
+    async def _take_pool(self, message: RegisterPool, fd: int | None, previous: asyncio.Task[None] | None) -> None:
         if previous is not None:
             await previous
         self._tenancy = None
         await self._host.dismiss(self, "the engine registers another pool")
         try:
-            registration = await register(self._host.next_epoch(), message.layout, fd, self._connection.fileno())
+            registration = await self._open_pool(message, fd)
+            registration.staged = message.staged
             if self._connection.closed:
                 registration.close()
                 return
@@ -214,6 +221,14 @@ class EngineSession:
             self.send(CallFailed(message.call_id, "LayoutRefused", str(error)))
             return
         self.send(PoolRegistered(message.call_id, registration.epoch))
+
+    async def _open_pool(self, message: RegisterPool, fd: int | None) -> Registration:
+        """Raises LayoutRefused."""
+        epoch, socket_fd = self._host.next_epoch(), self._connection.fileno()
+        if message.memory is not None:
+            return await register_memory(epoch, message.layout, message.memory, socket_fd)
+        assert fd is not None
+        return await register(epoch, message.layout, fd, socket_fd)
 
     def _closed(self, why: str) -> None:
         asyncio.ensure_future(self._leave(why)).add_done_callback(self._left)

@@ -22,6 +22,8 @@ class SidecarMetrics:
         self._bytes = self._counter("pull_bytes", "Bytes pulled and confirmed.", labels)
         self._pulls = self._counter("pulls", "Pulls that ended, by outcome: ok or the reason.", ("outcome",))
         self._offers_ended = self._counter("offers_ended", "Leases that ended, by outcome.", ("outcome",))
+        self._peer_seconds = self._counter("peer_seconds", "Seconds that confirmed pulls took, by peer.", labels)
+        self._offers_refused = self._counter("offers_refused", "Offers not taken, by reason.", ("reason",))
         self._claims_refused = self._counter("claims_refused", "Claims refused, by reason.", ("reason",))
         self._hellos_refused = self._counter("hellos_refused", "Peers turned away at the hello.", ("reason",))
         self._seconds = Histogram(
@@ -32,6 +34,7 @@ class SidecarMetrics:
         self.open_pulls = self._gauge("open_pulls", "Pulls under way.", ())
         self.open_landings = self._gauge("open_landings", "Blocks that wait for a producer or are filled by it.", ())
         self._landings = self._counter("landings", "Landings that ended, by outcome: ok or the reason.", ("outcome",))
+        self.queued_copies = self._gauge("queued_copies", "Copies over shared memory that wait for a thread.", ())
         self.registered_bytes = self._gauge("registered_bytes", "Bytes of the registered pool.", ())
         self._links = self._gauge("peer_links", "Connections to producers, by the transport chosen.", labels)
 
@@ -44,6 +47,7 @@ class SidecarMetrics:
             peer = self._peer(peer)
             self._blocks.labels(transport, peer).inc(num_blocks)
             self._bytes.labels(transport, peer).inc(num_bytes)
+            self._peer_seconds.labels(transport, peer).inc(seconds)
             self._seconds.labels(transport).observe(seconds)
 
     def also_read(self, transport: str, peer: str, num_bytes: int) -> None:
@@ -55,6 +59,9 @@ class SidecarMetrics:
 
     def landing_ended(self, outcome: str) -> None:
         self._landings.labels(outcome).inc()
+
+    def offer_refused(self, reason: str) -> None:
+        self._offers_refused.labels(reason).inc()
 
     def claim_refused(self, reason: str) -> None:
         self._claims_refused.labels(reason).inc()

@@ -54,6 +54,7 @@ class Offers:
                 raise OfferRefused(fault)
             ready = normal(request.ready, self._num_layers)
         if block_ids and max(block_ids) >= self._num_blocks:
+            self._metrics.offer_refused("invalid")
             raise OfferRefused(f"block {max(block_ids)} is not in the pool of {self._num_blocks} blocks")
         transfer_id, token = secrets.token_hex(8), secrets.token_hex(16)
         now = self._loop.time()
@@ -62,6 +63,7 @@ class Offers:
                 transfer_id, token, request.request_id, block_ids, request.num_tokens, request.ttl_s, now, ready
             )
         except Refusal as refusal:
+            self._metrics.offer_refused(refusal.reason)
             raise OfferRefused(refusal.message) from refusal
         self._settle()
         return Offer(transfer_id, token, self._epoch, time.time() + request.ttl_s, request.call_id)

@@ -82,6 +82,7 @@ CHANGES = {
     3: "layouts say which rank they are of; pull from several ranks' leases; a lease has several readers (claim)",
     4: "layerwise push: land, push and its marks from engines; deliver, computed and withdrawn between sidecars",
     5: "prefix store: store_lookup, store_load, store_abandon, store_save; the sidecar's hello names the tiers",
+    6: "register_pool: memory of the sidecar's own process by address, device memory by an IPC key",
 }
 """What each version changed; an end speaks exactly one."""
 PROTOCOL_VERSION = max(CHANGES)
@@ -117,16 +118,36 @@ class SidecarHello(Message, tag="sidecar_hello", frozen=True):
     """Tiers of the prefix store, fastest first; empty where there is none."""
 
 
+class PoolMemory(msgspec.Struct, frozen=True):
+    """A pool without a descriptor. `kind` is address (only from the sidecar's own process), cuda_ipc or npu_ipc.
+
+    For the last two `key` is the driver's name for an allocation in which the pool begins at `offset`.
+    """
+
+    kind: str
+    address: Natural = 0
+    key: bytes = b""
+    offset: Natural = 0
+    num_bytes: Natural = 0
+    device: Natural = 0
+
+
 class RegisterPool(Message, tag="register_pool", frozen=True):
-    """The pool's memfd comes with this frame (SCM_RIGHTS)."""
+    """The pool's memfd comes with this frame (SCM_RIGHTS), unless it names memory in another way (see PoolMemory)."""
 
     call_id: Natural
     layout: KvLayout
+    memory: PoolMemory | None = None
+    staged: bool = False
+    """The pool is a buffer that stands for the engine's KV: its blocks are slots."""
 
 
 class PoolRegistered(Message, tag="pool_registered", frozen=True):
+    """`staged_slots`: of a staging buffer; 0 where the pool is the engine's KV."""
+
     call_id: Natural
     epoch: str
+    staged_slots: Natural = 0
 
 
 class JoinPool(Message, tag="join_pool", frozen=True):

@@ -12,6 +12,8 @@ import mmap
 import os
 from pathlib import Path
 
+from sidecar.memory.host import HostAccess
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = (
@@ -28,6 +30,8 @@ F_SEAL_SHRINK = 0x0002
 class Region:
     """A shared mapping of a pool; pages are faulted in at once, so that no transfer pays for first touches."""
 
+    on_host = True
+
     def __init__(self, fd: int, num_bytes: int, *, writable: bool) -> None:
         """Map the first `num_bytes` of `fd`, which stays the caller's. Raises OSError."""
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
@@ -37,6 +41,10 @@ class Region:
             raise OSError(code, f"cannot map {num_bytes} bytes: {os.strerror(code)}")
         self.address: int = address
         self.num_bytes = num_bytes
+
+    def access(self) -> HostAccess:
+        """The mapped bytes, for sockets."""
+        return HostAccess(self.address, self.num_bytes)
 
     def close(self) -> None:
         """Unmap; nobody may be copying any more. Idempotent."""

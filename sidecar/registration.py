@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from sidecar.errors import LayoutRefused
 from sidecar.layout import KvLayout, layout_fault
+from sidecar.memory.contract import MemoryFault, PoolRegion
+from sidecar.memory.registry import OPENERS
+from sidecar.protocol import PoolMemory
 from sidecar.regions import Region, forbid_shrinking, size_of
 
 
@@ -28,22 +31,26 @@ class Identity:
 class Registration:
     """One pool from its registration until its engine is gone or registers again; owns descriptor and mapping.
 
+    `fd` is None where the pool has no descriptor: then no other process can map it.
+
     `engine_socket` is the engine's connection: a helper process that writes into the pool keeps a duplicate open, so
     that the engine sees the end of the connection only when nothing can write any more.
     """
 
-    def __init__(self, epoch: str, layout: KvLayout, fd: int, region: Region, engine_socket: int) -> None:
+    def __init__(self, epoch: str, layout: KvLayout, fd: int | None, region: PoolRegion, engine_socket: int) -> None:
         self.epoch = epoch
         self.layout = layout
         self.fd = fd
         self.region = region
         self.engine_socket = engine_socket
+        self.staged = False
         self.retired = False
 
     def close(self) -> None:
         """Unmap and close; every pull must have ended."""
         self.region.close()
-        os.close(self.fd)
+        if self.fd is not None:
+            os.close(self.fd)
 
 
 async def register(epoch: str, layout: KvLayout, fd: int, engine_socket: int) -> Registration:
@@ -62,3 +69,19 @@ async def register(epoch: str, layout: KvLayout, fd: int, engine_socket: int) ->
         os.close(fd)
         raise
     return Registration(epoch, layout, fd, region, engine_socket)
+
+
+async def register_memory(epoch: str, layout: KvLayout, memory: PoolMemory, engine_socket: int) -> Registration:
+    """Check `layout` against memory that has no descriptor and open it. Raises LayoutRefused."""
+    if fault := layout_fault(layout):
+        raise LayoutRefused(fault)
+    if memory.num_bytes < layout.pool_bytes:
+        raise LayoutRefused(f"the layout needs {layout.pool_bytes} bytes, the pool has {memory.num_bytes}")
+    opener = OPENERS.get(memory.kind)
+    if opener is None:
+        raise LayoutRefused(f"memory kind {memory.kind!r} is none of {', '.join(OPENERS)}")
+    try:
+        region = await asyncio.to_thread(opener, memory)
+    except MemoryFault as error:
+        raise LayoutRefused(f"the pool cannot be opened: {error}") from error
+    return Registration(epoch, layout, None, region, engine_socket)

@@ -66,6 +66,7 @@ PURE = {
     "engine_adapter/cluster/version_rules.py",
     "engine_adapter/cluster/versions.py",
     "engine_adapter/kv_transfer_params.py",
+    "engine_adapter/memory/slots.py",
     "engine_adapter/torch_engine/block_manager.py",
     "engine_adapter/torch_engine/detokenizer.py",
     "engine_adapter/torch_engine/content_parts.py",
@@ -122,6 +123,7 @@ PURE = {
     "sidecar/layout.py",
     "sidecar/leases.py",
     "sidecar/message.py",
+    "sidecar/memory/contract.py",
     "sidecar/protocol.py",
     "sidecar/ready.py",
     "sidecar/reshard.py",
@@ -129,6 +131,7 @@ PURE = {
     "sidecar/store/keys.py",
     "sidecar/store/messages.py",
     "sidecar/store/sealed_block.py",
+    "sidecar/taken_ports.py",
     "sidecar/transfer.py",
 }
 

@@ -62,7 +62,10 @@ class Engine:
     `kv_cache` (with `fd`, and `kv_layout()` here, for the sidecar).
     """
 
-    def __init__(self, config: EngineConfig, kv_transfer: KvTransfer | None = None) -> None:
+    def __init__(
+        self, config: EngineConfig, kv_transfer: KvTransfer | None = None, *, shared_pool: bool = True
+    ) -> None:
+        """`shared_pool`: a pool in host memory is made so that another process can map it."""
         torch.set_num_threads(config.num_threads or usable_cores())
         try:
             device = open_device(config.device)
@@ -76,7 +79,7 @@ class Engine:
         self.model_fingerprint = model.fingerprint
         self.image_token_id = model.image_token_id
         self._vision = model.vision
-        self.kv_cache = KvCache(model.shape, num_blocks, config.block_size, device)
+        self.kv_cache = KvCache(model.shape, num_blocks, config.block_size, device, shared=shared_pool)
         self.core = self._make_core(config, model, device, kv_transfer)
         self._num_threads = torch.get_num_threads()
         self._changed = threading.Condition()
@@ -116,11 +119,6 @@ class Engine:
             kv_load_failure_policy=config.kv_load_failure_policy,
             kv_transfer=kv_transfer,
         )
-
-    @property
-    def pool_fd(self) -> int | None:
-        """The pool's memfd; None where the pool is device memory."""
-        return self.kv_cache.fd
 
     def kv_layout(self) -> KvLayout:
         return self.kv_cache.kv_layout(self.model_fingerprint)

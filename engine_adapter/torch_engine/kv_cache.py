@@ -12,8 +12,8 @@ import os
 import torch
 
 from engine_adapter.device import Device
+from engine_adapter.host_memory import available_host_memory_bytes
 from engine_adapter.torch_engine.config import EngineConfig, EngineStartError
-from engine_adapter.torch_engine.host_memory import available_host_memory_bytes
 from engine_adapter.torch_engine.model_shape import ModelShape
 from sidecar.protocol import KvLayout, Plane
 
@@ -67,7 +67,10 @@ class KvCache:
     `block_rows` [num_blocks * num_layers * 2, block_size * num_kv_heads * head_dim]: a row a block, layer and K or V.
     """
 
-    def __init__(self, shape: ModelShape, num_blocks: int, block_size: int, device: Device) -> None:
+    def __init__(
+        self, shape: ModelShape, num_blocks: int, block_size: int, device: Device, *, shared: bool = True
+    ) -> None:
+        """Host memory is a memfd, unless it is not to be `shared` with another process. Raises EngineStartError."""
         self.shape = shape
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -75,7 +78,7 @@ class KvCache:
         self.pool_bytes = num_blocks * self.block_bytes
         self.fd: int | None = None
         self._mapping: mmap.mmap | None = None
-        if device.host_pool:
+        if device.host_pool and shared:
             self.fd, self._mapping = _allocate_memfd(self.pool_bytes)
             flat = torch.frombuffer(self._mapping, dtype=shape.dtype)
         else:

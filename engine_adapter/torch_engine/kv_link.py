@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+from engine_adapter.memory.choice import Choice
 from engine_adapter.sidecar_process import OwnSidecar, SidecarCommand, SidecarStartError
+from engine_adapter.sidecar_thread import SidecarThread
 from engine_adapter.torch_engine.config import EngineStartError
 from engine_adapter.torch_engine.engine import Engine
+from engine_adapter.torch_engine.kv_memory import KvMemory
 from engine_adapter.torch_engine.kv_transfer import PullResult
 from engine_adapter.torch_engine.kv_transfer_meter import MeteredKvTransfer
 from engine_adapter.torch_engine.prefix_store import LoadResult
@@ -36,25 +40,35 @@ def build_kv_transfer(
     config: ServerConfig,
     engine: Engine,
     observe_pull: Callable[[PullResult], None],
-    observe_load: Callable[[LoadResult], None] = lambda load: None,
+    observe_load: Callable[[LoadResult], None],
+    choice: Choice | None,
 ) -> Iterator[KvLink]:
-    """Give the engine its KvTransfer, if it is to have one, and with `auto` a sidecar of its own.
+    """Give the engine its KvTransfer, if it is to have one (`choice`), and with `auto` a sidecar of its own.
 
     The engine closes the transfer when it ends; the sidecar ends after it. Raises EngineStartError.
     """
-    _check_store(config)
-    if config.sidecar == "none":
+    _check_store(config, choice)
+    if choice is None:
         yield KvLink("none")
         return
     with ExitStack() as stack:
         socket_path = config.sidecar
+        memory = KvMemory(config, engine, choice)
+        stack.callback(memory.close)
         if config.sidecar == "auto":
-            own = OwnSidecar(_command(config))
+            own = SidecarThread(_command(config)) if choice.provider.in_process else OwnSidecar(_command(config))
             stack.callback(own.stop)
             socket_path = _start(own)
-        transfer = _connect(config, engine, socket_path, observe_load)
-        engine.set_kv_transfer(MeteredKvTransfer(transfer, observe_pull))
-        engine.set_prefix_store(transfer.store)
+        news = threading.Event()
+
+        def wake() -> None:
+            news.set()
+            engine.wake()
+
+        transfer = _connect(config, memory, socket_path, wake, observe_load)
+        engine.set_kv_transfer(MeteredKvTransfer(memory.staged(transfer, news, wake), observe_pull))
+        if not choice.stages:
+            engine.set_prefix_store(transfer.store)
         stack.callback(transfer.close)
         yield KvLink(socket_path, transfer)
 
@@ -72,13 +86,19 @@ def _store_flags(config: ServerConfig) -> dict[str, str]:
     return {flag: value for flag, value in flags.items() if value}
 
 
-def _check_store(config: ServerConfig) -> None:
+def _check_store(config: ServerConfig, choice: Choice | None = None) -> None:
     """Raises EngineStartError where flags of the store can have no effect."""
     flags = _store_flags(config)
     if flags and config.sidecar != "auto":
         flag = next(iter(flags))
         remedy = "give --sidecar auto" if config.sidecar == "none" else f"give it to the pd-sidecar at {config.sidecar}"
         raise EngineStartError(f"{flag} is for --sidecar auto", remedy)
+    if flags and choice is not None and (choice.stages or choice.place.device != "cpu"):
+        raise EngineStartError(
+            f"{next(iter(flags))}: the prefix store takes blocks of KV in host memory, and with --kv-memory "
+            f"{choice.provider.name} the sidecar does not reach them",
+            "give --kv-memory shm, or no --store-... flags",
+        )
     if "--store-dir-bytes" in flags and "--store-dir" not in flags:
         raise EngineStartError("--store-dir-bytes is the size of --store-dir", "give that too, or neither")
     if "--store-mooncake-segment-bytes" in flags and "--store-mooncake" not in flags:
@@ -96,7 +116,7 @@ def _command(config: ServerConfig) -> SidecarCommand:
     )
 
 
-def _start(own: OwnSidecar) -> str:
+def _start(own: OwnSidecar | SidecarThread) -> str:
     try:
         own.start()
     except SidecarStartError as error:
@@ -105,20 +125,20 @@ def _start(own: OwnSidecar) -> str:
 
 
 def _connect(
-    config: ServerConfig, engine: Engine, socket_path: str, observe_load: Callable[[LoadResult], None]
+    config: ServerConfig,
+    memory: KvMemory,
+    socket_path: str,
+    wake: Callable[[], None],
+    observe_load: Callable[[LoadResult], None],
 ) -> SidecarKvTransfer:
-    if engine.pool_fd is None:
-        raise EngineStartError(
-            "the KV pool is in device memory, which no sidecar here can reach",
-            "give --sidecar none",
-        )
+    provider = memory.choice.provider
     transfer = SidecarKvTransfer(
         socket_path,
-        engine.pool_fd,
-        engine.kv_layout(),
+        lambda client: provider.enter(client, memory.pool, memory.layout),
+        memory.layout,
         lease_s=config.kv_lease_s,
         pull_timeout_s=config.kv_pull_timeout_s,
-        wake=engine.wake,
+        wake=wake,
         store_load_timeout_s=config.store_load_timeout_s,
         observe_load=observe_load,
         push_timeout_s=config.kv_push_timeout_s,

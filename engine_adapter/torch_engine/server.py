@@ -23,6 +23,7 @@ from engine_adapter.torch_engine.config import EngineConfig, EngineStartError
 from engine_adapter.torch_engine.engine import Engine
 from engine_adapter.torch_engine.http_server import OpenAIServer
 from engine_adapter.torch_engine.kv_link import KvLink, build_kv_transfer
+from engine_adapter.torch_engine.kv_memory import choose_kv_memory
 from engine_adapter.torch_engine.metrics import ServerMetrics
 from engine_adapter.torch_engine.model_service import ModelService
 from engine_adapter.torch_engine.output_router import OutputRouter
@@ -56,14 +57,17 @@ def serve(config: ServerConfig, engine_config: EngineConfig) -> int:
     sock = bind(config.host, config.port)
     with contextlib.ExitStack() as stack:
         stack.callback(sock.close)
-        engine = Engine(engine_config)
+        memory = choose_kv_memory(config, engine_config)
+        engine = Engine(engine_config, shared_pool=memory is None or memory.needs_shared_pool)
         stack.callback(engine.shutdown)
         tokenizer = Tokenizer.load(engine_config.model)
         image_reader = None
         if engine.image_token_id is not None:
             image_reader = ImageReader.of(engine_config.model, engine.image_token_id, config)
         metrics = ServerMetrics(config.served_model_name or str(engine_config.model), engine.stats)
-        kv_link = stack.enter_context(build_kv_transfer(config, engine, metrics.observe_pull, metrics.observe_load))
+        kv_link = stack.enter_context(
+            build_kv_transfer(config, engine, metrics.observe_pull, metrics.observe_load, memory)
+        )
         stack.callback(engine.shutdown)  # also before the link goes: the engine thread uses it
         instance = Instance(config, engine_config, engine, tokenizer, metrics, kv_link, sock, image_reader)
         return uvloop.run(instance.run())

@@ -42,6 +42,11 @@ class ServerConfig(BaseModel):
     """Host memory given to Mooncake Store, 0 to only use that of others; default: 256MiB."""
     store_load_timeout_s: float = Field(5.0, gt=0, le=600)
     """How long a prompt may wait for blocks out of the store before it is computed, in seconds."""
+    kv_memory: Literal["auto", "shm", "staging", "in_process", "device_ipc"] = "auto"
+    """How the sidecar gets at the KV: shm shares it, staging copies it through a buffer in host memory, in_process has
+    the sidecar as a thread of the engine, device_ipc opens the device's memory; auto: the first that works here."""
+    kv_staging_bytes: int = Field(256 * MIB, ge=1)
+    """For --kv-memory staging, and for KV on a device with in_process: size of the buffer."""
     engine_id: str | None = Field(None, min_length=1, max_length=200)
     """This engine's name to its peers; default: a random one."""
     kv_lease_s: float = Field(30.0, gt=0, le=3600)

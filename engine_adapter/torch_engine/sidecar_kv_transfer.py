@@ -20,7 +20,7 @@ from engine_adapter.push_params import (
     parse_push_landing,
     wants_push,
 )
-from engine_adapter.sidecar_link import SidecarLink, pull_source
+from engine_adapter.sidecar_link import Enter, SidecarLink, pull_source
 from engine_adapter.torch_engine.kv_transfer import KvEvents, KvTransferUnavailable, PullResult
 from engine_adapter.torch_engine.metaserver_calls import MetaserverCalls
 from engine_adapter.torch_engine.prefix_store import LoadResult
@@ -38,7 +38,7 @@ class SidecarKvTransfer:
     def __init__(
         self,
         socket_path: str,
-        pool_fd: int,
+        enter: Enter,
         layout: KvLayout,
         *,
         lease_s: float,
@@ -58,7 +58,7 @@ class SidecarKvTransfer:
         self._landed: set[str] = set()
         self._pushed: set[str] = set()
         """Requests whose transfer is a push."""
-        self._link = SidecarLink(socket_path, lambda client: client.register_pool(pool_fd, layout), wake)
+        self._link = SidecarLink(socket_path, enter, wake)
         self.store = SidecarPrefixStore(self._link, store_load_timeout_s, observe_load)
         """The prefix store behind the same sidecar; it hears of its events by `poll` here."""
         self._transfer_of: dict[str, str] = {}

@@ -11,19 +11,22 @@ from typing import Any
 
 from engine_adapter.sidecar_link import SidecarLink
 from engine_adapter.sidecar_process import OwnSidecar, SidecarCommand, SidecarStartError
+from engine_adapter.sidecar_thread import SidecarThread
 from engine_adapter.vllm_connector import compat
 from engine_adapter.vllm_connector.compat import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
+from engine_adapter.vllm_connector.kv_memory import KvMemory
 from engine_adapter.vllm_connector.layout import KvTensors, axes_of, order_of, planes_of, tensors_of
 from engine_adapter.vllm_connector.metadata import BatonMetadata
-from engine_adapter.vllm_connector.pool import share
 from engine_adapter.vllm_connector.scheduler_side import Finished, SchedulerSide
 from engine_adapter.vllm_connector.settings import (
     ConnectorSettings,
     ConnectorStartError,
+    check_ports,
     listen_of,
     settings_from,
     socket_of,
 )
+from engine_adapter.vllm_connector.staged_offers import StagedOffers
 from engine_adapter.vllm_connector.worker_side import FENCE_GRACE_S, WorkerSide
 from sidecar.client import SidecarClient
 from sidecar.errors import SidecarError
@@ -42,12 +45,14 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._config = vllm_config
         self._caches = kv_cache_config
         self._settings = settings_from(transfer.kv_role, transfer.kv_connector_extra_config or {})
+        check_ports(self._settings, vllm_config.parallel_config.tensor_parallel_size)
         self._block_size = compat.block_size(vllm_config, kv_cache_config)
         _refuse_what_cannot_work(vllm_config, kv_cache_config)
         compat.show_log_lines(self._settings.log_level)
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
-        self._own: OwnSidecar | None = None
+        self._memory: KvMemory | None = None
+        self._own: OwnSidecar | SidecarThread | None = None
         self._failed_blocks: set[int] = set()
         self._may_wait = False
         if role == KVConnectorRole.SCHEDULER:
@@ -56,17 +61,17 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     # The worker's side.
 
     def register_kv_caches(self, kv_caches: dict[str, KvTensors]) -> None:
-        """Move the KV cache into shared memory and give it to this worker's sidecar. Raises ConnectorStartError."""
+        """Give the KV cache, or a buffer that stands for it, to this worker's sidecar. Raises ConnectorStartError."""
         rank = compat.tensor_parallel_rank()
         tensors = tensors_of(kv_caches)
         num_blocks = compat.num_blocks(self._config, self._caches)
-        pool = share([tensor for _, tensor in tensors])
-        layout = self._layout(kv_caches, planes_of(tensors, num_blocks, pool.position), num_blocks, rank)
-        socket_path = self._start_sidecar(rank)
+        memory = KvMemory(
+            self._settings, self._config.kv_transfer_config.kv_role, [tensor for _, tensor in tensors],
+            lambda position: self._layout(kv_caches, planes_of(tensors, num_blocks, position), num_blocks, rank),
+        )  # fmt: skip
+        socket_path = self._start_sidecar(rank, in_process=memory.choice.provider.in_process)
         news = threading.Event()
-        link = SidecarLink(
-            socket_path, lambda client: client.register_pool(pool.fd, layout), news.set, fence_grace_s=FENCE_GRACE_S
-        )
+        link = SidecarLink(socket_path, memory.enter, news.set, fence_grace_s=FENCE_GRACE_S)
         try:
             link.start()
         except (SidecarError, OSError) as error:
@@ -74,9 +79,15 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 f"no KV transfer through the sidecar at {socket_path} ({error}): start pd-sidecar there, or leave "
                 "kv_connector_extra_config.sidecar at auto"
             ) from error
-        self._worker = WorkerSide(link, rank, self._settings.pull_timeout_s, news)
+        self._memory = memory
+        self._worker = WorkerSide(memory.link_of(link), rank, self._settings.pull_timeout_s, news)
         logger.info(
-            "kv_pool_shared rank=%d bytes=%d blocks=%d socket=%s", rank, pool.num_bytes, num_blocks, socket_path
+            "kv_pool_shared rank=%d memory=%s bytes=%d blocks=%d socket=%s",
+            rank,
+            memory.choice.provider.name,
+            memory.pool.num_bytes,
+            num_blocks,
+            socket_path,
         )
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
@@ -94,7 +105,10 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """Nothing: decoders read the pool itself."""
 
     def wait_for_save(self) -> None:
-        """Nothing, likewise."""
+        """Nothing, likewise; where KV is staged, copy the blocks of prompts that this step has completed."""
+        meta = self._connector_metadata
+        if self._memory is not None and isinstance(meta, BatonMetadata):
+            self._memory.stage(meta.stages)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Sent and received ids, for vLLM before 0.32, which asks for bad blocks next."""
@@ -142,14 +156,15 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def build_connector_meta(self, scheduler_output: Any) -> BatonMetadata:
         """See SchedulerSide.next_meta."""
-        return self._scheduling.next_meta()
+        return self._scheduling.next_meta(scheduler_output)
 
     def on_new_request(self, request: Any) -> None:
         """See SchedulerSide.new_request."""
         self._scheduling.new_request(request)
 
     def update_connector_output(self, connector_output: Any) -> None:
-        """See SchedulerSide.received."""
+        """See SchedulerSide.received and sent."""
+        self._scheduling.sent(connector_output.finished_sending or ())
         self._scheduling.received(connector_output.finished_recving or ())
 
     def request_finished(self, request: Any, block_ids: Sequence[int]) -> Finished:
@@ -167,23 +182,26 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def _join_sidecars(self, kv_role: str) -> SchedulerSide:
         links = []
+        staged = StagedOffers(kv_role, self._block_size)
         for rank in range(self._config.parallel_config.tensor_parallel_size):
-            link = _SchedulerLink(str(self._socket(rank)))
+            link = _SchedulerLink(str(self._socket(rank)), staged)
             link.start_later()
             links.append(link)
-        return SchedulerSide(links, kv_role, self._block_size, self._settings.lease_s)
+        return SchedulerSide(links, kv_role, self._block_size, self._settings.lease_s, staged)
 
     def _socket(self, rank: int) -> Path:
         engine_id = f"{self._config.kv_transfer_config.engine_id}/dp{self._config.parallel_config.data_parallel_rank}"
         return socket_of(self._settings, engine_id, rank, os.getuid())
 
-    def _start_sidecar(self, rank: int) -> str:
+    def _start_sidecar(self, rank: int, *, in_process: bool) -> str:
         """The socket of a running sidecar, or of one that is started. Raises ConnectorStartError."""
         path = self._socket(rank)
         if self._settings.sidecar != "auto":
             return str(path)
         _make_private(path.parent)
-        self._own = OwnSidecar(_command(self._config, self._settings, rank), str(path), on_any_cpu=True)
+        command = _command(self._config, self._settings, rank)
+        thread = SidecarThread(command, str(path)) if in_process else None
+        self._own = thread or OwnSidecar(command, str(path), on_any_cpu=True)
         try:
             self._own.start()
         except SidecarStartError as error:
@@ -217,8 +235,14 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 class _SchedulerLink(SidecarLink):
     """Joins the pool that the worker registered. Nobody polls it on an idle engine, so it polls itself."""
 
-    def __init__(self, socket_path: str) -> None:
-        super().__init__(socket_path, SidecarClient.join_pool, self.poll)
+    def __init__(self, socket_path: str, staged: StagedOffers) -> None:
+        super().__init__(socket_path, self._join, self.poll)
+        self._staged = staged
+
+    def _join(self, client: SidecarClient) -> str:
+        epoch = client.join_pool()
+        self._staged.buffer_is(client.staged_slots)
+        return epoch
 
 
 def _command(vllm_config: Any, settings: ConnectorSettings, rank: int) -> SidecarCommand:

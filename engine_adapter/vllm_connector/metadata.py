@@ -27,6 +27,14 @@ class OfferNote:
     leases: tuple[tuple[str, str], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class StageOrder:
+    """After this step's forward, copy block block_ids[i] into slot slots[i] of the staging buffer."""
+
+    block_ids: tuple[int, ...]
+    slots: tuple[int, ...]
+
+
 @dataclass(slots=True)
 class BatonMetadata(KVConnectorMetadata):  # type: ignore[misc]
     """One step's orders. `abandoned` names loads that nobody wants any more; they are reported all the same, as sent
@@ -34,5 +42,6 @@ class BatonMetadata(KVConnectorMetadata):  # type: ignore[misc]
 
     pulls: list[PullOrder] = field(default_factory=list)
     offers: list[OfferNote] = field(default_factory=list)
+    stages: list[StageOrder] = field(default_factory=list)
     abandoned: list[str] = field(default_factory=list)
     abandoned_as_sent: list[str] = field(default_factory=list)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from engine_adapter.vllm_connector.settings import ConnectorStartError
+from sidecar.protocol import Plane
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +25,51 @@ class SharedPool:
     fd: int
     position: dict[int, int]
     num_bytes: int
+
+
+def share_fault(tensors: Sequence[torch.Tensor]) -> str:
+    """Why the KV cache can't be moved into shared memory; "" if it can."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    if any(tensor.device.type != "cpu" for tensor in tensors) or len(storages) != 1:
+        return ""  # of several storages a copy is made, which goes without /dev/shm
+    free, num_bytes = os.statvfs(SHM).f_bavail * os.statvfs(SHM).f_frsize, sum(storages.values())
+    return "" if free >= num_bytes else f"{SHM} has {free >> 20} MiB left for a KV cache of {num_bytes >> 20} MiB"
+
+
+def positions(tensors: Sequence[torch.Tensor]) -> dict[int, int]:
+    """Storages one after the other, without moving them: where each would begin, by its address."""
+    found: dict[int, int] = {}
+    end = 0
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in found:
+            found[storage.data_ptr()] = end
+            end += storage.nbytes()
+    return found
+
+
+def byte_planes(
+    tensors: Sequence[torch.Tensor], position: Mapping[int, int], planes: Sequence[Plane], num_blocks: int
+) -> list[torch.Tensor]:
+    """Each plane of the KV cache, where it lies, as bytes [blocks, bytes of a block]."""
+    tensor_at = {position[tensor.untyped_storage().data_ptr()]: tensor for tensor in tensors}
+    found = []
+    for plane in planes:
+        begin = max(begin for begin in tensor_at if begin <= plane.offset)
+        storage = tensor_at[begin].untyped_storage()
+        view = torch.empty(0, dtype=torch.uint8, device=tensor_at[begin].device)
+        shape, strides = (num_blocks, plane.block_bytes), (plane.stride_bytes, 1)
+        found.append(view.set_(storage, plane.offset - begin, shape, strides))
+    return found
+
+
+def slot_planes(memory: mmap.mmap, planes: Sequence[Plane], num_slots: int) -> list[torch.Tensor]:
+    """Likewise the planes of a staging buffer, which have no gaps."""
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    return [
+        whole[plane.offset : plane.offset + num_slots * plane.block_bytes].view(num_slots, plane.block_bytes)
+        for plane in planes
+    ]
 
 
 def share(tensors: Sequence[torch.Tensor]) -> SharedPool:

@@ -21,6 +21,7 @@ from engine_adapter.kv_transfer_params import (
 from engine_adapter.sidecar_link import SidecarLink, pull_source
 from engine_adapter.vllm_connector.compat import ABORTED_LOAD_KEEPS_ITS_BLOCKS, finished_well
 from engine_adapter.vllm_connector.metadata import BatonMetadata, OfferNote, PullOrder
+from engine_adapter.vllm_connector.staged_offers import StagedOffers
 from sidecar.errors import SidecarError
 from sidecar.protocol import Offer
 
@@ -33,7 +34,14 @@ Finished = tuple[bool, dict[str, Any] | None]
 class SchedulerSide:
     """Called on the scheduler's thread only. `links` has one joined sidecar a tensor-parallel rank."""
 
-    def __init__(self, links: Sequence[SidecarLink], kv_role: str, block_size: int, lease_s: float) -> None:
+    def __init__(
+        self,
+        links: Sequence[SidecarLink],
+        kv_role: str,
+        block_size: int,
+        lease_s: float,
+        staged: StagedOffers | None = None,
+    ) -> None:
         self._links = list(links)
         self._produces = kv_role != "kv_consumer"
         self._consumes = kv_role != "kv_producer"
@@ -43,6 +51,7 @@ class SchedulerSide:
         """Requests whose lease was given to the workers or dropped: nothing more is to be done about it."""
         self._loading: set[str] = set()
         self._meta = BatonMetadata()
+        self._staged = staged or StagedOffers(kv_role, block_size)
 
     def num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
         """How many tokens beyond `num_computed_tokens` can be loaded. Changes nothing."""
@@ -52,6 +61,8 @@ class SchedulerSide:
 
     def allocated(self, request: Any, block_ids: Sequence[int], num_external_tokens: int) -> None:
         """The request got its blocks: load, or let the lease go if nothing of it is wanted."""
+        if self._produces:
+            self._staged.follow(request)
         remote = self._to_load(request)
         if remote is None:
             return
@@ -72,16 +83,21 @@ class SchedulerSide:
             PullOrder(request.request_id, remote.sources, len(remote.block_ids), local, first)
         )  # fmt: skip
 
-    def next_meta(self) -> BatonMetadata:
+    def next_meta(self, scheduler_output: Any = None) -> BatonMetadata:
         """What the workers are to be told with this step."""
         for link in self._links:
             link.poll()
+        self._meta.stages += self._staged.step(scheduler_output)
         meta, self._meta = self._meta, BatonMetadata()
         return meta
 
     def received(self, request_ids: Sequence[str]) -> None:
         """The workers have reported these loads."""
         self._loading.difference_update(request_ids)
+
+    def sent(self, request_ids: Sequence[str]) -> None:
+        """The workers have reported these requests' offers as ended."""
+        self._staged.free(request_ids)
 
     def new_request(self, request: Any) -> None:
         """A request that only gives a lease back is done with here."""
@@ -92,6 +108,13 @@ class SchedulerSide:
 
     def finished(self, request: Any, block_ids: Sequence[int]) -> Finished:
         """The request is over: hand its KV on, or stop its load, or give an unread lease back."""
+        keeps, params = self._finished(request, block_ids)
+        self._staged.forget(request.request_id)
+        if params is None:
+            self._staged.free([request.request_id])
+        return keeps, params
+
+    def _finished(self, request: Any, block_ids: Sequence[int]) -> Finished:
         request_id = request.request_id
         unread = self._to_load(request)
         self._settled.discard(request_id)
@@ -149,7 +172,12 @@ class SchedulerSide:
 
     def _offer(self, request: Any, block_ids: Sequence[int]) -> Finished:
         num_tokens = min(request.num_prompt_tokens, request.num_computed_tokens)
-        offered = list(block_ids[: self._num_blocks(num_tokens)])
+        offered: list[int] | None = list(block_ids[: self._num_blocks(num_tokens)])
+        if self._staged.on:
+            offered = self._staged.take(request.request_id, self._num_blocks(num_tokens))
+        if offered is None:
+            logger.error("no_hand_off request_id=%s reason=the staging buffer was full", request.request_id)
+            return False, None
         offers: list[tuple[SidecarLink, Offer]] = []
         sources: list[KvSource] = []
         for rank, link in enumerate(self._links):

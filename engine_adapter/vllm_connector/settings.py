@@ -11,8 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine_adapter.cluster.connectors import MOONCAKE_PORTS
+
 ROLES = {"kv_producer": "prefill", "kv_consumer": "decode", "kv_both": "both"}
 """vLLM's kv_role, and the instance's role in our terms."""
+
+
+MEMORY = ("auto", "shm", "staging", "in_process", "device_ipc")
 
 
 class ConnectorStartError(ValueError):
@@ -34,6 +39,10 @@ class ConnectorSettings:
     """How long a prefiller keeps KV that no decoder fetches."""
     pull_timeout_s: float = 30.0
     """After this a load has failed."""
+    memory: str = "auto"
+    """How the sidecar gets at the KV: shm, staging, in_process or device_ipc; auto: the first that works here."""
+    staging_bytes: int = 256 << 20
+    """Size of the buffer that KV goes through where it is staged; kv_both gives half to either direction."""
     role: str = ""
     """prefill, decode or both; only checked against kv_role."""
     log_level: str = "INFO"
@@ -70,6 +79,14 @@ def _check_values(kv_role: str, settings: ConnectorSettings) -> None:
         raise ConnectorStartError(
             f'kv_role "{kv_role}" contradicts kv_connector_extra_config.role "{settings.role}"; give kv_role "{right}"'
         )
+    if settings.memory not in MEMORY:
+        near = difflib.get_close_matches(settings.memory, MEMORY, 1, 0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConnectorStartError(
+            f"kv_connector_extra_config.memory is {settings.memory!r}, none of {', '.join(MEMORY)}{hint}"
+        )
+    if settings.staging_bytes < 1:
+        raise ConnectorStartError("kv_connector_extra_config.staging_bytes must be at least 1")
     for key in ("lease_s", "pull_timeout_s"):
         if not 0 < getattr(settings, key) <= 3600:
             raise ConnectorStartError(f"kv_connector_extra_config.{key} must be above 0 and at most 3600")
@@ -78,6 +95,32 @@ def _check_values(kv_role: str, settings: ConnectorSettings) -> None:
         raise ConnectorStartError(f"kv_connector_extra_config.listen is {settings.listen!r}; give it as HOST:PORT")
     if not 0 <= settings.metrics_port < 65536:
         raise ConnectorStartError("kv_connector_extra_config.metrics_port must be between 0 and 65535")
+
+
+def check_ports(settings: ConnectorSettings, num_ranks: int) -> None:
+    """The ports of all ranks' sidecars, for those this connector starts. Raises ConnectorStartError."""
+    if settings.sidecar != "auto":
+        return
+    listen = int(settings.listen.rpartition(":")[2])
+    for key, first in (("listen", listen), ("metrics_port", settings.metrics_port)):
+        ports = range(first, first + num_ranks)
+        if first and ports[-1] > 65535:
+            raise ConnectorStartError(
+                f"kv_connector_extra_config.{key}: {num_ranks} ranks take the ports {first}-{ports[-1]}, which go "
+                f"beyond 65535; give at most {65536 - num_ranks}"
+            )
+        overlap = first <= MOONCAKE_PORTS[-1] and ports[-1] >= MOONCAKE_PORTS[0]
+        if first and settings.transport == "mooncake" and overlap:
+            raise ConnectorStartError(
+                f"kv_connector_extra_config.{key}: the ports {first}-{ports[-1]} of {num_ranks} rank(s) overlap the "
+                f"{MOONCAKE_PORTS[0]}-{MOONCAKE_PORTS[-1]} that Mooncake takes at random; give one from "
+                f"{MOONCAKE_PORTS[-1] + 1} on"
+            )
+    if listen and settings.metrics_port and abs(listen - settings.metrics_port) < num_ranks:
+        raise ConnectorStartError(
+            f"kv_connector_extra_config.listen and .metrics_port: {num_ranks} rank(s) from {listen} and from "
+            f"{settings.metrics_port} on overlap; give them {num_ranks} ports of distance"
+        )
 
 
 def listen_of(settings: ConnectorSettings, rank: int) -> str:

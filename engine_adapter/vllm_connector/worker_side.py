@@ -7,6 +7,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 
+from engine_adapter.memory.staged_link import StagedLink
 from engine_adapter.sidecar_link import SidecarLink, pull_source
 from engine_adapter.vllm_connector.metadata import BatonMetadata, OfferNote, PullOrder
 from sidecar.protocol import OfferEnded, PullEnded, SidecarLost
@@ -40,7 +41,7 @@ class Ended:
 class WorkerSide:
     """Called on the worker's thread only. `rank` is the tensor-parallel one; `news` is set by the link's wake."""
 
-    def __init__(self, link: SidecarLink, rank: int, pull_timeout_s: float, news: threading.Event) -> None:
+    def __init__(self, link: SidecarLink | StagedLink, rank: int, pull_timeout_s: float, news: threading.Event) -> None:
         self._link = link
         self._news = news
         self._rank = rank

@@ -35,6 +35,7 @@ class EngineProcess:
     """A child that holds one TransferEngine. `failed` resolves, with why, once it is dead and nothing of it writes."""
 
     def __init__(self, registration: Registration, start: Start) -> None:
+        assert registration.fd is not None
         loop = asyncio.get_running_loop()
         ours, theirs = socket.socketpair()
         # The child keeps a duplicate of the engine's connection: should the sidecar be killed, the engine sees the
@@ -232,6 +233,9 @@ class MooncakeTransport:
             logger.error("mooncake_serving_died epoch=%s error=%s", registration.epoch, why)
 
     def _start(self, registration: Registration, session: str = "", remote_address: int = 0) -> Start:
+        """Raises Refusal("transport")."""
+        if registration.fd is None:
+            raise Refusal("transport", "Mooncake runs in a process of its own, which can't map this pool")
         config = self._config
         return Start(
             registration.fd, registration.region.num_bytes, self._host, config.mooncake_protocol,

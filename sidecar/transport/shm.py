@@ -8,6 +8,7 @@ import os
 
 from sidecar.copy_executor import CopyExecutor, CopyJob, Moves
 from sidecar.errors import Refusal
+from sidecar.memory.contract import PoolRegion
 from sidecar.protocol import RegionOpened
 from sidecar.regions import Region, reopen_read_only, size_of
 from sidecar.registration import Registration
@@ -28,12 +29,18 @@ class ShmTransport:
         """Nothing to begin."""
 
     async def serve(self, registration: Registration) -> Served:
+        if registration.fd is None:
+            raise Refusal("transport", "the producer's pool is not shared memory")
         try:
             return Served(fd=reopen_read_only(registration.fd))
         except OSError as error:
             raise Refusal("transport", f"the pool cannot be reopened read-only: {error.strerror}") from error
 
     async def open(self, registration: Registration, opened: RegionOpened, fd: int | None) -> ShmMemory:
+        if not registration.region.on_host:
+            if fd is not None:
+                os.close(fd)
+            raise Refusal("transport", "the consumer's pool is device memory")
         if fd is None:
             raise Refusal("transport", "the producer sent no descriptor of its pool")
         mapping = asyncio.ensure_future(asyncio.to_thread(_map_and_close, fd, opened.num_bytes))
@@ -88,7 +95,7 @@ class ShmMemory:
 
     transport = "shm"
 
-    def __init__(self, local: Region, remote: Region, executor: CopyExecutor) -> None:
+    def __init__(self, local: PoolRegion, remote: Region, executor: CopyExecutor) -> None:
         self._local = local
         self._remote = remote
         self._executor = executor

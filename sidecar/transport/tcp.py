@@ -32,13 +32,13 @@ from functools import partial
 
 from sidecar.config import SidecarConfig, split_address
 from sidecar.errors import Refusal, StartError
+from sidecar.memory.contract import MemoryFault, PoolAccess, PoolRegion
 from sidecar.protocol import RegionOpened
-from sidecar.regions import Region
 from sidecar.registration import Registration
 from sidecar.server import Listener, listen_tcp
 from sidecar.spans import Spans, check_spans
 from sidecar.transport.contract import COPIED, STOPPED, PendingCopy, Served
-from sidecar.transport.tcp_wire import CHUNK_BYTES, DataFault, Pace, fill, pieces, receive, send, set_stall, view_of
+from sidecar.transport.tcp_wire import CHUNK_BYTES, DataFault, Pace, fill, pieces, receive, send, set_stall
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class _Serving:
         self.secret = secrets.token_hex(SECRET_BYTES // 2)
         self.session = f"{host} {sock.getsockname()[1]} {self.secret}"
         self._num_bytes = registration.region.num_bytes
-        self._pool = view_of(registration.region)
+        self._region = registration.region
         self._lock = threading.Lock()
         self._open: dict[socket.socket, threading.Thread] = {}
         self._listener = Listener(sock, self._accepted)
@@ -105,17 +105,18 @@ class _Serving:
             send(sock, [memoryview(_ANSWER.pack(GRANTED, 0))])
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, 0))  # it may idle
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            pool = self._region.access()
             while header := receive(sock, _COUNT.size, may_end=True):
-                if not self._answer(sock, _COUNT.unpack(header)[0]):
+                if not self._answer(sock, pool, _COUNT.unpack(header)[0]):
                     return
-        except DataFault as fault:
+        except (DataFault, MemoryFault) as fault:
             logger.info("data_connection_ended reason=%s", fault)
         finally:
             with self._lock:
                 del self._open[sock]
                 sock.close()
 
-    def _answer(self, sock: socket.socket, num_spans: int) -> bool:
+    def _answer(self, sock: socket.socket, pool: PoolAccess, num_spans: int) -> bool:
         """Stream one request's spans; False if it was refused."""
         if num_spans > MAX_SPANS:
             return _refuse(sock, f"{num_spans} spans were asked for, the limit is {MAX_SPANS}")
@@ -126,9 +127,8 @@ class _Serving:
         except Refusal as refusal:
             return _refuse(sock, refusal.message)
         send(sock, [memoryview(_ANSWER.pack(GRANTED, sum(lengths)))])
-        pool = self._pool
         for piece in pieces(list(zip(starts, lengths, strict=True)), CHUNK_BYTES):
-            send(sock, [pool[start : start + length] for start, length in piece])
+            send(sock, pool.to_send(piece))
         return True
 
 
@@ -181,8 +181,8 @@ class TcpMemory:
 
     transport = "tcp"
 
-    def __init__(self, local: Region, pace: Pace, connect: Connect, first: socket.socket) -> None:
-        self._pool = view_of(local)
+    def __init__(self, local: PoolRegion, pace: Pace, connect: Connect, first: socket.socket) -> None:
+        self._local = local
         self._pace = pace
         self._connect = connect
         self._idle_sockets = [first]
@@ -218,14 +218,15 @@ class TcpMemory:
             await asyncio.wait([copy.ended for copy in self._copies])
 
     def _work(self) -> None:
+        pool = self._local.access()
         while (copy := self._waiting.get()) is not None:
             outcome = STOPPED
             try:
                 if not copy.stopped.is_set():
                     sock = self._idle_sockets.pop() if self._idle_sockets else self._connect(copy.begin)
-                    if self._run(copy, sock):
+                    if self._run(copy, sock, pool):
                         outcome = COPIED
-            except DataFault as fault:
+            except (DataFault, MemoryFault) as fault:
                 if not copy.stopped.is_set():
                     outcome = self.broken = str(fault)
             except Exception as error:  # the last resort: a copy that never ends would hold its pull for ever
@@ -233,12 +234,12 @@ class TcpMemory:
                 outcome = self.broken = f"internal error: {error!r}"
             copy.end(outcome)
 
-    def _run(self, copy: TcpCopy, sock: socket.socket) -> bool:
+    def _run(self, copy: TcpCopy, sock: socket.socket, pool: PoolAccess) -> bool:
         """Ask and receive; the connection is kept only if it all came. Raises DataFault."""
         complete = False
         try:
             if copy.begin(sock):
-                complete = self._transfer(copy, sock)
+                complete = self._transfer(copy, sock, pool)
         finally:
             if copy.leave() and complete:
                 self._idle_sockets.append(sock)
@@ -246,12 +247,12 @@ class TcpMemory:
                 sock.close()
         return complete
 
-    def _transfer(self, copy: TcpCopy, sock: socket.socket) -> bool:
+    def _transfer(self, copy: TcpCopy, sock: socket.socket, pool: PoolAccess) -> bool:
         spans = copy.spans
         parts = (spans.part(first, first + MAX_SPANS) for first in range(0, len(spans), MAX_SPANS))
-        return all(self._request(part, copy, sock) for part in parts)
+        return all(self._request(part, copy, sock, pool) for part in parts)
 
-    def _request(self, spans: Spans, copy: TcpCopy, sock: socket.socket) -> bool:
+    def _request(self, spans: Spans, copy: TcpCopy, sock: socket.socket, pool: PoolAccess) -> bool:
         """As many spans as the producer takes at once; False if stopped meanwhile. Raises DataFault."""
         asked = array("Q", bytes(16 * len(spans)))
         asked[0::2], asked[1::2] = array("Q", spans.remote), array("Q", spans.lengths)
@@ -259,13 +260,13 @@ class TcpMemory:
         number = _granted(sock)
         if number != spans.num_bytes:
             raise DataFault(f"the producer would send {number} bytes instead of {spans.num_bytes}")
-        pool = self._pool
         local = list(zip(spans.local, spans.lengths, strict=True))
         for piece in pieces(local, self._pace.chunk_bytes):
             num_bytes = sum(length for _, length in piece)
             if not self._pace.wait(num_bytes, copy.stopped):
                 return False
-            fill(sock, [pool[to : to + length] for to, length in piece], num_bytes)
+            fill(sock, pool.to_fill(piece), num_bytes)
+            pool.filled(piece)
         return True
 
 

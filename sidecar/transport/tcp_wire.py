@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import socket
 import struct
 import threading
@@ -10,8 +9,6 @@ import time
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
-
-from sidecar.regions import Region
 
 CHUNK_BYTES = 1 << 20
 """A call to the kernel moves this much at most: how long a stop waits, and how finely a cap is kept."""
@@ -37,11 +34,6 @@ def pieces(spans: Sequence[tuple[int, int]], max_bytes: int) -> Iterator[list[tu
                 batch, room = [], max_bytes
     if batch:
         yield batch
-
-
-def view_of(region: Region) -> memoryview:
-    """The mapped pool as a buffer; of no use once the region is closed."""
-    return memoryview((ctypes.c_char * region.num_bytes).from_address(region.address)).cast("B")
 
 
 def set_stall(sock: socket.socket, seconds: float) -> None:

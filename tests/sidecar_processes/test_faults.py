@@ -160,7 +160,8 @@ def test_a_killed_producer_engine_voids_its_leases_and_its_sidecar_goes_on(start
         assert_nothing_is_written_any_more(consumer)
         assert consumer.pull(source, BLOCKS).reason == "stale_epoch"
         eventually(lambda: producer_sidecar.usage()[2] == 0)
-        assert '"engine_registered": false' in producer_sidecar.get("/healthz")[1]
+        status, health = producer_sidecar.get("/healthz")
+        assert status == 503 and '"engine_registered": false' in health and '"engine": "the engine is gone' in health
         with FakeEngine(producer_sidecar) as again:
             assert consumer.pull(source, BLOCKS).reason == "stale_epoch"
             assert consumer.pull(again.offer([1])[1], [2]).ok

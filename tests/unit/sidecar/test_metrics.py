@@ -9,6 +9,8 @@ def test_names_that_dashboards_use() -> None:
     metrics.pull_ended("expired", "shm", "p@h:1", 0, 0, 0.1)
     metrics.offer_ended("consumed")
     metrics.claim_refused("wrong_token")
+    metrics.offer_refused("invalid")
+    metrics.queued_copies.set(4)
     metrics.leases.labels("offered").set(2)
     metrics.registered_bytes.set(7)
     page = metrics.page().decode()
@@ -17,6 +19,9 @@ def test_names_that_dashboards_use() -> None:
         'baton_sidecar_pull_bytes_total{peer="p@h:1",transport="shm"} 3000.0',
         'baton_sidecar_pull_seconds_count{transport="shm"} 1.0',
         'baton_sidecar_pull_seconds_bucket{le="0.005",transport="shm"} 1.0',
+        'baton_sidecar_peer_seconds_total{peer="p@h:1",transport="shm"} 0.004',
+        'baton_sidecar_offers_refused_total{reason="invalid"} 1.0',
+        "baton_sidecar_queued_copies 4.0",
         'baton_sidecar_pulls_total{outcome="ok"} 1.0',
         'baton_sidecar_pulls_total{outcome="expired"} 1.0',
         'baton_sidecar_offers_ended_total{outcome="consumed"} 1.0',

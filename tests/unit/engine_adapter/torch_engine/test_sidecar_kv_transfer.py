@@ -47,8 +47,8 @@ class Side:
         os.ftruncate(self.fd, LAYOUT.pool_bytes)
         os.pwrite(self.fd, random.Random(name).randbytes(LAYOUT.pool_bytes), 0)
         self.transfer = SidecarKvTransfer(
-            self.sidecar.socket_path, self.fd, LAYOUT, lease_s=lease_s, pull_timeout_s=PULL_TIMEOUT_S,
-            wake=lambda: None, store_load_timeout_s=PULL_TIMEOUT_S,
+            self.sidecar.socket_path, lambda client: client.register_pool(self.fd, LAYOUT), LAYOUT, lease_s=lease_s,
+            pull_timeout_s=PULL_TIMEOUT_S, wake=lambda: None, store_load_timeout_s=PULL_TIMEOUT_S,
         )  # fmt: skip
         self.transfer.start()
 

@@ -18,8 +18,9 @@ from tests.unit.engine_adapter.vllm_connector.fake_vllm import VERSIONS, Role, c
 NUM_BLOCKS = 8
 
 
-def vllm_config(engine_id: str, kv_role: str) -> Any:
-    config = fake_vllm.config(kv_role, transport="shm", log_level="WARNING")
+def vllm_config(engine_id: str, kv_role: str, memory: str = "auto") -> Any:
+    transport = "auto" if memory == "in_process" else "shm"
+    config = fake_vllm.config(kv_role, transport=transport, memory=memory, log_level="WARNING")
     config.kv_transfer_config.engine_id = f"{engine_id}-{time.monotonic_ns()}"
     config.model_config = SimpleNamespace(
         model="tiny",
@@ -36,11 +37,14 @@ def vllm_config(engine_id: str, kv_role: str) -> Any:
 class Half:
     """One vLLM without a model: its scheduler's connector and its worker's."""
 
-    def __init__(self, module: Any, version: tuple[int, int], engine_id: str, kv_role: str) -> None:
-        config = vllm_config(engine_id, kv_role)
+    def __init__(
+        self, module: Any, version: tuple[int, int], engine_id: str, kv_role: str, memory: str = "auto"
+    ) -> None:
+        config = vllm_config(engine_id, kv_role, memory)
         rest = (fake_vllm.caches(),) if version >= (0, 13) else ()
         self.version = version
-        self.kv = {f"layers.{n}": torch.randn(NUM_BLOCKS, 2, 16, 16) for n in range(2)}
+        shape = (NUM_BLOCKS, 2, 16, 16)
+        self.kv = {f"layers.{n}": tensor.view(shape) for n, tensor in enumerate(torch.randn(2, NUM_BLOCKS * 512))}
         self.worker = module.BatonConnector(config, Role.WORKER, *rest)
         self.scheduler: Any = None
         try:
@@ -51,9 +55,9 @@ class Half:
             self.close()
             raise
 
-    def step(self) -> tuple[set[str], set[str], bool]:
+    def step(self, scheduled: Any = None) -> tuple[set[str], set[str], bool]:
         """One engine step: sent, received, and whether a load failed."""
-        self.worker.bind_connector_metadata(self.scheduler.build_connector_meta(None))
+        self.worker.bind_connector_metadata(self.scheduler.build_connector_meta(scheduled))
         self.worker.start_load_kv(None)
         self.worker.wait_for_save()
         if self.version >= (0, 32):
@@ -63,7 +67,7 @@ class Half:
             sent, received = self.worker.get_finished(set())
             failed = self.version >= (0, 13) and bool(self.worker.get_block_ids_with_load_errors())
             done = sent, received, failed
-        self.scheduler.update_connector_output(SimpleNamespace(finished_recving=done[1]))
+        self.scheduler.update_connector_output(SimpleNamespace(finished_sending=done[0], finished_recving=done[1]))
         return done
 
     def until(self, seen: Callable[[tuple[set[str], set[str], bool]], Any]) -> bool:
@@ -117,6 +121,57 @@ def test_kv_goes_from_one_half_to_the_other(version: tuple[int, int]) -> None:
                     decoder.until(lambda done: done[1])
             else:
                 assert decoder.until(lambda done: done[1] == {"again"} and done[2])
+        finally:
+            decoder.close()
+            prefiller.close()
+
+
+def scheduled(version: tuple[int, int], num_computed: int, num_tokens: int, block_ids: list[int]) -> Any:
+    """A step's output for the one request r, new or going on, as the version tells it."""
+    new = SimpleNamespace(req_id="r", block_ids=(block_ids,), num_computed_tokens=0)
+    going_on = SimpleNamespace(req_ids=[], new_block_ids=[], num_computed_tokens=[])
+    if num_computed:
+        going_on = SimpleNamespace(req_ids=["r"], new_block_ids=[(block_ids,)], num_computed_tokens=[num_computed])
+    if version >= (0, 13):
+        going_on.resumed_req_ids = set()
+    else:
+        going_on.resumed_from_preemption = [False] * len(going_on.req_ids)
+    return SimpleNamespace(
+        scheduled_new_reqs=[] if num_computed else [new], scheduled_cached_reqs=going_on,
+        num_scheduled_tokens={"r": num_tokens},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("version", [(0, 11), (0, 32)], ids=["0.11", "0.32"])
+@pytest.mark.parametrize(
+    ("prefill", "decode"), [("staging", "staging"), ("staging", "auto"), ("auto", "staging"), ("auto", "in_process")]
+)
+def test_kv_goes_through_staging_buffers(version: tuple[int, int], prefill: str, decode: str) -> None:
+    with connector_under(version) as module:
+        prefiller = Half(module, version, "p", "kv_producer", prefill)
+        decoder = Half(module, version, "d", "kv_consumer", decode)
+        try:
+            asked = request("r", {"do_remote_decode": True}, status="FINISHED_LENGTH_CAPPED")
+            prefiller.scheduler.update_state_after_alloc(asked, SimpleNamespace(get_block_ids=lambda: ([1, 2],)), 0)
+            prefiller.step(scheduled(version, 0, 32, [1, 2]))
+            prefiller.step(scheduled(version, 32, 8, [3]))
+            before = {layer: tensor.clone() for layer, tensor in prefiller.kv.items()}
+            delayed, params = prefiller.finish(asked, [1, 2, 3])
+            assert delayed
+            if prefill == "staging":
+                assert params["remote_block_ids"][0] == [0, 1, 2]  # slots
+                for tensor in prefiller.kv.values():
+                    tensor.zero_()  # what is read are the copies
+            wants = request("r", params)
+            blocks = SimpleNamespace(get_block_ids=lambda: ([4, 6, 7],))
+            decoder.scheduler.update_state_after_alloc(wants, blocks, 40)
+            assert decoder.until(lambda done: done[1] == {"r"})
+            for layer, tensor in decoder.kv.items():
+                for here, there in ((4, 1), (6, 2), (7, 3)):
+                    assert torch.equal(tensor[here], before[layer][there])
+            assert prefiller.until(lambda done: done[0] == {"r"})
+            staged = prefiller.scheduler._scheduler._staged
+            assert not staged._staged and not staged._tables and not staged._requests
         finally:
             decoder.close()
             prefiller.close()

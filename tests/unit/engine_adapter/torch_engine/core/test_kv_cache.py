@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine_adapter.torch_engine.host_memory import available_host_memory_bytes
+from engine_adapter.host_memory import available_host_memory_bytes
 from engine_adapter.torch_engine.kv_cache import KvCache
 from engine_adapter.torch_engine.kv_rows import BlockRows, WriteRows
 from engine_adapter.torch_engine.model_shape import ModelShape
