@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,9 @@ from engine_adapter.vllm_connector.compat import KVConnectorBase_V1, KVConnector
 from engine_adapter.vllm_connector.layout import KvTensors, axes_of, order_of, planes_of, tensors_of
 from engine_adapter.vllm_connector.metadata import BatonMetadata
 from engine_adapter.vllm_connector.pool import share
+from engine_adapter.vllm_connector.scheduler_link import SchedulerLink
 from engine_adapter.vllm_connector.scheduler_side import Finished, SchedulerSide
+from engine_adapter.vllm_connector.scheduler_store import SchedulerStore
 from engine_adapter.vllm_connector.settings import (
     ConnectorSettings,
     ConnectorStartError,
@@ -24,8 +27,8 @@ from engine_adapter.vllm_connector.settings import (
     settings_from,
     socket_of,
 )
+from engine_adapter.vllm_connector.store_settings import StoreSettings, sidecar_flags
 from engine_adapter.vllm_connector.worker_side import FENCE_GRACE_S, WorkerSide
-from sidecar.client import SidecarClient
 from sidecar.errors import SidecarError
 from sidecar.protocol import KvLayout
 
@@ -44,6 +47,8 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._settings = settings_from(transfer.kv_role, transfer.kv_connector_extra_config or {})
         self._block_size = compat.block_size(vllm_config, kv_cache_config)
         _refuse_what_cannot_work(vllm_config, kv_cache_config)
+        if self._settings.store is not None and (fault := compat.store_fault(vllm_config, kv_cache_config)):
+            raise ConnectorStartError(fault)
         compat.show_log_lines(self._settings.log_level)
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
@@ -74,7 +79,8 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 f"no KV transfer through the sidecar at {socket_path} ({error}): start pd-sidecar there, or leave "
                 "kv_connector_extra_config.sidecar at auto"
             ) from error
-        self._worker = WorkerSide(link, rank, self._settings.pull_timeout_s, news)
+        store_timeout_s = (self._settings.store or StoreSettings()).load_timeout_s
+        self._worker = WorkerSide(link, rank, self._settings.pull_timeout_s, news, store_timeout_s)
         logger.info(
             "kv_pool_shared rank=%d bytes=%d blocks=%d socket=%s", rank, pool.num_bytes, num_blocks, socket_path
         )
@@ -94,7 +100,7 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """Nothing: decoders read the pool itself."""
 
     def wait_for_save(self) -> None:
-        """Nothing, likewise."""
+        """Nothing, likewise; the prefix store is given the blocks of finished requests."""
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Sent and received ids, for vLLM before 0.32, which asks for bad blocks next."""
@@ -103,7 +109,7 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         ended = self._worker.poll(self._may_wait)
         if ended.failed and not compat.REPORTS_LOAD_ERRORS:
             raise RuntimeError(f"vLLM {compat.VERSION_TEXT} knows no failed KV load, and {sorted(ended.failed)} failed")
-        self._failed_blocks |= ended.failed_blocks
+        self._failed_blocks |= ended.failed_blocks | ended.missing_blocks
         return ended.sent, ended.received
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
@@ -111,6 +117,7 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if self._worker is None:
             return compat.TransferResults()
         ended = self._worker.poll(self._may_wait)
+        self._failed_blocks |= ended.missing_blocks
         return compat.TransferResults(
             finished_sending=ended.sent, finished_recving=ended.received, failed_recving=ended.failed
         )
@@ -131,7 +138,7 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     # The scheduler's side.
 
-    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """See SchedulerSide.num_new_matched_tokens."""
         return self._scheduling.num_new_matched_tokens(request, num_computed_tokens)
 
@@ -160,6 +167,13 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """The same, called where the hybrid KV cache manager is on; there is one group."""
         return self._scheduling.finished(request, block_ids[0])
 
+    def reset_cache(self) -> bool | None:
+        """The weights may have changed: nothing that this engine kept or finds until now is loaded any more."""
+        if self._scheduler is None or self._settings.store is None:
+            return None
+        self._scheduler.forget_stored(secrets.token_hex(16))
+        return True
+
     @property
     def _scheduling(self) -> SchedulerSide:
         assert self._scheduler is not None, "a scheduler's method was called on a worker's connector"
@@ -168,10 +182,13 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def _join_sidecars(self, kv_role: str) -> SchedulerSide:
         links = []
         for rank in range(self._config.parallel_config.tensor_parallel_size):
-            link = _SchedulerLink(str(self._socket(rank)))
+            link = SchedulerLink(str(self._socket(rank)))
             link.start_later()
             links.append(link)
-        return SchedulerSide(links, kv_role, self._block_size, self._settings.lease_s)
+        store = None
+        if self._settings.store is not None:
+            store = SchedulerStore(links, self._block_size, compat.computation(self._config))
+        return SchedulerSide(links, kv_role, self._block_size, self._settings.lease_s, store)
 
     def _socket(self, rank: int) -> Path:
         engine_id = f"{self._config.kv_transfer_config.engine_id}/dp{self._config.parallel_config.data_parallel_rank}"
@@ -187,7 +204,7 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         try:
             self._own.start()
         except SidecarStartError as error:
-            raise ConnectorStartError(f"{error}; see kv_connector_extra_config.listen and .transport") from error
+            raise ConnectorStartError(f"{error}; see kv_connector_extra_config.listen, transport, store") from error
         return str(path)
 
     def _layout(self, kv_caches: dict[str, KvTensors], planes: Any, num_blocks: int, rank: int) -> KvLayout:
@@ -214,14 +231,8 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         )
 
 
-class _SchedulerLink(SidecarLink):
-    """Joins the pool that the worker registered. Nobody polls it on an idle engine, so it polls itself."""
-
-    def __init__(self, socket_path: str) -> None:
-        super().__init__(socket_path, SidecarClient.join_pool, self.poll)
-
-
 def _command(vllm_config: Any, settings: ConnectorSettings, rank: int) -> SidecarCommand:
+    num_ranks = vllm_config.parallel_config.tensor_parallel_size
     return SidecarCommand(
         engine_id=str(vllm_config.kv_transfer_config.engine_id),
         listen=listen_of(settings, rank),
@@ -229,6 +240,7 @@ def _command(vllm_config: Any, settings: ConnectorSettings, rank: int) -> Sideca
         metrics_port=settings.metrics_port + rank if settings.metrics_port else 0,
         rank=rank,
         log_level=settings.log_level,
+        more=sidecar_flags(settings.store, num_ranks) if settings.store is not None else (),
     )
 
 

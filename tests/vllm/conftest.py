@@ -34,11 +34,18 @@ class Split:
 
 
 @pytest.fixture(scope="session")
-def split(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Split]:
+def unsplit(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """What every answer is compared with."""
+    server = vllm_server("unsplit", model, tmp_path_factory.mktemp("logs"))
+    with running(server):
+        yield server
+
+
+@pytest.fixture(scope="session")
+def split(model: Path, unsplit: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Split]:
     logs = tmp_path_factory.mktemp("logs")
     prefiller = vllm_server("prefiller", model, logs, baton("kv_producer", role="prefill", lease_s=20))
     decoder = vllm_server("decoder", model, logs, baton("kv_consumer", role="decode", pull_timeout_s=30))
-    unsplit = vllm_server("unsplit", model, logs)
     proxy = proxy_server([prefiller], [decoder], logs)
-    with running(prefiller, decoder, unsplit), running(proxy):
+    with running(prefiller, decoder), running(proxy):
         yield Split(prefiller, decoder, proxy, unsplit)

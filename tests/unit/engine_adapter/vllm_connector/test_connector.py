@@ -18,8 +18,8 @@ from tests.unit.engine_adapter.vllm_connector.fake_vllm import VERSIONS, Role, c
 NUM_BLOCKS = 8
 
 
-def vllm_config(engine_id: str, kv_role: str) -> Any:
-    config = fake_vllm.config(kv_role, transport="shm", log_level="WARNING")
+def vllm_config(engine_id: str, kv_role: str, **extra: Any) -> Any:
+    config = fake_vllm.config(kv_role, transport="shm", log_level="WARNING", **extra)
     config.kv_transfer_config.engine_id = f"{engine_id}-{time.monotonic_ns()}"
     config.model_config = SimpleNamespace(
         model="tiny",
@@ -36,10 +36,11 @@ def vllm_config(engine_id: str, kv_role: str) -> Any:
 class Half:
     """One vLLM without a model: its scheduler's connector and its worker's."""
 
-    def __init__(self, module: Any, version: tuple[int, int], engine_id: str, kv_role: str) -> None:
-        config = vllm_config(engine_id, kv_role)
+    def __init__(self, module: Any, version: tuple[int, int], engine_id: str, kv_role: str, **extra: Any) -> None:
+        config = vllm_config(engine_id, kv_role, **extra)
         rest = (fake_vllm.caches(),) if version >= (0, 13) else ()
         self.version = version
+        self.invalid_blocks: set[int] = set()
         self.kv = {f"layers.{n}": torch.randn(NUM_BLOCKS, 2, 16, 16) for n in range(2)}
         self.worker = module.BatonConnector(config, Role.WORKER, *rest)
         self.scheduler: Any = None
@@ -58,11 +59,13 @@ class Half:
         self.worker.wait_for_save()
         if self.version >= (0, 32):
             results = self.worker.get_transfer_results(set())
+            self.invalid_blocks |= self.worker.get_block_ids_with_load_errors()
             done = results.finished_sending, results.finished_recving, bool(results.failed_recving)
         else:
             sent, received = self.worker.get_finished(set())
-            failed = self.version >= (0, 13) and bool(self.worker.get_block_ids_with_load_errors())
-            done = sent, received, failed
+            invalid = self.worker.get_block_ids_with_load_errors() if self.version >= (0, 13) else set()
+            self.invalid_blocks |= invalid
+            done = sent, received, bool(invalid)
         self.scheduler.update_connector_output(SimpleNamespace(finished_recving=done[1]))
         return done
 
