@@ -20,7 +20,7 @@ SHARED_OUT = ("memory_bytes", "mooncake_segment_bytes")
 
 @dataclass(frozen=True, slots=True)
 class StoreSettings:
-    """Each field is a key. Sizes are bytes or text like "16GiB"; 0 and "": no such tier, or a size that the sidecar chooses."""
+    """Each field is a key. Sizes are bytes or text like "16GiB"; 0 or "" leaves a tier out, a size to the sidecar."""
 
     dir: str = ""
     """A directory that every engine of the same model may share."""

@@ -14,6 +14,13 @@ from tests.vllm.servers import VLLM_VENV, Server, baton, proxy_server, running, 
 
 collect_ignore_glob = [] if VLLM_VENV else ["test_*.py"]
 
+LAST = "test_a_prefiller_that_dies_leaves_clean_errors"
+"""Nothing prefills on the shared prefiller after it."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.name == LAST)
+
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
