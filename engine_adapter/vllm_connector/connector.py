@@ -149,7 +149,7 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def build_connector_meta(self, scheduler_output: Any) -> BatonMetadata:
         """See SchedulerSide.next_meta."""
-        return self._scheduling.next_meta()
+        return self._scheduling.next_meta(idle=getattr(scheduler_output, "total_num_scheduled_tokens", 1) == 0)
 
     def on_new_request(self, request: Any) -> None:
         """See SchedulerSide.new_request."""

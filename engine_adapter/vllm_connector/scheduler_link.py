@@ -17,6 +17,8 @@ class SchedulerLink(SidecarLink):
     def __init__(self, socket_path: str) -> None:
         super().__init__(socket_path, SidecarClient.join_pool, self.poll)
         self._polling = threading.Lock()
+        self.news = threading.Event()
+        """Set when a lookup is answered."""
         self._found: dict[str, int | None] = {}
 
     @property
@@ -44,4 +46,5 @@ class SchedulerLink(SidecarLink):
             for event in events:
                 if isinstance(event, StoreFound) and event.lookup_id in self._found:
                     self._found[event.lookup_id] = event.num_blocks
+                    self.news.set()
         return events

@@ -90,8 +90,10 @@ class SchedulerSide:
             PullOrder(request.request_id, remote.sources, len(remote.block_ids), local, first)
         )  # fmt: skip
 
-    def next_meta(self) -> BatonMetadata:
-        """What the workers are to be told with this step."""
+    def next_meta(self, *, idle: bool = False) -> BatonMetadata:
+        """What the workers are to be told with this step; `idle` where it computes nothing."""
+        if idle and self._store is not None:
+            self._store.wait_for_an_answer()
         for link in self._links:
             link.poll()
         meta, self._meta = self._meta, BatonMetadata()

@@ -20,6 +20,8 @@ from engine_adapter.vllm_connector.scheduler_link import SchedulerLink
 
 LOOKUP_TIMEOUT_S = 1.5
 """A sidecar answers within a second, by what its tiers have said; past this nobody waits for it."""
+IDLE_WAIT_S = 0.005
+"""vLLM steps without a pause while it is told to ask again; a step with nothing to compute waits this long."""
 STALE_S = 5.0
 """An answer that old is asked for again: others may have saved more since."""
 MAX_BLOCKS = 65_536
@@ -80,6 +82,16 @@ class SchedulerStore:
         lookup.end_block = min(num_blocks, *(answer for answer in answers if answer is not None))
         num_tokens = lookup.end_block * self._block_size - num_computed_tokens
         return (num_tokens, True) if num_tokens > 0 else (0, False)
+
+    def wait_for_an_answer(self) -> None:
+        """At most IDLE_WAIT_S, and only where one is due."""
+        now = time.monotonic()
+        for link in self._links:
+            link.news.clear()
+            due = (lookup for lookup in self._lookups.values() if now - lookup.asked_at < LOOKUP_TIMEOUT_S)
+            if any(link.found(lookup.lookup_id) is None for lookup in due):
+                link.news.wait(IDLE_WAIT_S)
+                return
 
     def allocated(self, request: Any, block_ids: Sequence[int], num_external_tokens: int) -> StoreLoadOrder | None:
         """The request got its blocks: what to load into them. It is not looked up again, also if the load fails."""

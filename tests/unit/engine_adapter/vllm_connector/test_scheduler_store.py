@@ -20,6 +20,14 @@ class Link:
         self.has_store = True
         self.client = None
         self.asked: dict[str, list[bytes]] = {}
+        self.waits = 0
+        self.news = self
+
+    def clear(self) -> None:
+        pass
+
+    def wait(self, within_s: float) -> None:
+        self.waits += 1
 
     def look_up(self, lookup_id: str, hashes: list[bytes]) -> None:
         self.asked[lookup_id] = hashes
@@ -88,6 +96,25 @@ def test_vllm_asks_again_until_the_answer_is_there(monkeypatch: pytest.MonkeyPat
     now += scheduler_store.STALE_S
     link.has = None
     assert side.num_new_matched_tokens(asked, 0) == (None, False)  # an old answer is not trusted
+
+
+def test_only_an_idle_step_waits_and_only_for_what_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(scheduler_store.time, "monotonic", lambda: now)
+    link = Link(None)
+    side = side_of(link)
+    side.next_meta(idle=True)
+    side.new_request(prompt())
+    side.next_meta()
+    assert link.waits == 0
+    side.next_meta(idle=True)
+    assert link.waits == 1
+    now += scheduler_store.LOOKUP_TIMEOUT_S
+    side.next_meta(idle=True)
+    link.has = 2
+    side.new_request(prompt("answered"))
+    side.next_meta(idle=True)
+    assert link.waits == 1
 
 
 def test_a_store_that_is_away_has_nothing() -> None:
