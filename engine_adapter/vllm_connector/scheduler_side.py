@@ -119,7 +119,8 @@ class SchedulerSide:
         delayed, params = self._handed_on(request, block_ids)
         saved = None
         if self._store is not None:
-            saved = self._store.finished(request, block_ids, well=finished_well(request))
+            well = finished_well(request) and self._asks_store(request)  # else a peer has computed some of it
+            saved = self._store.finished(request, block_ids, well=well)
         if saved is not None:
             self._meta.store_saves.append(saved)
         return delayed or saved is not None, params

@@ -14,12 +14,15 @@ from tests.vllm.servers import VLLM_VENV, Server, baton, proxy_server, running, 
 
 collect_ignore_glob = [] if VLLM_VENV else ["test_*.py"]
 
+ORDER = ("test_split.py", "test_prefix_store.py", "test_topologies.py", "test_tensor_parallel.py", "test_others.py")
+"""What matters most comes first: CI has only so much time for these."""
 LAST = "test_a_prefiller_that_dies_leaves_clean_errors"
 """Nothing prefills on the shared prefiller after it."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.name == LAST)
+    rank = {name: number for number, name in enumerate(ORDER)}
+    items.sort(key=lambda item: len(rank) if item.name == LAST else rank.get(item.path.name, -1))
 
 
 @pytest.fixture(scope="session")

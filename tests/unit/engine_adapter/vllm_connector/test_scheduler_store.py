@@ -139,6 +139,8 @@ def test_a_lease_goes_before_the_store() -> None:
     asked = request("r", {"do_remote_prefill": True})
     side.new_request(asked)
     assert side.num_new_matched_tokens(asked, 0) == (0, False)
+    asked.status.name = "FINISHED_STOPPED"
+    assert side.finished(asked, [1, 2, 3]) == (False, None)  # nor is it kept: a peer has computed it
     assert not link.asked
 
 
