@@ -82,11 +82,16 @@ def test_a_longer_prompt_loads_its_beginning_and_is_handed_on(sharing: Sharing) 
     assert Ask(begin).text(sharing.first) == Ask(begin).text(sharing.unsplit)
     settle(sharing)
     before = loaded(sharing)
-    longer = Ask(f"{begin} and then {prompt(140, 9751)}")
-    assert longer.text(sharing.proxy) == longer.text(sharing.unsplit)
+    seeds = iter(range(9751, 9760))
+
+    def handed_on() -> bool:  # not where a busy machine's sidecars don't reach each other in time: then it is computed
+        longer = Ask(f"{begin} and then {prompt(140, next(seeds))}")
+        assert longer.text(sharing.proxy) == longer.text(sharing.unsplit)
+        return by_source(sharing.first, "external_kv_transfer") > 0  # of the rest, which only the second has computed
+
+    assert handed_on() or handed_on() or handed_on()
     assert loaded(sharing) > before
-    assert by_source(sharing.first, "external_kv_transfer") > 0  # of the rest, which only the second has computed
-    assert eventually(lambda: used(sharing.first) == 0 and used(sharing.second) == 0)
+    assert eventually(lambda: used(sharing.first) == 0 and used(sharing.second) == 0, 60)
 
 
 def test_a_cache_salt_keeps_blocks_apart(sharing: Sharing) -> None:
