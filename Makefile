@@ -15,7 +15,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 AIS_BENCH_PYTHON ?= $(shell for p in python3.11 python3.12; do $$p -c '' 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-vllm lint bench clean
+.PHONY: help install demo test test-vllm vllm-venv lint bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | awk -F'\t' '{printf "make %-9s %s\n", $$1, $$2}'
@@ -32,8 +32,11 @@ demo: $(STAMP) ## one prefiller, one decoder and the proxy, and an answer; MODEL
 test: $(STAMP) ## every test; PYTEST_ARGS="-k proxy"
 	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
-test-vllm: $(STAMP) $(VLLM_VENV)/.installed $(AIS_BENCH_VENV)/.installed ## real vLLM, split by our connector, and the benchmark recipes (CPU wheel in .venv-vllm, 10 minutes)
+test-vllm: $(STAMP) vllm-venv $(AIS_BENCH_VENV)/.installed ## real vLLM, split by our connector, and the benchmark recipes (CPU wheel in .venv-vllm, 20 minutes); VLLM_VENV=DIR
 	@VLLM_VENV=$(abspath $(VLLM_VENV)) AIS_BENCH_VENV=$(abspath $(AIS_BENCH_VENV)) $(VENV)/bin/python -m pytest tests/vllm $(PYTEST_ARGS)
+
+# An environment that you name is used as it is; ours is made anew when its recipe changes.
+vllm-venv: $(if $(and $(filter-out file,$(origin VLLM_VENV)),$(wildcard $(VLLM_VENV)/bin/vllm)),,$(VLLM_VENV)/.installed)
 
 $(VLLM_VENV)/.installed: tests/vllm/build_environment.py
 	@$(PYTHON) -I tests/vllm/build_environment.py $(VLLM_VENV) --version $(VLLM_VERSION)

@@ -106,6 +106,45 @@ def num_blocks(vllm_config: Any, kv_cache_config: Any) -> int:
     return int(getattr(kv_cache_config, "num_blocks", None) or vllm_config.cache_config.num_gpu_blocks)
 
 
+_NO_KV_IN_THEM = ("_name_or_path", "transformers_version", "torch_dtype", "use_cache", "architectures")
+_WINDOWED = ("SlidingWindow", "ChunkedLocal", "Mamba", "CircularBuffer", "Cross", "EncoderOnly", "RSWA")
+
+
+def computation(vllm_config: Any) -> str:
+    """Names what, beside the weights and the layout, decides over a block's values: the config in use, not the file's
+    (--hf-overrides), and how the weights were made."""
+    model = vllm_config.model_config
+    config = {key: value for key, value in model.hf_config.to_dict().items() if key not in _NO_KV_IN_THEM}
+    loads = str(getattr(getattr(vllm_config, "load_config", None), "load_format", ""))
+    made = [
+        VERSION_TEXT, config, str(model.dtype), str(getattr(model, "quantization", None)),
+        [loads, getattr(model, "seed", None)] if "dummy" in loads.lower() else [],
+        bool(getattr(vllm_config.cache_config, "calculate_kv_scales", False)), model_name(vllm_config),
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(made, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def store_fault(vllm_config: Any, kv_cache_config: Any) -> str:
+    """Why there can be no prefix store, and what to do; "" if there can."""
+    policy = getattr(vllm_config.kv_transfer_config, "kv_load_failure_policy", "recompute")
+    if not REPORTS_LOAD_ERRORS:
+        return f"vLLM {VERSION_TEXT} can't compute what a store did not give: take 0.13 or later, or no prefix store"
+    if policy != "recompute":
+        return (
+            f'kv_load_failure_policy is "{policy}", with which a prefix store that loses a block fails the request: '
+            'put "kv_load_failure_policy": "recompute" beside kv_role (of MultiConnector and of its child)'
+        )
+    parallel = vllm_config.parallel_config
+    for key in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, key, 1) > 1:
+            return f"the prefix store knows no {key} above 1: leave that flag or kv_connector_extra_config.store out"
+    groups = getattr(kv_cache_config, "kv_cache_groups", None) or ()
+    for spec in (type(group.kv_cache_spec).__name__ for group in groups):
+        if spec.startswith(_WINDOWED):
+            return f"this model's KV cache is {spec}, whose blocks end early: leave kv_connector_extra_config.store out"
+    return ""
+
+
 def show_log_lines(level: str) -> None:
     """vLLM gives handlers to its own loggers only: ours borrow them, unless somebody has set them up."""
     ours, theirs = logging.getLogger("engine_adapter"), logging.getLogger("vllm")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,9 @@ from engine_adapter.vllm_connector.compat import KVConnectorBase_V1, KVConnector
 from engine_adapter.vllm_connector.kv_memory import KvMemory
 from engine_adapter.vllm_connector.layout import KvTensors, axes_of, order_of, planes_of, tensors_of
 from engine_adapter.vllm_connector.metadata import BatonMetadata
+from engine_adapter.vllm_connector.scheduler_link import SchedulerLink
 from engine_adapter.vllm_connector.scheduler_side import Finished, SchedulerSide
+from engine_adapter.vllm_connector.scheduler_store import SchedulerStore
 from engine_adapter.vllm_connector.settings import (
     ConnectorSettings,
     ConnectorStartError,
@@ -27,8 +30,8 @@ from engine_adapter.vllm_connector.settings import (
     socket_of,
 )
 from engine_adapter.vllm_connector.staged_offers import StagedOffers
+from engine_adapter.vllm_connector.store_settings import StoreSettings, sidecar_flags
 from engine_adapter.vllm_connector.worker_side import FENCE_GRACE_S, WorkerSide
-from sidecar.client import SidecarClient
 from sidecar.errors import SidecarError
 from sidecar.protocol import KvLayout
 
@@ -48,6 +51,8 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         check_ports(self._settings, vllm_config.parallel_config.tensor_parallel_size)
         self._block_size = compat.block_size(vllm_config, kv_cache_config)
         _refuse_what_cannot_work(vllm_config, kv_cache_config)
+        if self._settings.store is not None and (fault := compat.store_fault(vllm_config, kv_cache_config)):
+            raise ConnectorStartError(fault)
         compat.show_log_lines(self._settings.log_level)
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
@@ -80,7 +85,13 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 "kv_connector_extra_config.sidecar at auto"
             ) from error
         self._memory = memory
-        self._worker = WorkerSide(memory.link_of(link), rank, self._settings.pull_timeout_s, news)
+        if self._settings.store is not None and memory.choice.provider.name != "shm":
+            raise ConnectorStartError(
+                f"kv_connector_extra_config.store needs KV that the sidecar reaches itself, and memory is "
+                f"{memory.choice.provider.name}: take store out, or run vLLM where memory can be shm"
+            )
+        store_timeout_s = (self._settings.store or StoreSettings()).load_timeout_s
+        self._worker = WorkerSide(memory.link_of(link), rank, self._settings.pull_timeout_s, news, store_timeout_s)
         logger.info(
             "kv_pool_shared rank=%d memory=%s bytes=%d blocks=%d socket=%s",
             rank,
@@ -105,7 +116,8 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """Nothing: decoders read the pool itself."""
 
     def wait_for_save(self) -> None:
-        """Nothing, likewise; where KV is staged, copy the blocks of prompts that this step has completed."""
+        """Copy the blocks of prompts that this step has completed, where KV is staged; else nothing: decoders read the
+        pool itself, and the prefix store is given the blocks of finished requests."""
         meta = self._connector_metadata
         if self._memory is not None and isinstance(meta, BatonMetadata):
             self._memory.stage(meta.stages)
@@ -117,7 +129,7 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         ended = self._worker.poll(self._may_wait)
         if ended.failed and not compat.REPORTS_LOAD_ERRORS:
             raise RuntimeError(f"vLLM {compat.VERSION_TEXT} knows no failed KV load, and {sorted(ended.failed)} failed")
-        self._failed_blocks |= ended.failed_blocks
+        self._failed_blocks |= ended.failed_blocks | ended.missing_blocks
         return ended.sent, ended.received
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
@@ -125,6 +137,7 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if self._worker is None:
             return compat.TransferResults()
         ended = self._worker.poll(self._may_wait)
+        self._failed_blocks |= ended.missing_blocks
         return compat.TransferResults(
             finished_sending=ended.sent, finished_recving=ended.received, failed_recving=ended.failed
         )
@@ -145,7 +158,7 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     # The scheduler's side.
 
-    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """See SchedulerSide.num_new_matched_tokens."""
         return self._scheduling.num_new_matched_tokens(request, num_computed_tokens)
 
@@ -156,7 +169,8 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def build_connector_meta(self, scheduler_output: Any) -> BatonMetadata:
         """See SchedulerSide.next_meta."""
-        return self._scheduling.next_meta(scheduler_output)
+        idle = getattr(scheduler_output, "total_num_scheduled_tokens", 1) == 0
+        return self._scheduling.next_meta(scheduler_output, idle=idle)
 
     def on_new_request(self, request: Any) -> None:
         """See SchedulerSide.new_request."""
@@ -175,6 +189,13 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """The same, called where the hybrid KV cache manager is on; there is one group."""
         return self._scheduling.finished(request, block_ids[0])
 
+    def reset_cache(self) -> bool | None:
+        """The weights may have changed: nothing that this engine kept or finds until now is loaded any more."""
+        if self._scheduler is None or self._settings.store is None:
+            return None
+        self._scheduler.forget_stored(secrets.token_hex(16))
+        return True
+
     @property
     def _scheduling(self) -> SchedulerSide:
         assert self._scheduler is not None, "a scheduler's method was called on a worker's connector"
@@ -184,10 +205,13 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         links = []
         staged = StagedOffers(kv_role, self._block_size)
         for rank in range(self._config.parallel_config.tensor_parallel_size):
-            link = _SchedulerLink(str(self._socket(rank)), staged)
+            link = SchedulerLink(str(self._socket(rank)), staged)
             link.start_later()
             links.append(link)
-        return SchedulerSide(links, kv_role, self._block_size, self._settings.lease_s, staged)
+        store = None
+        if self._settings.store is not None:
+            store = SchedulerStore(links, self._block_size, compat.computation(self._config))
+        return SchedulerSide(links, kv_role, self._block_size, self._settings.lease_s, staged=staged, store=store)
 
     def _socket(self, rank: int) -> Path:
         engine_id = f"{self._config.kv_transfer_config.engine_id}/dp{self._config.parallel_config.data_parallel_rank}"
@@ -205,7 +229,7 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         try:
             self._own.start()
         except SidecarStartError as error:
-            raise ConnectorStartError(f"{error}; see kv_connector_extra_config.listen and .transport") from error
+            raise ConnectorStartError(f"{error}; see kv_connector_extra_config.listen, transport, store") from error
         return str(path)
 
     def _layout(self, kv_caches: dict[str, KvTensors], planes: Any, num_blocks: int, rank: int) -> KvLayout:
@@ -232,20 +256,8 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         )
 
 
-class _SchedulerLink(SidecarLink):
-    """Joins the pool that the worker registered. Nobody polls it on an idle engine, so it polls itself."""
-
-    def __init__(self, socket_path: str, staged: StagedOffers) -> None:
-        super().__init__(socket_path, self._join, self.poll)
-        self._staged = staged
-
-    def _join(self, client: SidecarClient) -> str:
-        epoch = client.join_pool()
-        self._staged.buffer_is(client.staged_slots)
-        return epoch
-
-
 def _command(vllm_config: Any, settings: ConnectorSettings, rank: int) -> SidecarCommand:
+    num_ranks = vllm_config.parallel_config.tensor_parallel_size
     return SidecarCommand(
         engine_id=str(vllm_config.kv_transfer_config.engine_id),
         listen=listen_of(settings, rank),
@@ -253,6 +265,7 @@ def _command(vllm_config: Any, settings: ConnectorSettings, rank: int) -> Sideca
         metrics_port=settings.metrics_port + rank if settings.metrics_port else 0,
         rank=rank,
         log_level=settings.log_level,
+        more=sidecar_flags(settings.store, num_ranks) if settings.store is not None else (),
     )
 
 

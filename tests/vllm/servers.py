@@ -21,6 +21,7 @@ from typing import Any
 
 from tests.integration.deployment import free_port, is_up, metric
 
+ROOT = Path(__file__).resolve().parents[2]
 VLLM_VENV = os.environ.get("VLLM_VENV", "")
 START_TIMEOUT_S = 300.0
 BLOCK_SIZE = 32
@@ -49,10 +50,13 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
+        environment = os.environ | ENVIRONMENT | self.environment
+        # Also in an environment that was not made for this checkout.
+        environment["PYTHONPATH"] = f"{environment.get('PYTHONPATH', '')}{os.pathsep}{ROOT}".strip(os.pathsep)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self.argv, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
-                env=os.environ | ENVIRONMENT | self.environment,
+                env=environment,
             )  # fmt: skip
 
     def wait_ready(self, path: str = "/health") -> None:

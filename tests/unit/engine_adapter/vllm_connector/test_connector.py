@@ -18,9 +18,9 @@ from tests.unit.engine_adapter.vllm_connector.fake_vllm import VERSIONS, Role, c
 NUM_BLOCKS = 8
 
 
-def vllm_config(engine_id: str, kv_role: str, memory: str = "auto") -> Any:
+def vllm_config(engine_id: str, kv_role: str, memory: str = "auto", **extra: Any) -> Any:
     transport = "auto" if memory == "in_process" else "shm"
-    config = fake_vllm.config(kv_role, transport=transport, memory=memory, log_level="WARNING")
+    config = fake_vllm.config(kv_role, transport=transport, memory=memory, log_level="WARNING", **extra)
     config.kv_transfer_config.engine_id = f"{engine_id}-{time.monotonic_ns()}"
     config.model_config = SimpleNamespace(
         model="tiny",
@@ -37,12 +37,11 @@ def vllm_config(engine_id: str, kv_role: str, memory: str = "auto") -> Any:
 class Half:
     """One vLLM without a model: its scheduler's connector and its worker's."""
 
-    def __init__(
-        self, module: Any, version: tuple[int, int], engine_id: str, kv_role: str, memory: str = "auto"
-    ) -> None:
-        config = vllm_config(engine_id, kv_role, memory)
+    def __init__(self, module: Any, version: tuple[int, int], engine_id: str, kv_role: str, **extra: Any) -> None:
+        config = vllm_config(engine_id, kv_role, **extra)
         rest = (fake_vllm.caches(),) if version >= (0, 13) else ()
         self.version = version
+        self.invalid_blocks: set[int] = set()
         shape = (NUM_BLOCKS, 2, 16, 16)
         self.kv = {f"layers.{n}": tensor.view(shape) for n, tensor in enumerate(torch.randn(2, NUM_BLOCKS * 512))}
         self.worker = module.BatonConnector(config, Role.WORKER, *rest)
@@ -62,11 +61,13 @@ class Half:
         self.worker.wait_for_save()
         if self.version >= (0, 32):
             results = self.worker.get_transfer_results(set())
+            self.invalid_blocks |= self.worker.get_block_ids_with_load_errors()
             done = results.finished_sending, results.finished_recving, bool(results.failed_recving)
         else:
             sent, received = self.worker.get_finished(set())
-            failed = self.version >= (0, 13) and bool(self.worker.get_block_ids_with_load_errors())
-            done = sent, received, failed
+            invalid = self.worker.get_block_ids_with_load_errors() if self.version >= (0, 13) else set()
+            self.invalid_blocks |= invalid
+            done = sent, received, bool(invalid)
         self.scheduler.update_connector_output(SimpleNamespace(finished_sending=done[0], finished_recving=done[1]))
         return done
 

@@ -8,9 +8,27 @@ import pytest
 
 from engine_adapter.kv_transfer_params import KvSource
 from engine_adapter.vllm_connector import worker_side
-from engine_adapter.vllm_connector.metadata import BatonMetadata, OfferNote, PullOrder
+from engine_adapter.vllm_connector.metadata import (
+    BatonMetadata,
+    OfferNote,
+    PullOrder,
+    StoreLoadOrder,
+    StoreSaveOrder,
+)
 from engine_adapter.vllm_connector.worker_side import Ended, SidecarHangs, WorkerSide
-from sidecar.protocol import Event, OfferEnded, PullEnded, PullSource, SidecarLost
+from sidecar.protocol import (
+    Event,
+    OfferEnded,
+    PullEnded,
+    PullSource,
+    SidecarLost,
+    StoreAbandon,
+    StoreLoad,
+    StoreLoadEnded,
+    StoreRequest,
+    StoreSave,
+    StoreSaveEnded,
+)
 
 SOURCE = KvSource("p", "h", 1, "t", "secret", "far")
 
@@ -25,6 +43,7 @@ class Link:
         self.abandoned: list[str] = []
         self.dropped: list[str] = []
         self.late_s = 0.0
+        self.asked: list[StoreRequest] = []
 
     def pull(
         self, pull_id: str, sources: list[PullSource], blocks: list[int], first_block: int, deadline_s: float
@@ -33,6 +52,9 @@ class Link:
 
     def abandon(self, pull_id: str) -> None:
         self.abandoned.append(pull_id)
+
+    def ask_store(self, request: StoreRequest, within_s: float) -> None:
+        self.asked.append(request)
 
     def drop(self, source: PullSource) -> None:
         self.dropped.append(source.transfer_id)
@@ -152,3 +174,71 @@ def test_a_sidecar_that_cannot_be_stopped_ends_the_engine(side: WorkerSide, link
     link.late_s = 1e3
     with pytest.raises(SidecarHangs, match="restart"):
         side.poll()
+
+
+def stored_load(request_id: str) -> BatonMetadata:
+    return BatonMetadata(store_loads=[StoreLoadOrder(request_id, (b"x" * 32, b"y" * 32, b"z" * 32), (5, 6, 7))])
+
+
+def stored_load_ended(request_id: str, num_blocks: int) -> StoreLoadEnded:
+    return StoreLoadEnded(request_id, num_blocks, [5, 6, 7][num_blocks:], "", "", 9, 0.1, {"posix": num_blocks})
+
+
+def stored_save(request_id: str) -> StoreSaveOrder:
+    return StoreSaveOrder(request_id, (b"x" * 32,), (5,))
+
+
+@pytest.mark.parametrize(("num_blocks", "missing"), [(3, set()), (1, {6, 7}), (0, {5, 6, 7})])
+def test_a_load_from_the_store_is_received_and_what_it_lacks_is_named(
+    side: WorkerSide, link: Link, num_blocks: int, missing: set[int]
+) -> None:
+    side.begin(stored_load("r"))
+    assert link.asked == [StoreLoad("r", [b"x" * 32, b"y" * 32, b"z" * 32], [5, 6, 7], 5.0)]
+    link.events = [stored_load_ended("r", num_blocks), stored_load_ended("r", num_blocks)]
+    assert side.poll() == Ended(received={"r"}, missing_blocks=missing)
+    assert side.poll() == Ended()
+
+
+@pytest.mark.parametrize("as_sent", [False, True])
+def test_an_abandoned_load_from_the_store_is_reported_when_it_has_ended(
+    side: WorkerSide, link: Link, as_sent: bool
+) -> None:
+    side.begin(stored_load("r"))
+    side.begin(BatonMetadata(abandoned=["r"], abandoned_as_sent=["r"] if as_sent else []))
+    assert link.asked[1:] == [StoreAbandon("r")] and not link.abandoned
+    assert side.poll() == Ended()
+    link.events = [stored_load_ended("r", 0)]
+    ended = side.poll()
+    assert (ended.sent, ended.received) == (({"r"}, set()) if as_sent else (set(), {"r"}))
+
+
+def test_a_saved_request_is_sent_when_its_blocks_are_read(side: WorkerSide, link: Link) -> None:
+    side.begin(BatonMetadata(store_saves=[stored_save("r")]))
+    assert link.asked == [StoreSave("r", [b"x" * 32], [5])]
+    assert side.poll() == Ended()
+    link.events = [StoreSaveEnded("r", 1, 0, "")]
+    assert side.poll() == Ended(sent={"r"})
+    assert side.poll() == Ended()
+
+
+@pytest.mark.parametrize("offer_first", [True, False])
+def test_a_request_that_is_saved_and_handed_on_is_sent_once(side: WorkerSide, link: Link, offer_first: bool) -> None:
+    meta = offer("r", "t1")
+    meta.store_saves.append(stored_save("r"))
+    side.begin(meta)
+    ends: list[Event] = [OfferEnded("t1", "consumed"), StoreSaveEnded("r", 0, 1, "")]
+    for event in ends if offer_first else reversed(ends):
+        assert side.poll() == Ended()
+        link.events = [event]
+    assert side.poll() == Ended(sent={"r"})
+
+
+def test_a_lease_that_ended_early_waits_for_the_save(side: WorkerSide, link: Link) -> None:
+    link.events = [OfferEnded("t1", "consumed")]
+    side.poll()
+    meta = offer("r", "t1")
+    meta.store_saves.append(stored_save("r"))
+    side.begin(meta)
+    assert side.poll() == Ended()
+    link.events = [StoreSaveEnded("r", 1, 0, "")]
+    assert side.poll() == Ended(sent={"r"})
