@@ -204,7 +204,8 @@ class PeerTable:
         if len(self._links) >= self._config.max_peers:
             raise PeerLost(f"{self._config.max_peers} peers are connected, which is the limit")
         hello = self._hello(key)
-        control, welcome = await dial((key[0], key[1]), hello, self._config.connect_timeout_s)
+        config = self._config
+        control, welcome = await dial((key[0], key[1]), hello, config.connect_timeout_s, config.peer_gone_s)
         try:
             self._check(welcome)
             same_host = welcome.boot_id == self._identity.boot_id and welcome.peer_socket != ""
