@@ -23,7 +23,7 @@ from tests.sidecar_processes.harness import ROOT, FakeEngine, Sidecar, eventuall
 from tests.sidecar_processes.test_two_hosts import HOSTS, run, skip_unless
 
 BLOCKS = list(range(128))
-ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S, CLAIM_TTL_S, PEER_GONE_S = 1.5, 2.0, 1.5, 4.0
+ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S, CLAIM_TTL_S, PEER_GONE_S = 1.2, 1.5, 1.2, 3.0
 SLACK_S = 2.0
 FLAGS = (
     "--answer-timeout-s", str(ANSWER_TIMEOUT_S), "--connect-timeout-s", str(CONNECT_TIMEOUT_S),
@@ -102,7 +102,7 @@ class Hosts:
     consumer: FakeEngine
 
 
-@pytest.fixture(scope="module", params=["tcp", pytest.param("mooncake", marks=NEEDS_MOONCAKE)])
+@pytest.fixture(scope="module")
 def hosts(
     network: Network, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Hosts]:
@@ -131,7 +131,21 @@ def still_works(hosts: Hosts) -> Iterator[None]:
         assert sidecar.usage()[2] == mappings
 
 
-@pytest.mark.parametrize("link", [{"delay_s": 0.1}, {"loss": 0.01, "delay_s": 0.005}], ids=["round_trip_200ms", "loss"])
+SLOW, LOSSY = {"delay_s": 0.1}, {"loss": 0.01, "delay_s": 0.005}
+CUT, DEAF, MUTE = {"a_to_b": False, "b_to_a": False}, {"a_to_b": False}, {"b_to_a": False}
+"""DEAF: the consumer hears nothing; MUTE: it is not heard. Either is what is called half-open."""
+
+
+def over(transport: str, link: dict[str, object], name: str) -> object:
+    marks = NEEDS_MOONCAKE if transport == "mooncake" else []
+    return pytest.param(transport, link, id=f"{transport}-{name}", marks=marks)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "link"),
+    [over("tcp", SLOW, "round trip of 200 ms"), over("tcp", LOSSY, "loss"), over("mooncake", LOSSY, "loss")],
+    indirect=["hosts"],
+)
 def test_a_bad_network_is_slow_and_nothing_else(hosts: Hosts, link: dict[str, float]) -> None:
     with hosts.network.being(**link):
         for number in range(2):
@@ -145,11 +159,11 @@ def test_a_bad_network_is_slow_and_nothing_else(hosts: Hosts, link: dict[str, fl
             assert hosts.producer.offer_ended(offer.transfer_id) == "consumed"
 
 
-LOST = [{"a_to_b": False, "b_to_a": False}, {"a_to_b": False}, {"b_to_a": False}]
-LOST_IDS = ["cut", "the consumer hears nothing", "the producer hears nothing"]
-
-
-@pytest.mark.parametrize("link", LOST, ids=LOST_IDS)
+@pytest.mark.parametrize(
+    ("hosts", "link"),
+    [over("tcp", CUT, "cut"), over("tcp", DEAF, "deaf"), over("tcp", MUTE, "mute"), over("mooncake", CUT, "cut")],
+    indirect=["hosts"],
+)
 def test_a_network_that_is_lost_in_mid_transfer(hosts: Hosts, link: dict[str, bool]) -> None:
     producer, consumer = hosts.producer, hosts.consumer
     offer, source = producer.offer(BLOCKS)
@@ -183,7 +197,11 @@ def test_a_network_that_is_lost_in_mid_transfer(hosts: Hosts, link: dict[str, bo
     consumer.events.clear()
 
 
-@pytest.mark.parametrize("link", LOST, ids=LOST_IDS)
+@pytest.mark.parametrize(
+    ("hosts", "link"),
+    [over("tcp", CUT, "cut"), over("tcp", DEAF, "deaf"), over("tcp", MUTE, "mute")],
+    indirect=["hosts"],
+)
 def test_a_network_that_is_lost_before_a_claim(hosts: Hosts, link: dict[str, bool]) -> None:
     before = hosts.consumer.pool[:]
     _, source = hosts.producer.offer(BLOCKS[:8])
@@ -196,6 +214,7 @@ def test_a_network_that_is_lost_before_a_claim(hosts: Hosts, link: dict[str, boo
     assert [hosts.consumer.block(b) for b in BLOCKS[:8]] == [hosts.producer.block(b) for b in BLOCKS[:8]]
 
 
+@pytest.mark.parametrize("hosts", ["tcp"], indirect=True)
 def test_peers_that_vanish_leave_nothing(hosts: Hosts) -> None:
     """No packet of theirs ever ends their connections, with nothing under way that would be missed."""
     with_peer = hosts.producer_sidecar.usage()[0]
