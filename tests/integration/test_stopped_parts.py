@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -63,8 +65,8 @@ async def _stop_and_resume(
     victim.process.send_signal(signal.SIGSTOP)
     stopped = time.monotonic()
     hold_s = bound_s if name.endswith("sidecar") else FOUND_OUT_S["engine"] + CALM_S
-    while victim.process.poll() is None and time.monotonic() - stopped < hold_s:
-        await asyncio.sleep(0.1)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        await asyncio.to_thread(victim.process.wait, hold_s)
     if name.endswith("sidecar"):
         assert victim.process.poll() == -signal.SIGKILL, f"{name}: its engine lets it hang"
         victim.start()

@@ -123,9 +123,9 @@ def test_a_pool_in_a_full_file_system_is_refused_and_kills_nobody(directory: Pat
     try:
         with Sidecar(directory, "p", "shm") as sidecar, (full / "pool").open("w+b") as pool:
             os.ftruncate(pool.fileno(), a_layout().pool_bytes)
-            with contextlib.closing(SidecarClient.connect(sidecar.socket_path)) as client:
-                with pytest.raises(LayoutRefused, match=r"No space left on device.*2097152 bytes"):
-                    client.register_pool(pool.fileno(), a_layout())
+            client = SidecarClient.connect(sidecar.socket_path)
+            with contextlib.closing(client), pytest.raises(LayoutRefused, match=r"No space left on.*2097152 bytes"):
+                client.register_pool(pool.fileno(), a_layout())
             with FakeEngine(sidecar) as engine:
                 engine.offer([1])
     finally:
