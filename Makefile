@@ -4,6 +4,7 @@ VENV  ?= .venv
 STAMP := $(VENV)/.installed
 VLLM_VENV    ?= .venv-vllm
 VLLM_VERSION ?= 0.32.0
+MINUTES ?= 30
 DEMO  ?= configs/examples/1p1d-cpu.toml
 
 # The first of these that runs and is 3.11 or newer.
@@ -11,7 +12,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-vllm lint bench clean
+.PHONY: help install demo test test-vllm soak lint bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | awk -F'\t' '{printf "make %-9s %s\n", $$1, $$2}'
@@ -33,6 +34,9 @@ test-vllm: $(STAMP) $(VLLM_VENV)/.installed ## real vLLM, split by our connector
 
 $(VLLM_VENV)/.installed: tests/vllm/build_environment.py
 	@$(PYTHON) -I tests/vllm/build_environment.py $(VLLM_VENV) --version $(VLLM_VERSION)
+
+soak: $(STAMP) ## 2 prefillers and 2 decoders under load, one part killed or stopped every 20 s; MINUTES=30
+	@$(VENV)/bin/python -m tests.integration.soak --minutes $(MINUTES)
 
 lint: $(STAMP) ## ruff check, ruff format --check, mypy --strict
 	$(VENV)/bin/ruff check .
