@@ -86,12 +86,13 @@ def more_than(before: dict[str, int], now: dict[str, int]) -> dict[str, tuple[in
 
 
 @pytest.mark.parametrize(
-    ("stage", "moment"), [("tcp", moment) for moment in MOMENTS] + [("shm", "in transfer")], indirect=["stage"]
+    ("stage", "how", "moment"),
+    [("tcp", how, moment) for how in ("kill", "stop") for moment in MOMENTS] + [("shm", "kill", "in transfer")],
+    indirect=["stage"],
 )
-@pytest.mark.parametrize("how", ["kill", "stop"])
 @pytest.mark.parametrize("part", PARTS)
 def test_cell(settled: Stage, part: str, how: str, moment: str) -> None:
-    """Over shm only in transfer: at the other moments no byte moves, whatever the transport."""
+    """Over shm only in transfer, as at the other moments no byte moves; test_faults has more of every transport."""
     CELLS[moment](settled, part, how)
 
 
