@@ -24,7 +24,7 @@ FOUND_OUT_S = {
     "engine": HEALTH_MAX_FAILURES * (HEALTH_INTERVAL_S + HEALTH_TIMEOUT_S),  # by the proxy's probes
     "sidecar": max(PULL_TIMEOUT_S + FENCE_GRACE_S, CALL_TIMEOUT_S),  # by its engine, which kills it
 }
-SLACK_S = 5.0
+SLACK_S = 15.0
 """For a busy machine, and the request's second attempt."""
 CALM_S = 1.0
 
