@@ -5,6 +5,7 @@ STAMP := $(VENV)/.installed
 VLLM_VENV    ?= .venv-vllm
 VLLM_VERSION ?= 0.32.0
 AIS_BENCH_VENV ?= .venv-ais-bench
+MINUTES ?= 30
 DEMO  ?= configs/examples/1p1d-cpu.toml
 
 # The first of these that runs and is 3.11 or newer.
@@ -15,7 +16,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 AIS_BENCH_PYTHON ?= $(shell for p in python3.11 python3.12; do $$p -c '' 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-vllm vllm-venv lint bench clean
+.PHONY: help install demo test test-vllm vllm-venv soak lint bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | awk -F'\t' '{printf "make %-9s %s\n", $$1, $$2}'
@@ -45,6 +46,9 @@ $(VLLM_VENV)/.installed: tests/vllm/build_environment.py
 $(AIS_BENCH_VENV)/.installed: bench/recipes/ais_bench/requirements.txt
 	@{ $(or $(AIS_BENCH_PYTHON),python3.11) -m venv $(@D) && $(@D)/bin/pip install --quiet -r $< && touch $@; } \
 		|| echo "ais_bench can't be had here: its recipe is not tested" >&2
+
+soak: $(STAMP) ## 2 prefillers and 2 decoders under load, one part killed or stopped every 20 s; MINUTES=30
+	@$(VENV)/bin/python -m tests.integration.soak --minutes $(MINUTES)
 
 lint: $(STAMP) ## ruff check, ruff format --check, mypy --strict
 	$(VENV)/bin/ruff check .

@@ -66,8 +66,14 @@ class SidecarConfig(BaseModel):
         default=15.0, ge=0.1, le=300, description="mapping a peer's pool, or starting Mooncake for it on both ends"
     )
     answer_timeout_s: float = Field(default=5.0, ge=0.1, le=60, description="a peer's answer to one control message")
+    stall_timeout_s: float = Field(
+        default=10.0, ge=0.1, le=600, description="a tcp data connection that moves nothing in a transfer is given up"
+    )
     stop_grace_s: float = Field(default=1.0, ge=0.1, le=30, description="a copy may take this to stop, then it is cut")
     peer_idle_s: float = Field(default=300.0, ge=1, le=86400, description="an unused peer connection is closed after")
+    peer_gone_s: float = Field(
+        default=30.0, ge=3, le=3600, description="a peer whose host answers nothing any more is given up after"
+    )
     copy_threads: int = Field(
         default_factory=lambda: max(1, min(4, os.cpu_count() or 1)), ge=1, le=64, description="threads copying over shm"
     )

@@ -43,8 +43,12 @@ class FrameConnection:
         on_frame: Callable[[bytes], None],
         on_closed: Callable[[str], None],
         lingers: bool = False,
+        gone_s: float = 0.0,
     ) -> None:
-        """With `lingers` the other end sees the end only after `finish`, which the owner calls once."""
+        """With `lingers` the other end sees the end only after `finish`, which the owner calls once.
+
+        A TCP connection ends when the other host has not answered for `gone_s`; 0: as the system has it.
+        """
         self._lingers = lingers
         self._sock = sock
         self._loop = asyncio.get_running_loop()
@@ -58,6 +62,8 @@ class FrameConnection:
         sock.setblocking(False)
         if not self._unix:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if gone_s:
+                end_when_gone(sock, gone_s)
         self._fileno = sock.fileno()
         self._loop.add_reader(self._fileno, self._readable)
 
@@ -178,6 +184,16 @@ class FrameConnection:
         del self._unsent[:sent]
         if not self._unsent:
             self._loop.remove_writer(self._fileno)
+
+
+def end_when_gone(sock: socket.socket, seconds: float) -> None:
+    """Let a TCP connection end, idle or not, when the other host has not answered for about `seconds`."""
+    probe_s = max(1, int(seconds / 4))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, probe_s)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, probe_s)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000))
 
 
 def same_user(sock: socket.socket) -> bool:

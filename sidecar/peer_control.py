@@ -40,13 +40,13 @@ class _Call:
 class PeerControl:
     """An open connection after its welcome. `on_closed(why)` is called once when it ends."""
 
-    def __init__(self, sock: socket.socket, hello: PeerHello) -> None:
+    def __init__(self, sock: socket.socket, hello: PeerHello, gone_s: float = 0.0) -> None:
         self._loop = asyncio.get_running_loop()
         self._calls: dict[int, _Call] = {}
         self._next_call_id = 1
         self._welcome: asyncio.Future[PeerWelcome] = self._loop.create_future()
         self._connection = FrameConnection(
-            sock, max_frame_bytes=PEER_FRAME_BYTES, on_frame=self._take, on_closed=self._closed
+            sock, max_frame_bytes=PEER_FRAME_BYTES, on_frame=self._take, on_closed=self._closed, gone_s=gone_s
         )
         self.on_closed: Callable[[str], None] = lambda why: None
         self.fd: int | None = None
@@ -133,11 +133,16 @@ class PeerControl:
         self.on_closed(why)
 
 
-async def dial(address: Address, hello: PeerHello, timeout_s: float) -> tuple[PeerControl, PeerWelcome]:
-    """Connect and exchange hellos within `timeout_s`. Raises PeerLost, or the producer's Refusal."""
+async def dial(
+    address: Address, hello: PeerHello, timeout_s: float, gone_s: float = 0.0
+) -> tuple[PeerControl, PeerWelcome]:
+    """Connect and exchange hellos within `timeout_s`; `gone_s` as in FrameConnection.
+
+    Raises PeerLost, or the producer's Refusal.
+    """
     try:
         async with asyncio.timeout(timeout_s):
-            control = PeerControl(await _connect(address), hello)
+            control = PeerControl(await _connect(address), hello, gone_s)
             try:
                 return control, await control.welcome()
             except BaseException:

@@ -81,8 +81,9 @@ class PeerSession:
         self._local = sock.family == socket.AF_UNIX
         self._tasks: set[asyncio.Task[None]] = set()
         self._connection = FrameConnection(
-            sock, max_frame_bytes=PEER_FRAME_BYTES, on_frame=self._take, on_closed=self._closed
-        )
+            sock, max_frame_bytes=PEER_FRAME_BYTES, on_frame=self._take, on_closed=self._closed,
+            gone_s=config.peer_gone_s,
+        )  # fmt: skip
         self._hello_timer = asyncio.get_running_loop().call_later(
             config.connect_timeout_s, self.close, "no hello came in time"
         )

@@ -204,14 +204,20 @@ class PeerTable:
         if len(self._links) >= self._config.max_peers:
             raise PeerLost(f"{self._config.max_peers} peers are connected, which is the limit")
         hello = self._hello(key)
-        control, welcome = await dial((key[0], key[1]), hello, self._config.connect_timeout_s)
+        config = self._config
+        control, welcome = await dial((key[0], key[1]), hello, config.connect_timeout_s, config.peer_gone_s)
         try:
             self._check(welcome)
             same_host = welcome.boot_id == self._identity.boot_id and welcome.peer_socket != ""
             if same_host and "shm" in common(self._identity.transports, welcome.transports, same_host=True):
-                local = await self._dial_local(welcome.peer_socket, hello)
-                same_host = local is not None
-                if local is not None:
+                try:
+                    local, _ = await dial("\0" + welcome.peer_socket, hello, config.connect_timeout_s)
+                except PeerLost as lost:
+                    logger.info("peer_socket_unreachable error=%s", lost.message)
+                    same_host = False
+                    if not common(self._identity.transports, welcome.transports, same_host=False):
+                        raise PeerLost(f"shm is the only common transport, and {lost.message}") from lost
+                else:
                     control.close("continued over the peer socket")
                     control = local
             memory = await self._reach(control, welcome, same_host=same_host)
@@ -232,14 +238,6 @@ class PeerTable:
         fault = welcome.mismatch or layout_fault(welcome.layout) or mismatch(welcome.layout, self._registration.layout)
         if fault:
             raise Refusal("incompatible", fault)
-
-    async def _dial_local(self, peer_socket: str, hello: PeerHello) -> PeerControl | None:
-        try:
-            control, _ = await dial("\0" + peer_socket, hello, self._config.connect_timeout_s)
-        except PeerLost as error:
-            logger.info("peer_socket_unreachable error=%s", error.message)
-            return None
-        return control
 
     async def _reach(self, control: PeerControl, welcome: PeerWelcome, *, same_host: bool) -> PeerMemory:
         """The producer's pool over the best transport that works. Raises Refusal."""

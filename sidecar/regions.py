@@ -7,6 +7,7 @@ give plain addresses, which the copy threads and Mooncake need.
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import mmap
 import os
@@ -61,6 +62,15 @@ def reopen_read_only(fd: int) -> int:
 def size_of(fd: int) -> int:
     """Bytes behind a descriptor of memory or a regular file."""
     return os.fstat(fd).st_size
+
+
+def allocate(fd: int, num_bytes: int) -> None:
+    """Have the memory behind a pool's every page, as its first touch would otherwise be a SIGBUS. Raises OSError."""
+    try:
+        os.posix_fallocate(fd, 0, num_bytes)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENODEV, errno.EBADF):
+            raise  # else it is no file of pages, or one that cannot be written: mapping will tell
 
 
 def forbid_shrinking(fd: int) -> bool:

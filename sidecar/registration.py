@@ -11,7 +11,7 @@ from sidecar.layout import KvLayout, layout_fault
 from sidecar.memory.contract import MemoryFault, PoolRegion
 from sidecar.memory.registry import OPENERS
 from sidecar.protocol import PoolMemory
-from sidecar.regions import Region, forbid_shrinking, size_of
+from sidecar.regions import Region, allocate, forbid_shrinking, size_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +62,13 @@ async def register(epoch: str, layout: KvLayout, fd: int, engine_socket: int) ->
             raise LayoutRefused(f"the layout needs {layout.pool_bytes} bytes, the pool has {size_of(fd)}")
         forbid_shrinking(fd)
         try:
+            await asyncio.to_thread(allocate, fd, layout.pool_bytes)
             region = await asyncio.to_thread(Region, fd, layout.pool_bytes, writable=True)
         except OSError as error:
-            raise LayoutRefused(f"the pool cannot be mapped: {error}") from error
+            raise LayoutRefused(
+                f"the pool cannot be mapped: {error.strerror or error}: there has to be memory for all of its "
+                f"{layout.pool_bytes} bytes"
+            ) from error
     except BaseException:
         os.close(fd)
         raise

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import cast
 
 from engine_adapter.memory.staged_link import StagedLink
 from engine_adapter.sidecar_link import SidecarLink, pull_source
@@ -195,8 +196,7 @@ class WorkerSide:
         return True
 
     def _ask_store(self, request: StoreLoad | StoreAbandon | StoreSave, within_s: float) -> None:
-        assert isinstance(self._link, SidecarLink)  # with staged KV a store is refused at start
-        self._link.ask_store(request, within_s)
+        cast(SidecarLink, self._link).ask_store(request, within_s)  # with staged KV a store is refused at start
 
     def _pull_ended(self, event: PullEnded) -> None:
         order = self._loads.pop(event.pull_id, None)

@@ -31,6 +31,7 @@ from collections.abc import Callable
 from functools import partial
 
 from sidecar.config import SidecarConfig, split_address
+from sidecar.connection import end_when_gone
 from sidecar.errors import Refusal, StartError
 from sidecar.memory.contract import MemoryFault, PoolAccess, PoolRegion
 from sidecar.protocol import RegionOpened
@@ -54,16 +55,15 @@ MAX_STREAMS = 8
 """Connections to one producer: transfers beyond it wait for one."""
 MAX_SERVED = 512
 """Connections, and so threads, that read from one pool."""
-STALL_S = 10.0
-"""A connection that moves nothing for this long is given up; the control connection notices most ends sooner."""
 MAX_REFUSAL_BYTES = 4096
 
 
 class _Serving:
     """Our pool as peers read it: a listener, and a thread for each connection."""
 
-    def __init__(self, registration: Registration, listen_host: str, host: str) -> None:
+    def __init__(self, registration: Registration, listen_host: str, host: str, config: SidecarConfig) -> None:
         """Raises Refusal("transport")."""
+        self._stall_s, self._gone_s = config.stall_timeout_s, config.peer_gone_s
         try:
             sock = listen_tcp(listen_host, 0, "tcp data port on")
         except StartError as error:
@@ -83,8 +83,13 @@ class _Serving:
                 sock.close()
                 return
             thread = threading.Thread(target=self._serve, args=(sock,), name="tcp-serve", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:
+                logger.error("data_connection_refused error=no thread can be started")
+                sock.close()
+                return
             self._open[sock] = thread
-        thread.start()
 
     def close(self) -> list[threading.Thread]:
         """Cut every reader off; the pool may be unmapped when the threads have ended."""
@@ -97,14 +102,14 @@ class _Serving:
 
     def _serve(self, sock: socket.socket) -> None:
         try:
-            set_stall(sock, STALL_S)
+            set_stall(sock, self._stall_s)
             hello = receive(sock, len(MAGIC) + SECRET_BYTES)
             if not hmac.compare_digest(hello, MAGIC + self.secret.encode()):
                 _refuse(sock, "the data connection's token is wrong")
                 return
             send(sock, [memoryview(_ANSWER.pack(GRANTED, 0))])
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, 0))  # it may idle
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            end_when_gone(sock, self._gone_s)
             pool = self._region.access()
             while header := receive(sock, _COUNT.size, may_end=True):
                 if not self._answer(sock, pool, _COUNT.unpack(header)[0]):
@@ -279,7 +284,7 @@ class TcpTransport:
     def __init__(self, config: SidecarConfig, host: str) -> None:
         self._listen_host = split_address(config.listen)[0]
         self._host = host
-        self._connect_timeout_s = config.connect_timeout_s
+        self._config = config
         self._pace = Pace(config.copy_bytes_per_s)
         self._serving: dict[str, _Serving] = {}
 
@@ -289,7 +294,7 @@ class TcpTransport:
     async def serve(self, registration: Registration) -> Served:
         serving = self._serving.get(registration.epoch)
         if serving is None:
-            serving = _Serving(registration, self._listen_host, self._host)
+            serving = _Serving(registration, self._listen_host, self._host, self._config)
             self._serving[registration.epoch] = serving
         return Served(serving.session)
 
@@ -298,7 +303,7 @@ class TcpTransport:
             os.close(fd)
         try:
             host, port, secret = opened.session.split(" ")
-            connect = partial(_connect, host, int(port), secret.encode(), self._connect_timeout_s)
+            connect = partial(_connect, host, int(port), secret.encode(), self._config)
         except ValueError as error:
             raise Refusal("transport", "the producer's data address makes no sense") from error
         connecting = asyncio.ensure_future(asyncio.to_thread(connect, lambda _: None))
@@ -322,19 +327,20 @@ class TcpTransport:
 
 
 def _connect(
-    host: str, port: int, secret: bytes, timeout_s: float, begin: Callable[[socket.socket], object]
+    host: str, port: int, secret: bytes, config: SidecarConfig, begin: Callable[[socket.socket], object]
 ) -> socket.socket:
     """A data connection, its hello answered; `begin` may shut it down from when it has it. Raises DataFault."""
     try:
-        sock = socket.create_connection((host, port), timeout_s)
+        sock = socket.create_connection((host, port), config.connect_timeout_s)
     except (OSError, OverflowError) as error:
         raise DataFault(f"the data port at {host}:{port} cannot be reached: {error}") from error
     try:
-        set_stall(sock, timeout_s)
+        set_stall(sock, config.connect_timeout_s)
+        end_when_gone(sock, config.peer_gone_s)
         begin(sock)
         send(sock, [memoryview(MAGIC + secret)])
         _granted(sock)
-        set_stall(sock, STALL_S)
+        set_stall(sock, config.stall_timeout_s)
     except BaseException:
         sock.close()
         raise

@@ -158,7 +158,7 @@ def test_make_help_lists_every_target() -> None:
         ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     named = [line.split()[1] for line in result.stdout.splitlines()]
-    assert named == ["help", "install", "demo", "test", "test-vllm", "lint", "bench", "clean"]
+    assert named == ["help", "install", "demo", "test", "test-vllm", "soak", "lint", "bench", "clean"]
 
 
 def test_ci_runs_what_anybody_runs() -> None:

@@ -6,7 +6,7 @@ import socket
 from collections.abc import Callable
 
 from sidecar import connection
-from sidecar.connection import FrameConnection, same_user
+from sidecar.connection import FrameConnection, end_when_gone, same_user
 from sidecar.errors import FrameError
 from sidecar.framing import encode_frame
 
@@ -158,3 +158,12 @@ def test_same_user() -> None:
     assert same_user(here)
     here.close()
     there.close()
+
+
+def test_a_host_that_answers_nothing_is_noticed_in_time() -> None:
+    with socket.socket() as sock:
+        end_when_gone(sock, 30.0)
+        probes = [sock.getsockopt(socket.IPPROTO_TCP, option) for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL)]
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert probes[0] + 3 * probes[1] <= 30
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000

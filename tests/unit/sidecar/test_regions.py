@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sidecar.regions import Region, boot_id, forbid_shrinking, reopen_read_only, size_of
+from sidecar.regions import Region, allocate, boot_id, forbid_shrinking, reopen_read_only, size_of
 
 SIZE = 1 << 20
 
@@ -46,6 +46,15 @@ def test_memory_that_cannot_be_mapped_is_an_error(memory: int) -> None:
             os.write(read_only, b"x")
     finally:
         os.close(read_only)
+
+
+def test_memory_is_allocated_before_it_is_touched_where_it_can_be(memory: int) -> None:
+    assert os.fstat(memory).st_blocks == 0
+    allocate(memory, SIZE)
+    assert os.fstat(memory).st_blocks * 512 == SIZE
+    read_only = reopen_read_only(memory)
+    allocate(read_only, SIZE)  # left to the mapping to refuse
+    os.close(read_only)
 
 
 def test_sealed_memory_cannot_shrink(memory: int) -> None:

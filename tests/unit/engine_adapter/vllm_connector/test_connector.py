@@ -149,8 +149,8 @@ def scheduled(version: tuple[int, int], num_computed: int, num_tokens: int, bloc
 )
 def test_kv_goes_through_staging_buffers(version: tuple[int, int], prefill: str, decode: str) -> None:
     with connector_under(version) as module:
-        prefiller = Half(module, version, "p", "kv_producer", prefill)
-        decoder = Half(module, version, "d", "kv_consumer", decode)
+        prefiller = Half(module, version, "p", "kv_producer", memory=prefill)
+        decoder = Half(module, version, "d", "kv_consumer", memory=decode)
         try:
             asked = request("r", {"do_remote_decode": True}, status="FINISHED_LENGTH_CAPPED")
             prefiller.scheduler.update_state_after_alloc(asked, SimpleNamespace(get_block_ids=lambda: ([1, 2],)), 0)

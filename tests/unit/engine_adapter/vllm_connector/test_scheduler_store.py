@@ -47,7 +47,7 @@ def store_of(*links: Link) -> SchedulerStore:
 
 
 def side_of(*links: Link) -> SchedulerSide:
-    return SchedulerSide(links, "kv_both", 16, 30.0, store_of(*links))  # type: ignore[arg-type]
+    return SchedulerSide(links, "kv_both", 16, 30.0, store=store_of(*links))  # type: ignore[arg-type]
 
 
 def prompt(request_id: str = "r", num_tokens: int = 40, status: str = "RUNNING", **more: Any) -> Any:
