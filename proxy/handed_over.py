@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from proxy.control_http import ControlProtocol
     from proxy.frontend import Services
 
-_REBUILT = HOP_BY_HOP | {b"content-length", b"x-request-id", b"authorization", b"x-api-key"}
+_REBUILT = HOP_BY_HOP | frozenset(b"content-length x-request-id authorization x-api-key traceparent tracestate".split())
 
 
 def rebuilt_head(head: RequestHead, raw: bytes, request_id: str) -> bytes:
@@ -35,7 +35,7 @@ def rebuilt_head(head: RequestHead, raw: bytes, request_id: str) -> bytes:
         if name not in named and dashed not in _REBUILT and not is_for_connectors(dashed):
             lines.append(line)
     lines.append(b"X-Request-Id: " + request_id.encode())
-    lines += [line[:-2] for line in head.credentials if line.partition(b":")[0].lower() not in named]
+    lines += [line[:-2] for line in head.written_anew if line.partition(b":")[0].lower() not in named]
     if head.chunked:
         lines.append(b"Transfer-Encoding: chunked")
     elif head.has_length:
