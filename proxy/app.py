@@ -324,6 +324,8 @@ async def run(config: ProxyConfig, reread: Callable[[], ProxyConfig]) -> None:
         loop.remove_signal_handler(number)
         signal.signal(number, lambda *_: os._exit(1))
     await _end(app)
+    loop.remove_signal_handler(signal.SIGHUP)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # with no handler it would end us as if we had failed
 
 
 def log_ready(config: ProxyConfig) -> None:

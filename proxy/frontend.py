@@ -58,7 +58,7 @@ class Services:
         loop: asyncio.AbstractEventLoop,
         serve: Callable[[ClientConnection, RequestHead, bytes], asyncio.Task[None]],
         control_protocol: Callable[[], ControlProtocol],
-        refused: Callable[[int], None],
+        refused: Callable[[int, str | None], None],
         access: Access,
     ) -> None:
         self.access = access
@@ -251,8 +251,8 @@ class ClientConnection(asyncio.Protocol):
 
     def _refuse(self, error: ProxyError) -> None:
         """Answer what is not a request we can read, and end the connection once the client has had time to see it."""
-        self._services.refused(error.status)
         head = self._head
+        self._services.refused(error.status, head.request_id)
         body = error.body(ROUTES.get(head.path, ""))
         ids = head.id_lines(head.request_id) if head.complete and head.request_id else b""
         self.write(

@@ -51,6 +51,7 @@ class HandedOver(asyncio.Protocol):
         "_inner",
         "_missing",
         "_rate",
+        "_request_id",
         "_services",
         "_size",
         "_stall",
@@ -65,6 +66,7 @@ class HandedOver(asyncio.Protocol):
         self._inner: ControlProtocol | None = inner
         self._decoder = ChunkDecoder() if head.chunked else None
         self._missing = head.content_length
+        self._request_id = head.request_id
         self._size = 0
         self._heard = monotonic()
         self._rate = UploadRate(self._heard)
@@ -112,7 +114,7 @@ class HandedOver(asyncio.Protocol):
         inner, self._inner = self._inner, None
         assert inner is not None
         has_begun = inner.answer_has_begun
-        self._services.refused(error.status)
+        self._services.refused(error.status, self._request_id)
         inner.transport = None  # it would close it, and the client has yet to read our answer
         inner.connection_lost(ConnectionAbortedError(error.message))
         if has_begun or self.transport.is_closing():

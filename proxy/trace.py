@@ -28,4 +28,5 @@ def kept(value: bytes) -> bytes:
 
 def made() -> bytes:
     """A new trace, sampled. Its ids are no secrets: they have to differ, and to be spread evenly for who samples."""
-    return b"00-%032x-%016x-01" % (random.getrandbits(128), random.getrandbits(64))
+    ids = random.randbytes(24).hex()
+    return f"00-{ids[:32]}-{ids[32:]}-01".encode()

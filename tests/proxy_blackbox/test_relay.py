@@ -113,6 +113,15 @@ def test_a_trace_is_made_for_both_legs_and_the_answer(proxy: Proxy, engines: Eng
         assert request(proxy.port, "GET", path, traceparent=TRACE).headers["traceparent"] == TRACE
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_retry_does_not_show_in_the_answers_id(proxy: Proxy, engines: Engines, stream: bool) -> None:
+    engines.fault("prefill", "status", status=500, shared=True)
+    answer = proxy.post(CHAT, body_of(CHAT, stream=stream), X_Request_Id="mine")
+    told = [one for one in answer.events if one != "[DONE]"] if stream else [answer.json]
+    assert {one["id"] for one in told} == {"chatcmpl-mine"}
+    assert engines.requests("decode")[0]["headers"]["x-request-id"] == "mine-2"
+
+
 def test_requests_without_an_id_get_one_each(proxy: Proxy) -> None:
     ids = {proxy.post(COMPLETIONS, body_of(COMPLETIONS)).headers["x-request-id"] for _ in range(3)}
     assert len(ids) == 3
