@@ -37,6 +37,7 @@ class Answer:
         """The same answer, whole, with another body."""
         head = ResponseHead()
         head.status, head.fields, head.event_stream = self.head.status, self.head.fields, self.head.event_stream
+        head.named_by_connection = self.head.named_by_connection
         return Answer(self.connection, head, body, True, None)
 
     def as_error(self, status: int, body: bytes) -> Answer:

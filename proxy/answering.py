@@ -17,7 +17,7 @@ def send_whole(flow: Flow, answer: Answer) -> None:
     if flow.headers_sent:  # by keep-alive comments; only errors come here then
         end_with_error(flow, answer.status, body)
         return
-    head = answer.head.rebuilt(flow.request_id, _lines_for(flow, len(body)), flow.close)
+    head = answer.head.rebuilt(flow.id_lines, _lines_for(flow, len(body)), flow.close)
     if len(body) < SMALL_BYTES:
         flow.client.write(head + body)
     else:
@@ -44,7 +44,7 @@ def send_error(flow: Flow, error: ProxyError) -> None:
         http1.simple_response(
             error.status,
             error.body(flow.route),
-            request_id=flow.request_id,
+            id_lines=flow.id_lines,
             close=flow.close,
             retry_after_s=error.retry_after_s,
             more_lines=server_timing.line(flow),

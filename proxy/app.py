@@ -50,7 +50,7 @@ from proxy.reload import reload
 from proxy.report import Reporter
 from proxy.scheduling import make_policy
 from proxy.scheduling.prefix_affinity import PrefixAffinity
-from proxy.tls import server_context
+from proxy.tls import load_certificate, server_context
 from proxy.upstream_pool import SWEEP_S
 from proxy.workers.accepting import Acceptor, Connections
 from proxy.workers.crew import Crew
@@ -196,6 +196,9 @@ class ProxyApp:
             sockets = crew.seat.listeners
             if crew.seat.replaces and (known := await crew.snapshot()) is not None:
                 self._read = restore(known, self.config, self.fleet, self.membership)
+                self.access.reload(self._read)
+                if self._tls is not None:
+                    load_certificate(self._tls, self._read)
         await self._runner.setup()
         server = self._runner.server
         assert server is not None
@@ -205,7 +208,7 @@ class ProxyApp:
         )
         if crew is not None:
             self._services.connections = Connections(crew.row)
-        raise_descriptor_limit(self.config.max_connections)
+        raise_descriptor_limit(self.config.max_connections_each)
         for one in sockets:
             self.addresses.append(Address(*one.getsockname()[:2]))
             self._servers.append(await self._listen(one))
@@ -240,7 +243,9 @@ class ProxyApp:
                 ssl=self._tls,
                 ssl_handshake_timeout=self.config.header_read_timeout_s if self._tls is not None else None,
             )
-        acceptor = Acceptor(one, self._connection, connections, self._crew.row, self._loop, self._tls)
+        acceptor = Acceptor(
+            one, self._connection, connections, self._crew.row, self._loop, self._tls, self.config.header_read_timeout_s
+        )
         acceptor.start()
         return acceptor
 
@@ -319,6 +324,8 @@ async def run(config: ProxyConfig, reread: Callable[[], ProxyConfig]) -> None:
         loop.remove_signal_handler(number)
         signal.signal(number, lambda *_: os._exit(1))
     await _end(app)
+    loop.remove_signal_handler(signal.SIGHUP)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # with no handler it would end us as if we had failed
 
 
 def log_ready(config: ProxyConfig) -> None:

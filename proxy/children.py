@@ -229,7 +229,7 @@ class Family:
 
     def _write_whole(self, child: Child, body: bytes) -> None:
         parent = self._parent
-        head = child.head.rebuilt(parent.request_id, http1.content_length_line(len(body)), parent.close)
+        head = child.head.rebuilt(parent.id_lines, http1.content_length_line(len(body)), parent.close)
         parent.client.write(head + body)
 
     def _tell(self, child: Child, payload: bytes) -> None:
@@ -249,7 +249,7 @@ class Family:
             parent.status = 200
             parent.close = parent.close or not chunked
             framing = http1.CHUNKED_LINE if chunked else b""
-            data = child.head.rebuilt(parent.request_id, framing, parent.close) + data
+            data = child.head.rebuilt(parent.id_lines, framing, parent.close) + data
         parent.client.write(data)
 
     def _end(self, outcome: str) -> None:

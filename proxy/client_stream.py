@@ -13,11 +13,12 @@ from collections.abc import Callable
 import orjson
 
 from proxy import http1
+from proxy.answer_id import renaming
 from proxy.chunked_body import ChunkDecoder
 from proxy.continuation import RECOMPUTED, Continuation, Delivered, delivered_in, is_recomputed, parsed_object
 from proxy.errors import BadHead
 from proxy.prompt_facts import with_cached_tokens
-from proxy.sse import EVENT_END, error_of
+from proxy.sse import EVENT_END, data_of, error_of
 
 USAGE = b'"usage":{'
 ERROR = b'data: {"error"'
@@ -67,7 +68,11 @@ class ClientStream:
         self._pending = b""
         self._torn = False
         self._opening = b""
+        self._renaming: tuple[bytes, bytes] | None = None
+        self._reframes = False
         self._ended_well = False
+        self.ids = ("", "")
+        """The decode leg's and the request's, of which the first is to be replaced by the second."""
         self.is_finished = False
         """All of the answer is there, though its decoder did not end it."""
         self.cached_tokens: int | None = None
@@ -86,19 +91,33 @@ class ClientStream:
         self._decoder, self._pending, self._chunked_in = None, b"", chunked_in
         self.broken_by, self.error = "", b""
         self._opening = opening
+        self._rename(first)
         tail = b""
-        if self._one_choice and self._chunked and chunked_in and self.continuation is None:
+        if self._one_choice and self._chunked and chunked_in and self.continuation is None and not self._reframes:
             tail = token_tail(first)
         self.feed(first)
         if self._opening:
             self._send(b"")
         return self._passing(tail) if tail else self._feeding
 
+    def _rename(self, first: bytes) -> None:
+        """An id is replaced by one as long, with the blanks that JSON allows behind it: no chunk changes its size."""
+        self._renaming, self._reframes = None, False
+        if self.ids[0] != self.ids[1] and (found := renaming(first, *self.ids)) is not None:
+            old, new = found
+            self._renaming = old, new.ljust(len(old))
+            self._reframes = len(new) > len(old)
+
+    def _named(self, data: bytes) -> bytes:
+        return data.replace(*self._renaming) if self._renaming is not None else data
+
     def _passing(self, tail: bytes) -> Callable[[bytes], None]:
         """The hot path: two calls and a comparison a token."""
-        write, keep, feed = self._write, self._kept.append, self.feed
+        write, keep, feed = self._renamer(), self._kept.append, self.feed
         room = self._room
         midway = self._decoder is not None
+        if room < 0:
+            return self._passing_only(tail, write, midway)
 
         def sink(data: bytes) -> None:
             nonlocal room, midway
@@ -107,14 +126,36 @@ class ClientStream:
                 midway = feed(data)
                 room = self._room
                 return
-            room -= len(data)
-            if room < 0:
-                self._forget()
-            else:
-                keep(data)
+            if room >= 0:
+                room -= len(data)
+                if room < 0:
+                    self._forget()
+                else:
+                    keep(data)
             write(data)
 
         return sink
+
+    def _passing_only(self, tail: bytes, write: Callable[[bytes], None], midway: bool) -> Callable[[bytes], None]:
+        feed = self.feed
+
+        def sink(data: bytes) -> None:
+            nonlocal midway
+            if midway or not data.endswith(tail):
+                midway = feed(data)
+            else:
+                write(data)
+
+        return sink
+
+    def _renamer(self) -> Callable[[bytes], None]:
+        write = self._write
+        if self._renaming is None:
+            return write
+        old, new = self._renaming
+        return lambda data: write(
+            data.replace(old, new)
+        )  # kept as it came: only of the first event is the id asked for
 
     def _feeding(self, data: bytes) -> None:
         self.feed(data)
@@ -124,6 +165,7 @@ class ClientStream:
         if self.garbled or self._ended_well:
             return True
         if self._decoder is None and self._is_plain(data):
+            data = self._named(data)
             self._keep(data)
             self._send(data)
             self._ended_well = data.endswith(_STREAM_END)
@@ -159,6 +201,7 @@ class ClientStream:
         """Whether there is nothing to be done with a read that comes between two chunks."""
         return (
             self._chunked and self._chunked_in and self.continuation is None and not self.broken_by
+            and not self._reframes
             and data.endswith((_EVENT_AND_CHUNK_END, _STREAM_END)) and RECOMPUTED not in data and ERROR not in data
             and not (self._is_named and any(mark in data for mark in NAMED_ERRORS))
             and (self.cached_tokens is None or USAGE not in data)
@@ -169,6 +212,7 @@ class ClientStream:
         self._decoder, self._pending, self._chunked_in = None, b"", False
         self.broken_by, self.error = "", b""
         self._opening = opening
+        self._rename(payload)
         self.feed(payload)
         if self._opening:
             self._send(b"")
@@ -176,7 +220,7 @@ class ClientStream:
     def end(self) -> None:
         """The decoder's message ended as it should: so does the client's, unless that is written already."""
         if self._pending:
-            self._send(self._frame(self._pending))
+            self._send(self._frame(self._named(self._pending)))
             self._pending = b""
         if self._chunked and not self._ended_well:
             self._send(http1.LAST_CHUNK)
@@ -194,7 +238,7 @@ class ClientStream:
             event = self._edited(event)
             if self.broken_by:
                 self._pending = b""
-                return b"".join(out)
+                return self._named(b"".join(out))
             out.append(event)
         rest = pending[start:]
         if complete or len(rest) > self._max_event_bytes:
@@ -202,11 +246,11 @@ class ClientStream:
             out.append(rest)
             rest = b""
         self._pending = rest
-        return b"".join(out)
+        return self._named(b"".join(out))
 
     def _edited(self, event: bytes) -> bytes:
         if event.startswith(self._error_marks) and (error := error_of(event)) is not None and error[0] >= 500:
-            self.broken_by, self.error = "error_event", event
+            self.broken_by, self.error = "error_event", event if parsed_object(data_of(event)) is not None else b""
             return b""
         rest = self.continuation
         usage = USAGE in event and (self.cached_tokens is not None or rest is not None)

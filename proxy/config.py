@@ -184,7 +184,9 @@ class ProxyConfig(BaseModel):
     # what a hostile network may do (docs/security.md)
     max_header_fields: int = Field(100, ge=1, le=10_000, description="header fields of a request; beyond it 431")
     max_connections: int = Field(
-        8192, ge=1, description="clients' connections open at once; beyond it only /health and /metrics answer"
+        8192,
+        ge=1,
+        description="clients' connections open at once, of all workers; beyond it only /health and /metrics answer",
     )
     header_read_timeout_s: Seconds = Field(10, description="for a client to send a request's head, from its first byte")
     min_upload_bytes_per_s: int = Field(
@@ -222,6 +224,11 @@ class ProxyConfig(BaseModel):
     @property
     def speaks_tls_upstream(self) -> bool:
         return self.upstream_tls or any(_is_https(host) for host in (*self.prefiller_hosts, *self.decoder_hosts))
+
+    @property
+    def max_connections_each(self) -> int:
+        """A worker's share."""
+        return -(-self.max_connections // self.workers)
 
     def policy_of(self, role: str) -> str:
         """The name of the policy for `role`, "prefill" or "decode"."""

@@ -44,7 +44,8 @@ async def close_after(request: web.Request, response: web.StreamResponse) -> Non
     protocol = request.protocol
     assert isinstance(protocol, ControlProtocol)
     protocol.answer_has_begun = True
-    response.headers["X-Request-Id"] = request.headers["X-Request-Id"]  # the frontend has seen to it that there is one
+    for name in ("X-Request-Id", "traceparent"):  # the frontend has seen to it that there is one
+        response.headers[name] = request.headers.get(name, "")
     response.headers["Connection"] = "close"  # aiohttp has written its own headers before this is called
 
 

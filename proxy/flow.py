@@ -145,6 +145,10 @@ class Flow:
             return self.leg_id
         return self.request_id if self.prefill_attempts <= 1 else f"{self.request_id}-{self.prefill_attempts}"
 
+    @property
+    def id_lines(self) -> bytes:
+        return self.head.id_lines(self.request_id)
+
     # what a policy may ask (`scheduling.Ask`)
 
     @property

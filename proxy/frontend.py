@@ -39,6 +39,7 @@ class Services:
     """What a client's connection needs of the rest of the proxy; `app.py` fills it."""
 
     __slots__ = (
+        "_max_connections",
         "access",
         "config",
         "connections",
@@ -57,11 +58,12 @@ class Services:
         loop: asyncio.AbstractEventLoop,
         serve: Callable[[ClientConnection, RequestHead, bytes], asyncio.Task[None]],
         control_protocol: Callable[[], ControlProtocol],
-        refused: Callable[[int], None],
+        refused: Callable[[int, str | None], None],
         access: Access,
     ) -> None:
         self.access = access
         self.config = config
+        self._max_connections = config.max_connections_each
         self.loop = loop
         self.serve = serve
         self.control_protocol = control_protocol
@@ -74,7 +76,7 @@ class Services:
 
     @property
     def is_full(self) -> bool:
-        return len(self.connections) + len(self.handed_over) - len(self.surplus) >= self.config.max_connections
+        return len(self.connections) + len(self.handed_over) - len(self.surplus) >= self._max_connections
 
 
 class ClientConnection(asyncio.Protocol):
@@ -249,9 +251,13 @@ class ClientConnection(asyncio.Protocol):
 
     def _refuse(self, error: ProxyError) -> None:
         """Answer what is not a request we can read, and end the connection once the client has had time to see it."""
-        self._services.refused(error.status)
-        body = error.body(ROUTES.get(self._head.path, ""))
-        self.write(http1.simple_response(error.status, body, close=True, retry_after_s=error.retry_after_s))
+        head = self._head
+        self._services.refused(error.status, head.request_id)
+        body = error.body(ROUTES.get(head.path, ""))
+        ids = head.id_lines(head.request_id) if head.complete and head.request_id else b""
+        self.write(
+            http1.simple_response(error.status, body, id_lines=ids, close=True, retry_after_s=error.retry_after_s)
+        )
         self._linger()
 
     def _linger(self) -> None:

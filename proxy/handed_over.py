@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from proxy.control_http import ControlProtocol
     from proxy.frontend import Services
 
-_REBUILT = HOP_BY_HOP | {b"content-length", b"x-request-id", b"authorization", b"x-api-key"}
+_REBUILT = HOP_BY_HOP | frozenset(b"content-length x-request-id authorization x-api-key traceparent tracestate".split())
 
 
 def rebuilt_head(head: RequestHead, raw: bytes, request_id: str) -> bytes:
@@ -35,7 +35,7 @@ def rebuilt_head(head: RequestHead, raw: bytes, request_id: str) -> bytes:
         if name not in named and dashed not in _REBUILT and not is_for_connectors(dashed):
             lines.append(line)
     lines.append(b"X-Request-Id: " + request_id.encode())
-    lines += [line[:-2] for line in head.credentials if line.partition(b":")[0].lower() not in named]
+    lines += [line[:-2] for line in head.written_anew if line.partition(b":")[0].lower() not in named]
     if head.chunked:
         lines.append(b"Transfer-Encoding: chunked")
     elif head.has_length:
@@ -51,6 +51,7 @@ class HandedOver(asyncio.Protocol):
         "_inner",
         "_missing",
         "_rate",
+        "_request_id",
         "_services",
         "_size",
         "_stall",
@@ -65,6 +66,7 @@ class HandedOver(asyncio.Protocol):
         self._inner: ControlProtocol | None = inner
         self._decoder = ChunkDecoder() if head.chunked else None
         self._missing = head.content_length
+        self._request_id = head.request_id
         self._size = 0
         self._heard = monotonic()
         self._rate = UploadRate(self._heard)
@@ -112,7 +114,7 @@ class HandedOver(asyncio.Protocol):
         inner, self._inner = self._inner, None
         assert inner is not None
         has_begun = inner.answer_has_begun
-        self._services.refused(error.status)
+        self._services.refused(error.status, self._request_id)
         inner.transport = None  # it would close it, and the client has yet to read our answer
         inner.connection_lost(ConnectionAbortedError(error.message))
         if has_begun or self.transport.is_closing():

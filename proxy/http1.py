@@ -12,6 +12,7 @@ from typing import Protocol
 
 import httptools
 
+from proxy import trace
 from proxy.chunked_body import ChunkDecoder
 from proxy.errors import BadHead
 from proxy.request_fields import (
@@ -27,6 +28,8 @@ from proxy.request_fields import (
     PASSED,
     REQUEST_ID,
     SERVER_TIMING,
+    TRACEPARENT,
+    TRACESTATE,
     kind_of,
 )
 
@@ -35,7 +38,7 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 LAST_CHUNK = b"0\r\n\r\n"
 MAX_REQUEST_ID_CHARS = 256
 
-NOT_RETURNED = frozenset(b"keep-alive proxy-connection upgrade trailer x-request-id".split())
+NOT_RETURNED = frozenset(b"keep-alive proxy-connection upgrade trailer x-request-id traceparent".split())
 _HOST_CHARS = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._~!$&'()*+,;=%:[]"
 _MAX_KNOWN_NAMES = 1000
 
@@ -74,6 +77,8 @@ class RequestHead:
         "request_id",
         "server_timing",
         "target",
+        "traceparent",
+        "tracestate",
         "version",
     )
 
@@ -96,6 +101,9 @@ class RequestHead:
         self.identity = b""
         self.host_seen = False
         self.request_id: str | None = None
+        self.traceparent: bytes | None = None
+        """The client's; if that is not valid, one of ours, as soon as the head is complete."""
+        self.tracestate = b""
         self.server_timing = 0
         """How much of it is told: what the client asked for, and then what it gets (`server_timing.py`)."""
         self.keep_alive = False
@@ -158,6 +166,10 @@ class RequestHead:
             self.lines.append(b"%b: %b\r\n" % (name, value))
         elif kind is CONNECTION:
             self.connection_tokens += b"," + value.lower()
+        elif kind is TRACEPARENT:
+            self.traceparent = trace.kept(value) if self.traceparent is None else b""
+        elif kind is TRACESTATE:
+            self.tracestate += b"tracestate: %b\r\n" % value
         elif kind is SERVER_TIMING:
             self.server_timing = int(value not in (b"", b"0"))
         elif value.lower() == b"100-continue":
@@ -192,21 +204,33 @@ class RequestHead:
             raise BadHead("The Host header is missing.")
         if self.version == "1.0" and self.chunked:
             raise BadHead("Transfer-Encoding does not exist in HTTP/1.0.")
+        if not self.traceparent:
+            self.traceparent, self.tracestate = trace.made(), b""
 
     @property
     def forwarded(self) -> bytes:
         """The header lines to pass on, each ended by CRLF, without what `Connection` names."""
-        lines = [*self.lines, *self.credentials]
+        lines = [*self.lines, *self.written_anew]
         if self.connection_tokens and self.connection_tokens not in (b",close", b",keep-alive"):
             named = self.named_by_connection
             lines = [line for line in lines if line.partition(b":")[0].lower() not in named]
         return b"".join(lines)
 
     @property
-    def credentials(self) -> list[bytes]:
-        """The client's own, as header lines, unless they were for the proxy."""
-        given = ((b"Authorization", self.authorization), (b"X-Api-Key", self.api_key))
-        return [b"%b: %b\r\n" % (name, value) for name, value in given if value]
+    def written_anew(self) -> list[bytes]:
+        """Header lines: the trace, and the client's own credentials, unless they were for the proxy."""
+        lines = [b"traceparent: %b\r\n" % (self.traceparent or b"")]
+        if self.tracestate:
+            lines.append(self.tracestate)
+        if self.authorization:
+            lines.append(b"Authorization: %b\r\n" % self.authorization)
+        if self.api_key:
+            lines.append(b"X-Api-Key: %b\r\n" % self.api_key)
+        return lines
+
+    def id_lines(self, request_id: str) -> bytes:
+        """What an answer returns of a request's ids."""
+        return b"X-Request-Id: %b\r\ntraceparent: %b\r\n" % (request_id.encode("ascii"), self.traceparent or b"")
 
     @property
     def named_by_connection(self) -> set[bytes]:
@@ -307,13 +331,13 @@ class ResponseHead:
         named = {token.strip() for token in self.named_by_connection.split(b",")}
         return [field for field in self.fields if field[0].lower() not in named]
 
-    def rebuilt(self, request_id: str, framing: bytes, close: bool) -> bytes:
+    def rebuilt(self, id_lines: bytes, framing: bytes, close: bool) -> bytes:
         """The head for the client. `framing` is its Transfer-Encoding or Content-Length line, CRLF included."""
-        return b"%b%b%bX-Request-Id: %b\r\n%b\r\n" % (
+        return b"%b%b%b%b%b\r\n" % (
             _STATUS_200 if self.status == 200 else status_line(self.status),
             b"".join([b"%b: %b\r\n" % field for field in self._returned()]),
             framing,
-            request_id.encode("ascii"),
+            id_lines,
             b"Connection: close\r\n" if close else b"",
         )
 
@@ -330,15 +354,13 @@ def simple_response(
     status: int,
     body: bytes,
     *,
-    request_id: str = "",
+    id_lines: bytes = b"",
     close: bool = False,
     retry_after_s: int | None = None,
     more_lines: bytes = b"",
 ) -> bytes:
     """A whole JSON answer of our own."""
-    lines = [status_line(status), b"Content-Type: application/json\r\n", content_length_line(len(body))]
-    if request_id:
-        lines.append(b"X-Request-Id: %b\r\n" % request_id.encode("ascii"))
+    lines = [status_line(status), b"Content-Type: application/json\r\n", content_length_line(len(body)), id_lines]
     if retry_after_s is not None:
         lines.append(b"Retry-After: %d\r\n" % retry_after_s)
     if status == 401:

@@ -45,7 +45,7 @@ def _commit(flow: Flow) -> bytes:
     head = http1.ResponseHead()
     head.status = 200
     head.add(b"Content-Type", b"text/event-stream; charset=utf-8")
-    return head.rebuilt(flow.request_id, http1.CHUNKED_LINE if chunked else b"", flow.close)
+    return head.rebuilt(flow.id_lines, http1.CHUNKED_LINE if chunked else b"", flow.close)
 
 
 def _framed(flow: Flow, payload: bytes) -> bytes:

@@ -14,6 +14,7 @@ from time import monotonic
 
 from proxy import sse
 from proxy.answer import Answer
+from proxy.answer_id import renamed
 from proxy.bootstrap import Bootstrap
 from proxy.config import ProxyConfig
 from proxy.contracts import Contract
@@ -96,12 +97,13 @@ class Legs:
             flow.dispatched = True
             if flow.entry is not None:
                 flow.entry.dispatched = True
+        leg_id = flow.upstream_id
         head = b"POST %b HTTP/1.1\r\n%b%b%bX-Request-Id: %b\r\nContent-Length: %d\r\n\r\n" % (
             flow.target,
             pool.host_line,
             flow.forwarded,
             lines,
-            flow.upstream_id.encode("ascii"),
+            leg_id.encode("ascii"),
             len(body),
         )
         config = self.config
@@ -125,13 +127,16 @@ class Legs:
                 connection.close()
             kind = Failure.SERVER_ERROR if status >= 500 else Failure.CLIENT_ERROR
             raise UpstreamFailure(kind, f"{instance.key} answered {status}", answer)
-        if streams and answer.first_event is not None and (error := sse.error_of(answer.first_event)) is not None:
+        if streams and answer.first_event is not None and (error := sse.error_of(answer.first_event, flow.route)):
             if not answer.complete:
                 connection.close()
             kind = Failure.CLIENT_ERROR if error[0] < 500 else Failure.ERROR_EVENT
             raise UpstreamFailure(kind, f"{instance.key} streamed an error", answer.as_error(*error))
-        if leg is Leg.DECODE and flow.prefill_hold is not None:
-            flow.prefill_hold.release()
+        if leg is Leg.DECODE:
+            if flow.prefill_hold is not None:
+                flow.prefill_hold.release()
+            if leg_id is not flow.request_id and answer.complete:
+                return answer.with_body(renamed(answer.body, leg_id, flow.request_id))
         return answer
 
     def _leave(

@@ -26,6 +26,7 @@ from proxy.errors import BadRequest, ProxyError, TooLarge
 from proxy.instance import Fleet, Instance, Role
 from proxy.openai_api import BOOTSTRAP_FIELDS, BYTES_PER_TOKEN
 from proxy.report import Reporter
+from proxy.request_fields import HOP_BY_HOP
 from proxy.route_memory import RouteMemory
 
 log = logging.getLogger(__name__)
@@ -33,12 +34,7 @@ log = logging.getLogger(__name__)
 HOLD_BYTES = 1 << 20
 MAX_CONNECTIONS = 1000  # open at once to all instances together; beyond it requests wait
 # Hop-by-hop (RFC 9110 section 7.6.1) and what the two HTTP stacks set themselves.
-_NOT_PASSED = frozenset(
-    {
-        "connection", "expect", "content-length", "host", "keep-alive", "proxy-authenticate", "proxy-authorization",
-        "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade",
-    }
-)  # fmt: skip
+_NOT_PASSED = frozenset(("content-length", "expect", "host", *(name.decode() for name in HOP_BY_HOP)))
 _OWN_NAMES = BOOTSTRAP_FIELDS | {"kv_transfer_params"}
 _OWN_KEYS = tuple(name.encode() for name in _OWN_NAMES)
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")

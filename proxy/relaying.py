@@ -104,7 +104,7 @@ class Relayer:
             chunked=chunked,
             one_choice=call.num_prompts == 1 and call.num_choices == 1,
             is_named=flow.route in NAMED,
-            max_kept_bytes=config.max_continuation_bytes,
+            max_kept_bytes=config.max_continuation_bytes if config.max_continuations else -1,
             max_event_bytes=config.max_first_event_bytes,
         )
         stream.cached_tokens = flow.cached_tokens
@@ -114,11 +114,12 @@ class Relayer:
         lines = http1.CHUNKED_LINE if chunked else b""
         if flow.head.server_timing:
             lines += server_timing.line(flow)
-        return stream, answer.head.rebuilt(flow.request_id, lines, flow.close)
+        return stream, answer.head.rebuilt(flow.id_lines, lines, flow.close)
 
     async def _relay_one(self, flow: Flow, answer: Answer, stream: ClientStream, opening: bytes) -> str | None:
         """One decoder's part. Returns why it is not all, or None."""
         failure = None
+        stream.ids = (flow.upstream_id, flow.request_id)
         if answer.complete:
             self._reporter.whole(flow, answer)
             if not flow.client.transport.is_closing():

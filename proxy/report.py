@@ -90,10 +90,10 @@ class Reporter:
             raw = answer.raw
             flow.num_output_tokens = raw.count(b"\n\n") if answer.head.event_stream else output_tokens_of(raw)
 
-    def refused(self, status: int) -> None:
+    def refused(self, status: int, request_id: str | None) -> None:
         """A request that could not be read."""
         self._metrics.refused(status)
-        self._brief(None, "none", status, "refused", None)
+        self._brief(request_id, "none", status, "refused", None)
 
     def passed(self, request_id: str, status: int, outcome: str, seconds: float) -> None:
         """A request on a route that is not the proxy's own."""

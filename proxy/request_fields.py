@@ -20,8 +20,8 @@ CONNECTOR_PREFIXES = (b"x-kv-", b"x-bootstrap-", b"x-disagg-", b"x-remote-")
 (
     PASSED, NOT_PASSED, LENGTH, CODING, CONNECTION, HOST, EXPECT, REQUEST_ID, AUTHORIZATION, CONTENT_CODING,
     SERVER_TIMING,
-    API_KEY,
-) = range(12)  # fmt: skip
+    API_KEY, TRACEPARENT, TRACESTATE,
+) = range(14)  # fmt: skip
 KINDS = {
     b"content-length": LENGTH,
     b"transfer-encoding": CODING,
@@ -34,6 +34,8 @@ KINDS = {
     b"x-server-timing": SERVER_TIMING,
     b"x-api-key": API_KEY,
     b"content-encoding": CONTENT_CODING,
+    b"traceparent": TRACEPARENT,
+    b"tracestate": TRACESTATE,
 }
 KIND_OF: dict[bytes, int] = {}
 

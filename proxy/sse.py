@@ -72,10 +72,11 @@ def _json_of(event: bytes) -> dict[str, object]:
     return parsed if isinstance(parsed, dict) else {}
 
 
-def error_of(event: bytes) -> tuple[int, bytes] | None:
-    """Status and body of an error event (`data: {"error": ...}`), or None if the event is not one."""
+def error_of(event: bytes, route: str = "") -> tuple[int, bytes] | None:
+    """Status and body of an error event (`data: {"error": ...}`), or None if the event is not one. Where it says
+    nothing that can be read, the body is ours, as the API of `route` has it."""
     if event.startswith(b"event:"):
-        return _named_error(event)
+        return _named_error(event, route)
     if not event[5:].lstrip().startswith((b'{"error"', b'{"object":"error"', b'{"object": "error"')):
         return None
     parsed = _json_of(event)
@@ -83,17 +84,22 @@ def error_of(event: bytes) -> tuple[int, bytes] | None:
     code = error.get("code") if isinstance(error, dict) else None
     status = code if isinstance(code, int) and 400 <= code <= 599 else 502
     if not parsed:
-        return status, error_body(status, "The decode instance sent an error that is not JSON.", "upstream_error")
+        return status, error_body(status, _WORDLESS, "upstream_error", None, route)
     return status, orjson.dumps(parsed)
 
 
-def _named_error(event: bytes) -> tuple[int, bytes] | None:
+_WORDLESS = "The decode instance sent an error that is not JSON."
+
+
+def _named_error(event: bytes, route: str) -> tuple[int, bytes] | None:
     """Anthropic's `event: error`, and the `error` and `response.failed` of /v1/responses."""
     name = name_of(event)
     if name not in (b"error", b"response.failed"):
         return None
     data = data_of(event)
     parsed = _json_of(b"data:" + data)
+    if not parsed:
+        return 502, error_body(502, _WORDLESS, "upstream_error", None, route)
     response = parsed.get("response")
     error = (response if isinstance(response, dict) else parsed).get("error")
     code = error.get("code") if isinstance(error, dict) else None

@@ -58,6 +58,7 @@ class Acceptor:
         row: BoardRow,
         loop: asyncio.AbstractEventLoop,
         tls: ssl.SSLContext | None = None,
+        handshake_timeout_s: float = 10.0,
     ) -> None:
         self._listener = listener
         self._make_protocol = make_protocol
@@ -65,6 +66,7 @@ class Acceptor:
         self._row = row
         self._loop = loop
         self._tls = tls
+        self._handshake_timeout_s = handshake_timeout_s if tls is not None else None
         self._handle: asyncio.TimerHandle | None = None
         self._stepped_back = False
         self._beginning: set[asyncio.Task[None]] = set()
@@ -109,7 +111,9 @@ class Acceptor:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
-            await self._loop.connect_accepted_socket(self._make_protocol, sock, ssl=self._tls)
+            await self._loop.connect_accepted_socket(
+                self._make_protocol, sock, ssl=self._tls, ssl_handshake_timeout=self._handshake_timeout_s
+            )
         except OSError:
             sock.close()
 

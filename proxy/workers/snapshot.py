@@ -12,8 +12,10 @@ from proxy.config import INSTANCE_KEYS, Address, ProxyConfig
 from proxy.errors import ProxyError
 from proxy.instance import Fleet, Role, Source, canonical
 from proxy.membership import Lease, Membership
+from proxy.reload import KEY_KEYS, TLS_KEYS
 
 Json = dict[str, Any]
+_FOLLOWED = {*INSTANCE_KEYS, *KEY_KEYS, *TLS_KEYS}  # what a reload may have changed
 
 
 def taken(read: ProxyConfig, fleet: Fleet, membership: Membership) -> Json:
@@ -22,7 +24,7 @@ def taken(read: ProxyConfig, fleet: Fleet, membership: Membership) -> Json:
     there = [one for one in fleet.all if one.enabled and one.source is not Source.KUBERNETES]
     coming = [one for one in waiting if one.source is not Source.KUBERNETES]
     return {
-        "read": read.model_dump(mode="json", include=read.model_fields_set & set(INSTANCE_KEYS)),
+        "read": read.model_dump(mode="json", include=read.model_fields_set & _FOLLOWED),
         "members": _places([(one.role, one.name, one.source) for one in there]),
         "waiting": _places(
             [(one.role, one.name, one.source) for one in coming]
@@ -62,5 +64,5 @@ def restore(snapshot: Json, config: ProxyConfig, fleet: Fleet, membership: Membe
     for role, host, port, ttl_s, expires in snapshot["leases"]:
         membership.leases[Role(role), Address(host, port)] = Lease(ttl_s, expires)
     membership.remember(snapshot["memory"])
-    fixed = config.model_dump(include=config.model_fields_set - set(INSTANCE_KEYS))
+    fixed = config.model_dump(include=config.model_fields_set - _FOLLOWED)
     return ProxyConfig(**{**fixed, **snapshot["read"]})

@@ -128,6 +128,19 @@ def test_several_choices_are_left_to_the_decoder_or_divided(proxy: Proxy, engine
     assert answer.status == 200 and len(answer.json["choices"]) == 2
 
 
+@pytest.mark.parametrize("lost", [False, True], ids=["at once", "retried"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_the_answers_id_is_the_clients(proxy: Proxy, engines: Engines, path: str, stream: bool, lost: bool) -> None:
+    """Legs have ids that nobody can guess; one engine would have made the answer's of the client's own."""
+    if lost:
+        engines.fault("decode", "recomputed", shared=True, after=3)
+    answer = proxy.post(path, body_of(path, stream=stream, num_tokens=9), X_Request_Id="mine")
+    told = [one for one in answer.events if one != "[DONE]"] if stream else [answer.json]
+    assert {one["id"] for one in told} == {("chatcmpl-" if path == CHAT else "cmpl-") + "mine"}
+    assert b"mine-" not in answer.body
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "[::]"])
 def test_a_wildcard_address_needs_one_to_advertise(host: str) -> None:
     ended = subprocess.run(

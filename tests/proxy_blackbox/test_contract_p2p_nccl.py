@@ -21,6 +21,17 @@ def test_the_id_names_both_and_the_decode_waits_for_the_prefill(proxy: Proxy, en
     assert (prefill["body"]["max_tokens"], decode["body"]["max_tokens"]) == (1, 5)
 
 
+@pytest.mark.parametrize("own", ["mine", "m" * 250], ids=["short", "long"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_client_is_not_told_the_addresses(proxy: Proxy, stream: bool, own: str) -> None:
+    """One engine would have made the answer's id of the client's own."""
+    fields = body_of(CHAT, stream=stream, mock={"interval_s": 0.01} if stream else {})
+    answer = proxy.post(CHAT, fields, X_Request_Id=own)
+    told = [one for one in answer.events if one != "[DONE]"] if stream else [answer.json]
+    assert answer.text == text_for(fields)
+    assert {one["id"] for one in told} == {f"chatcmpl-{own}"} and b"_addr_" not in answer.body
+
+
 def test_a_pair_is_tried_again_under_another_id(proxy: Proxy, engines: Engines) -> None:
     engines.fault("decode", "status", status=500, shared=True)
     fields = body_of(CHAT, stream=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import pytest
 
 from bench.mock_answers import EventTemplate, script_of, whole_answer
-from tests.proxy_blackbox.harness import CHAT, COMPLETIONS, Engines, Proxy, body_of, connected, text_for
+from tests.proxy_blackbox.harness import CHAT, COMPLETIONS, Engines, Proxy, body_of, connected, request, text_for
 
+TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 BOTH = pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 
 
@@ -87,14 +89,37 @@ def test_the_prefill_leg_is_one_forced_token(proxy: Proxy, engines: Engines) -> 
 
 
 def test_both_legs_carry_the_clients_request_id_and_headers(proxy: Proxy, engines: Engines) -> None:
-    headers = {"X_Request_Id": "abc-123", "Authorization": "Bearer secret", "traceparent": "00-ab-cd-01"}
+    headers = {"X_Request_Id": "abc-123", "Authorization": "Bearer secret", "traceparent": TRACE}
     answer = proxy.post(CHAT, body_of(CHAT), **headers)
     assert answer.headers["x-request-id"] == "abc-123"
     for leg in ("prefill", "decode"):
         (seen,) = engines.requests(leg)
         assert seen["headers"]["x-request-id"] == "abc-123"
         assert seen["headers"]["authorization"] == "Bearer secret"
-        assert seen["headers"]["traceparent"] == "00-ab-cd-01"
+        assert seen["headers"]["traceparent"] == answer.headers["traceparent"] == TRACE
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("given", ["", TRACE.replace("-01", "-1"), "00-" + "0" * 32 + TRACE[35:]])
+def test_a_trace_is_made_for_both_legs_and_the_answer(proxy: Proxy, engines: Engines, stream: bool, given: str) -> None:
+    given_lines = {"traceparent": given, "tracestate": "a=b"} if given else {}
+    told = proxy.post(CHAT, body_of(CHAT, stream=stream), **given_lines).headers["traceparent"]
+    assert re.fullmatch("00-[0-9a-f]{32}-[0-9a-f]{16}-01", told) and told[3:35] != "0" * 32
+    for leg in ("prefill", "decode"):
+        (seen,) = engines.requests(leg)
+        assert seen["headers"]["traceparent"] == told and "tracestate" not in seen["headers"]
+    assert proxy.post(CHAT, b"{").headers["traceparent"] != told
+    for path in ("/health", "/tokenize"):
+        assert request(proxy.port, "GET", path, traceparent=TRACE).headers["traceparent"] == TRACE
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_retry_does_not_show_in_the_answers_id(proxy: Proxy, engines: Engines, stream: bool) -> None:
+    engines.fault("prefill", "status", status=500, shared=True)
+    answer = proxy.post(CHAT, body_of(CHAT, stream=stream), X_Request_Id="mine")
+    told = [one for one in answer.events if one != "[DONE]"] if stream else [answer.json]
+    assert {one["id"] for one in told} == {"chatcmpl-mine"}
+    assert engines.requests("decode")[0]["headers"]["x-request-id"] == "mine-2"
 
 
 def test_requests_without_an_id_get_one_each(proxy: Proxy) -> None:

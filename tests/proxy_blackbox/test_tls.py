@@ -104,8 +104,11 @@ def test_every_kind_of_route_is_served(serving: Callable[..., TlsProxy], authori
     assert proxy.ask("POST", COMPLETIONS, {"prompt": 1}).status == 400
 
 
-def test_what_is_no_tls_is_not_served_and_harms_nobody(serving: Callable[..., TlsProxy], authority: Authority) -> None:
-    proxy = serving(*authority.issue("proxy", NAMES), "--header-read-timeout-s", "1")
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_what_is_no_tls_is_not_served_and_harms_nobody(
+    serving: Callable[..., TlsProxy], authority: Authority, workers: str
+) -> None:
+    proxy = serving(*authority.issue("proxy", NAMES), "--header-read-timeout-s", "1", "--workers", workers)
     for said in (b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n", b"\x16\x03\x01\x00\x05hello", b""):
         with socket.create_connection((HOST, proxy.port), timeout=10) as sock:
             sock.sendall(said)

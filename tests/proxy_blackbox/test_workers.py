@@ -29,6 +29,7 @@ from tests.proxy_blackbox.harness import (
     Process,
     Proxy,
     body_of,
+    connected,
     eventually,
     raw_post,
     read_answer,
@@ -337,6 +338,46 @@ def test_sighup_reloads_in_all(engines: Engines, tmp_path: Path) -> None:
         eventually(lambda: proxy.process.output.count("event=reloaded added=0 removed=0") != 2, "not the same files")
     finally:
         assert proxy.stop() == 0
+
+
+def test_keys_that_were_changed_hold_in_all_and_in_who_comes_later(engines: Engines, tmp_path: Path) -> None:
+    """What was taken back lets nobody in again, whichever process answers."""
+    file = tmp_path / "proxy.toml"
+
+    def write(key: str) -> None:
+        lines = [f'host = "{HOST}"', "workers = 2", f'api_key = ["{key}"]', 'access_log = "json"']
+        for role, ports in (("prefiller", engines.prefill), ("decoder", engines.decode)):
+            lines += [f"{role}_hosts = {[HOST] * len(ports)}", f"{role}_ports = {list(ports)}"]
+        file.write_text("\n".join(lines))
+
+    def seen(key: str) -> set[int]:
+        return {proxy.post(CHAT, body_of(CHAT), Authorization=f"Bearer {key}").status for _ in range(12)}
+
+    write("first")
+    proxy = Proxy.__new__(Proxy)
+    proxy.num_read = 0
+    proxy.start([PROXY, "--config", str(file), "--port", "0"])
+    try:
+        assert seen("first") == {200}
+        write("second")
+        os.kill(proxy.process.popen.pid, signal.SIGHUP)
+        eventually(lambda: proxy.process.output.count("event=reloaded") != 2, "not reloaded")
+        assert (seen("first"), seen("second")) == ({401}, {200})
+        for one in workers(proxy):
+            os.kill(one.pid, signal.SIGKILL)
+            eventually(lambda: proxy.get("/health").body.count(b"degraded") != 1, "not told that one is missing")
+            eventually(lambda: proxy.get("/health").body, "it was not replaced", 15)
+        assert (seen("first"), seen("second")) == ({401}, {200})
+    finally:
+        assert proxy.stop() == 0
+
+
+def test_the_connections_of_all_workers_are_limited(start_proxy: StartProxy) -> None:
+    proxy = start_proxy("--workers", "2", "--max-connections", "4")
+    with ExitStack() as stack:
+        socks = [stack.enter_context(connected(proxy.port)) for _ in range(12)]
+        statuses = [ask(sock).status for sock in socks]
+    assert 2 <= statuses.count(200) <= 4 and set(statuses) == {200, 503}
 
 
 def test_decoders_calls_reach_the_worker_whose_request_it_is() -> None:

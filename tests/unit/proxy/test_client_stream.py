@@ -30,11 +30,22 @@ DONE = b"data: [DONE]\n\n"
 
 class Client:
     def __init__(
-        self, *, chunked: bool = True, one_choice: bool = True, room: int = 1 << 20, event_room: int = 1 << 20
+        self,
+        *,
+        chunked: bool = True,
+        one_choice: bool = True,
+        room: int = 1 << 20,
+        event_room: int = 1 << 20,
+        is_named: bool = False,
     ):
         self.raw = b""
         self.stream = ClientStream(
-            self._write, chunked=chunked, one_choice=one_choice, max_kept_bytes=room, max_event_bytes=event_room
+            self._write,
+            chunked=chunked,
+            one_choice=one_choice,
+            is_named=is_named,
+            max_kept_bytes=room,
+            max_event_bytes=event_room,
         )
         self.chunked = chunked
 
@@ -189,3 +200,51 @@ def test_an_error_in_mid_stream_is_a_loss_if_it_is_the_engines(code: int) -> Non
     client.get([http1.chunk(token("a")), http1.chunk(error) + http1.chunk(DONE) + http1.LAST_CHUNK])
     assert (client.stream.broken_by, client.stream.error) == (("error_event", error) if code == 500 else ("", b""))
     assert client.payload == token("a") + (b"" if code == 500 else error + DONE)
+
+
+@pytest.mark.parametrize("said", [b"", b"\ndata: nonsense"])
+def test_an_error_without_words_is_not_passed_on(said: bytes) -> None:
+    client = Client(is_named=True)
+    client.get([http1.chunk(token("a")), http1.chunk(b"event: error" + said + b"\n\n")])
+    assert (client.stream.broken_by, client.stream.error, client.payload) == ("error_event", b"", token("a"))
+
+
+def test_nothing_is_kept_where_nothing_may_be() -> None:
+    """Where no answer is ever gone on with (--max-continuations 0)."""
+    client = Client(room=-1)
+    reads = [http1.chunk(token(one)) for one in "abcd"]
+    client.get([*reads[:2], reads[2][:9], reads[2][9:] + reads[3], http1.chunk(DONE) + http1.LAST_CHUNK])
+    assert client.payload == b"".join(map(token, "abcd")) + DONE
+    assert client.stream.delivered() is None and not client.stream._kept
+
+
+LEG = b'"id":"cmpl-r-0123456789abcdef"'
+
+
+@pytest.mark.parametrize("room", [-1, 1 << 20])
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("own", ["r", "r" * 40])
+def test_the_clients_id_however_the_stream_is_split(own: str, chunked: bool, room: int) -> None:
+    """Also where the client's is longer than the leg's."""
+    events = [one.replace(b'"id":"a"', LEG) for one in (*map(token, "abc"), event(None, usage=USAGE))]
+    raw = body_of([*events, DONE])
+    for cut in range(len(raw) - 1, len(http1.chunk(events[0])) - 1, -7):
+        client = Client(chunked=chunked, room=room)
+        client.stream.ids = ("r-0123456789abcdef", own)
+        client.stream.cached_tokens = 2
+        client.get([raw[:cut], raw[cut:]])
+        client.stream.end()
+        *told, done = client.payload.split(b"\n\n")[:-1]
+        assert done == DONE[:-2] and [orjson.loads(one[6:])["id"] for one in told] == ["cmpl-" + own] * 4
+        assert [orjson.loads(one[6:])["choices"][0]["text"] for one in told[:3]] == ["a", "b", "c"]
+        assert orjson.loads(told[3][6:])["usage"]["prompt_tokens_details"]["cached_tokens"] == 2
+
+
+def test_read_by_read_an_id_is_replaced_by_one_as_long() -> None:
+    reads = [http1.chunk(token(one).replace(b'"id":"a"', LEG)) for one in "abcd"]
+    client = Client()
+    client.stream.ids = ("r-0123456789abcdef", "r")
+    client.get(reads)
+    assert client.raw == b"HEAD" + b"".join(reads).replace(LEG, b'"id":"cmpl-r"'.ljust(len(LEG)))
+    found = client.stream.delivered()
+    assert found is not None and (found.first["id"], found.text) == ("cmpl-r", "abcd")

@@ -13,6 +13,7 @@ from tests.unit.proxy.conftest import Start
 from tests.unit.proxy.stand_in import Act
 
 TEXT = "t0 t1 t2 t3 "
+TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 PATHS = pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 STREAM = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 
@@ -22,12 +23,12 @@ STREAM = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"
 async def test_the_straight_way(start: Start, path: str, stream: bool) -> None:
     setup = await start()
     fields = fields_of(path, stream=stream, unknown=[1])
-    answer = await ask(setup.port, path, fields, X_Request_Id="r-1", Traceparent="00")
+    answer = await ask(setup.port, path, fields, X_Request_Id="r-1", Traceparent=TRACE)
     assert (answer.status, answer.text, answer.complete) == (200, TEXT, True)
     assert answer.headers["x-request-id"] == "r-1"
     prefill, decode = setup.p.requests[0], setup.d.requests[0]
     assert prefill.headers["x-request-id"] == decode.headers["x-request-id"] == "r-1"
-    assert prefill.headers["traceparent"] == decode.headers["traceparent"] == "00"
+    assert prefill.headers["traceparent"] == decode.headers["traceparent"] == answer.headers["traceparent"] == TRACE
     assert decode.headers["host"] == f"127.0.0.1:{setup.d.port}"
     assert decode.kv == {
         "do_remote_prefill": True, "remote_request_id": "r-1", "remote_port": setup.p.port, "lease": 1,

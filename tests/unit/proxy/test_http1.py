@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from proxy import http1
@@ -9,9 +11,10 @@ from proxy.chunked_body import ChunkDecoder
 from proxy.errors import BadHead
 from proxy.http1 import RequestHead, ResponseHead
 
+TRACE = b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 HEAD = (
     b"POST /v1/completions?a=b HTTP/1.1\r\nHost: x:1\r\nAccept-Encoding: gzip\r\nX-Request-Id: abc-1\r\n"
-    b"Authorization: Bearer k\r\nConnection: keep-alive, X-Secret\r\nX-Secret: 1\r\nTraceparent: 00-1\r\n"
+    b"Authorization: Bearer k\r\nConnection: keep-alive, X-Secret\r\nX-Secret: 1\r\nTraceparent: " + TRACE + b"\r\n"
     b"Content-Length: 12\r\nExpect: 100-continue\r\nTE: trailers\r\n\r\n"
 )
 
@@ -31,7 +34,29 @@ def test_a_request_head_is_the_same_however_it_is_split(cut: int) -> None:
     assert head.request_id == "abc-1"
     assert head.content_length == 12
     assert head.expects_continue and head.keep_alive and head.authorization
-    assert head.forwarded == b"Traceparent: 00-1\r\nAuthorization: Bearer k\r\n"
+    assert head.forwarded == b"traceparent: " + TRACE + b"\r\nAuthorization: Bearer k\r\n"
+
+
+def head_with(*lines: bytes) -> RequestHead:
+    return read_head(b"\r\n".join([b"GET /x HTTP/1.1", b"Host: x", *lines, b"", b""]))
+
+
+@pytest.mark.parametrize("lines", [
+    [], [b"traceparent: 00-1"], [b"traceparent: " + TRACE.upper()],
+    [b"traceparent: " + TRACE, b"Traceparent: " + TRACE],
+], ids=["none", "malformed", "upper case", "two"])  # fmt: skip
+def test_a_trace_is_made_where_there_is_no_valid_one(lines: list[bytes]) -> None:
+    """What a vendor says in `tracestate` belongs to the trace that is given up (W3C Trace Context, section 3.2)."""
+    head = head_with(*lines, b"tracestate: a=b")
+    found = re.fullmatch(rb"traceparent: (00-[0-9a-f]{32}-[0-9a-f]{16}-01)\r\n", head.forwarded)
+    assert found is not None and found[1] != TRACE
+    assert head.id_lines("r") == b"X-Request-Id: r\r\n" + found[0]
+    assert head_with().traceparent != head_with().traceparent
+
+
+def test_a_valid_trace_is_kept() -> None:
+    head = head_with(b"TraceParent: " + TRACE, b"tracestate: a=b", b"Tracestate: c=d")
+    assert head.forwarded == b"traceparent: " + TRACE + b"\r\ntracestate: a=b\r\ntracestate: c=d\r\n"
 
 
 def test_a_head_byte_by_byte() -> None:
@@ -110,18 +135,19 @@ def test_a_response_head_is_rebuilt_without_what_is_not_for_the_client() -> None
         (b"Content-Type", b"text/event-stream; charset=utf-8"),
         (b"Connection", b"keep-alive"),
         (b"X-Request-Id", b"theirs"),
+        (b"traceparent", b"theirs"),
         (b"Transfer-Encoding", b"chunked"),
         (b"X-Mine", b"1"),
     ]:
         head.add(name, value)
     assert head.event_stream and head.chunked
-    assert head.rebuilt("ours", http1.CHUNKED_LINE, True) == (
+    assert head.rebuilt(b"X-Request-Id: ours\r\n", http1.CHUNKED_LINE, True) == (
         b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nX-Mine: 1\r\n"
         b"Transfer-Encoding: chunked\r\nX-Request-Id: ours\r\nConnection: close\r\n\r\n"
     )
 
 
 def test_a_simple_response_says_when_to_come_back() -> None:
-    raw = http1.simple_response(503, b"{}", request_id="r", close=True, retry_after_s=2)
+    raw = http1.simple_response(503, b"{}", id_lines=b"X-Request-Id: r\r\n", close=True, retry_after_s=2)
     assert raw.startswith(b"HTTP/1.1 503 Service Unavailable\r\n")
     assert b"\r\nRetry-After: 2\r\n" in raw and raw.endswith(b"\r\n\r\n{}")

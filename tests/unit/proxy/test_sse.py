@@ -86,6 +86,16 @@ def test_named_errors(event: bytes, status: int) -> None:
     assert sse.error_of(NAMED[:-2]) is None
 
 
+@pytest.mark.parametrize("name", [b"error", b"response.failed"])
+@pytest.mark.parametrize("data", [b"", b"\ndata:", b"\ndata: nonsense", b"\ndata: []"])
+def test_an_error_without_words_gets_ours(name: bytes, data: bytes) -> None:
+    for route in ("messages", "responses", "chat"):
+        found = sse.error_of(b"event: " + name + data, route)
+        assert found is not None and found[0] == 502
+        told = orjson.loads(found[1])
+        assert told["error"]["message"] and (told.get("type") == "error") is (route == "messages")
+
+
 def test_an_error_event_is_the_apis_own() -> None:
     assert sse.error_event(502, "lost", "upstream_error", "chat").startswith(b'data: {"error"')
     for route in ("messages", "responses"):
