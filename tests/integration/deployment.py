@@ -24,7 +24,8 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 BIN = Path(sys.executable).parent
-START_TIMEOUT_S = 90.0
+START_TIMEOUT_S = 300.0
+"""An engine imports for seconds on a quiet machine, and for minutes on a busy one."""
 
 
 def free_port() -> int:

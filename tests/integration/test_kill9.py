@@ -19,6 +19,8 @@ BOUND_S = 5.0
 NUM_CLIENTS = 6
 CALM_S = 1.5
 """Load before the kill, and between the kill and the restart."""
+TEST_LIMIT_S = 900
+"""Of a test: processes take their time to start on a busy machine. What is bounded is bounded by itself."""
 
 
 @dataclass
@@ -38,7 +40,7 @@ VICTIMS: dict[str, Callable[[Deployment], Command]] = {
 }
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(TEST_LIMIT_S)
 @pytest.mark.parametrize("contract", ["pull", "layerwise"])
 async def test_each_part_killed_in_turn_under_load(tiny_model: Path, contract: str) -> None:
     asked = prompts(40, seed=13)[20:]
@@ -58,7 +60,7 @@ SETTLE_S = 30.0
 """Generous, for a busy machine: what is tested is that nothing stays, and KV for no longer than its lease."""
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(TEST_LIMIT_S)
 async def test_the_proxy_killed_under_load_leaves_nothing_behind(tiny_model: Path) -> None:
     """What it had in hand ends: streams with their connections, KV that no decoder came for with its lease. The next
     one at the same port serves at once, and knows the fleet without being told."""
