@@ -21,6 +21,7 @@ SETTLE_S = 20.0
 Well below the 30 s of a lease; and that none has expired is asked for too."""
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("transport", "contract"),
     [("shm", "pull"), pytest.param("mooncake", "pull", marks=pytest.mark.mooncake), ("shm", "layerwise")],
