@@ -4,7 +4,10 @@
 |---|---|---|---|---|
 | well | out after `max_failures` in a row | out after `max_request_failures` different ones in a row | well | well |
 | out, not reachable | back-off doubles | back-off doubles | well | well |
-| out, fails at requests | back-off doubles | back-off doubles | stays out: it can be reached, and fails | well |
+| out, fails at requests | as above after `max_failures` in a row | back-off doubles | stays out: it fails | well |
+
+An engine that dies with many requests in hand fails at all of them, and then can't be reached: what is reached again is
+another process, of which nothing is known.
 
 Out, an instance may be picked once `retry_at` has passed, and then by one request: the half-open trial. A request that
 fails on every instance is its own fault, so its retries count once; a single success in between starts the count anew.
@@ -77,7 +80,10 @@ class Health:
     def failed(self, now: float, error: str) -> bool:
         """It could not be reached. Returns whether this took the instance out."""
         self.num_failures += 1
-        return self._count(now, error, self.num_failures >= self.max_failures)
+        is_too_often = self.num_failures >= self.max_failures
+        if is_too_often:
+            self._fails_requests = False
+        return self._count(now, error, is_too_often)
 
     def request_failed(self, now: float, error: str, request_id: str) -> bool:
         """It was reached and failed at a request. Returns whether this took the instance out."""

@@ -190,6 +190,17 @@ def mismatch(producer: KvLayout, consumer: KvLayout) -> str:
     return _cut_fault(producer, consumer)
 
 
+def push_fault(producer: KvLayout, consumer: KvLayout) -> str:
+    """Why KV can't be pushed between these two, though it might be pulled: a landing is one rank's, for one rank."""
+    for layout in (producer, consumer):
+        if (num_ranks := layout.tp_size * max(1, len(layout.stage_layers))) > 1:
+            side = "producer" if layout is producer else "consumer"
+            return f"the {side} has {num_ranks} ranks: layerwise pushes need engines of one rank each, pulls do not"
+    if producer.block_size != consumer.block_size:
+        return _differs("block_size", producer.block_size, consumer.block_size) + ": layerwise pushes need one"
+    return ""
+
+
 def _cut_fault(producer: KvLayout, consumer: KvLayout) -> str:
     """Why the blocks of one can't be put together from pieces of the other's."""
     for name in ("heads", "layers"):

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from sidecar.config import SidecarConfig
 from sidecar.errors import PeerLost, Refusal
-from sidecar.layout import layout_fault, mismatch
+from sidecar.layout import layout_fault, mismatch, push_fault
 from sidecar.leases import Reader
 from sidecar.metrics import SidecarMetrics
 from sidecar.peer_control import Answer, PeerControl, dial
@@ -157,8 +157,10 @@ class PeerTable:
         key = (target.host, target.port, target.engine_id, target.epoch)
         control, welcome = await dial((target.host, target.port), self._hello(key), self._config.connect_timeout_s)
         try:
-            if welcome.mismatch:
-                raise Refusal("incompatible", welcome.mismatch)
+            ours = self._registration.layout
+            fault = welcome.mismatch or layout_fault(welcome.layout) or push_fault(ours, welcome.layout)
+            if fault:
+                raise Refusal("incompatible", fault)
             async with asyncio.timeout(self._config.answer_timeout_s):
                 await control.call(lambda call_id: Deliver(call_id, target.landing_id, target.token, source))
         except TimeoutError as error:

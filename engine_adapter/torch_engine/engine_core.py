@@ -18,6 +18,7 @@ from engine_adapter.kv_transfer_params import IMAGES_KEY, is_of_images
 from engine_adapter.push_params import calls_metaserver, wants_push
 from engine_adapter.torch_engine.config import KvLoadFailurePolicy
 from engine_adapter.torch_engine.counters import Counters
+from engine_adapter.torch_engine.joined_prompts import too_many_at_once
 from engine_adapter.torch_engine.kv_transfer import KvTransfer, KvTransferUnavailable, PullResult
 from engine_adapter.torch_engine.model_runner import ModelRunner
 from engine_adapter.torch_engine.pushes import DELIVERED, Pushes, push_error
@@ -204,6 +205,11 @@ class EngineCore:
         plan = self.scheduler.schedule()
         for seq in plan.preempted:
             self._runner.forget(seq.request_id)
+        for seq in plan.oversized:
+            if self._kv_load_failure_policy == "recompute":
+                self._drop_lease(seq)
+            else:
+                self._fail(seq, too_many_at_once(self.scheduler.block_manager, self.scheduler.max_num_seqs))
         self._start_pulls(plan)
         self.store_use.start_loads(plan)
         if self.kv_transfer is not None:

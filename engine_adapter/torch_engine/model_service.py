@@ -122,7 +122,7 @@ class ModelService:
                 seed = None if sampling.seed is None else sampling.seed + k
                 kv_params = self._kv_params(request, response_id, prompt_index, k, len(prompts))
                 if kv_params is not None and "num_children" in kv_params:
-                    kv_params["num_tokens"] = len(prompt.token_ids)
+                    kv_params |= {"num_tokens": len(prompt.token_ids), "list_id": f"{response_id}-{suffix}"}
                     if prompt.images is not None:
                         kv_params[IMAGES_KEY] = prompt.images.hashes
                 plan.append(

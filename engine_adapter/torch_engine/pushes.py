@@ -14,7 +14,13 @@ from typing import Any
 from engine_adapter.kv_transfer_params import is_of_images
 from engine_adapter.torch_engine.kv_transfer import KvTransfer, KvTransferUnavailable
 from engine_adapter.torch_engine.scheduler import Scheduler, StepPlan
-from engine_adapter.torch_engine.sequence import EngineRequest, EngineRequestError, RequestOutput, Sequence
+from engine_adapter.torch_engine.sequence import (
+    EngineRequest,
+    EngineRequestError,
+    RequestOutput,
+    Sequence,
+)
+from engine_adapter.torch_engine.step_errors import kv_load_error
 from sidecar.protocol import Ready
 
 MIN_MARK_BYTES = 256 * 1024
@@ -165,4 +171,4 @@ class Pushes:
 
 def push_error(message: str) -> EngineRequestError:
     """Retried by a proxy, elsewhere, and no evidence against this instance: of its own sidecar /health tells."""
-    return EngineRequestError(f"the prompt's KV could not be pushed to its decoder: {message}", "kv_load_error", 503)
+    return kv_load_error(f"the prompt's KV could not be pushed to its decoder: {message}")

@@ -14,6 +14,7 @@ from bisect import insort
 from dataclasses import dataclass, field
 
 from engine_adapter.torch_engine.block_manager import BlockManager
+from engine_adapter.torch_engine.joined_prompts import hash_prompt, joined, never_fits
 from engine_adapter.torch_engine.sequence import Sequence, SequenceState
 
 
@@ -38,11 +39,14 @@ class StepPlan:
     """Admitted likewise: ask the prefix store for full blocks from num_computed_tokens // block_size on."""
     covered_pulls: list[Sequence] = field(default_factory=list)
     """Would have pulled, but the local prefix cache has it all: their producers are to be told."""
+    oversized: list[Sequence] = field(default_factory=list)
+    """Prompts that are prefilled together and can never be here at once: to be refused, or not to be joined."""
     preempted: list[Sequence] = field(default_factory=list)
 
     @property
     def is_empty(self) -> bool:
-        return not (self.prefills or self.decodes or self.pulls or self.loads or self.covered_pulls)
+        is_idle = not (self.prefills or self.decodes or self.oversized)
+        return is_idle and not (self.pulls or self.loads or self.covered_pulls)
 
 
 class Scheduler:
@@ -132,9 +136,7 @@ class Scheduler:
 
     def _preempt(self, seq: Sequence, plan: StepPlan) -> None:
         self.running.remove(seq)
-        self._release(seq)
-        seq.num_computed_tokens = 0
-        seq.num_registered_blocks = 0
+        self._start_over(seq)
         seq.move_to(SequenceState.WAITING)
         self.add(seq)
         self.num_preemptions += 1
@@ -166,27 +168,44 @@ class Scheduler:
     def _admit(self, plan: StepPlan, budget: int) -> None:
         """Take from the head of the queue while slots, blocks and budget last; nobody overtakes."""
         while self.waiting and budget > 0 and len(self.running) + len(self.pulling) < self.max_num_seqs:
-            seq = self.waiting[0]
-            if not self._hold_blocks(seq):
+            together = joined(self.waiting)
+            if not together:
                 return
-            self.waiting.pop(0)
-            params = seq.remote_prefill_params
-            if params is not None and self._num_blocks_to_pull(seq) > 0:
-                seq.move_to(SequenceState.WAITING_FOR_REMOTE_KV)
-                self.pulling[seq.request_id] = seq
-                plan.pulls.append(seq)
-                continue
-            if params is None and self._asks_store(seq):
-                seq.move_to(SequenceState.WAITING_FOR_REMOTE_KV)
+            if not self._hold_blocks_of_all(together):
+                if never_fits(together, self.block_manager, self.max_num_seqs):
+                    plan.oversized += together
+                return
+            for seq in together:
+                self.waiting.remove(seq)
+                budget = self._enter(seq, plan, budget)
+
+    def _enter(self, seq: Sequence, plan: StepPlan, budget: int) -> int:
+        """It has its blocks: wait for KV that comes from elsewhere, or run. Returns what is left of the budget."""
+        params = seq.remote_prefill_params
+        pulls = params is not None and self._num_blocks_to_pull(seq) > 0
+        if pulls or (params is None and self._asks_store(seq)):
+            seq.move_to(SequenceState.WAITING_FOR_REMOTE_KV)
+            self.pulling[seq.request_id] = seq
+            if not pulls:
                 seq.asked_store = seq.loads_from_store = True
-                self.pulling[seq.request_id] = seq
-                plan.loads.append(seq)
-                continue
-            if params is not None:
-                plan.covered_pulls.append(seq)
-            seq.move_to(SequenceState.RUNNING)
-            insort(self.running, seq, key=lambda running: running.sort_key)
-            budget = self._plan_prefill(seq, plan, budget)
+            (plan.pulls if pulls else plan.loads).append(seq)
+            return budget
+        if params is not None:
+            plan.covered_pulls.append(seq)
+        seq.move_to(SequenceState.RUNNING)
+        insort(self.running, seq, key=lambda running: running.sort_key)
+        return self._plan_prefill(seq, plan, budget)
+
+    def _hold_blocks_of_all(self, together: list[Sequence]) -> bool:
+        """Slots and blocks for all of them, or for none: two lists that have a part each would wait for ever."""
+        if len(self.running) + len(self.pulling) + len(together) > self.max_num_seqs:
+            return False
+        for index, seq in enumerate(together):
+            if not self._hold_blocks(seq):
+                for held in together[:index]:
+                    self._start_over(held)
+                return False
+        return True
 
     def _num_blocks_to_pull(self, seq: Sequence) -> int:
         num_cached_blocks = seq.num_computed_tokens // self.block_manager.block_size
@@ -205,10 +224,7 @@ class Scheduler:
         One block for every running sequence is left free, or the newcomer would be preempted at once.
         """
         blocks = self.block_manager
-        num_full_blocks = seq.num_prefill_tokens // blocks.block_size
-        images = seq.request.images
-        key_of = images.key_of if images is not None else None
-        seq.block_hashes = blocks.hash_full_blocks(seq.token_ids, num_full_blocks, seq.block_hashes, key_of)
+        hash_prompt(seq, blocks)
         reads_cache = seq.request.sampling.prompt_logprobs is None
         cached = blocks.acquire_cached_prefix(seq.block_hashes) if reads_cache else []
         num_missing = blocks.num_blocks_for(len(seq.token_ids)) - len(cached)
@@ -276,9 +292,7 @@ class Scheduler:
         """Back to the queue, to be prefilled here."""
         del self.pulling[seq.request_id]
         seq.remote_prefill_params = None
-        self._release(seq)
-        seq.num_computed_tokens = 0
-        seq.num_registered_blocks = 0
+        self._start_over(seq)
         seq.move_to(SequenceState.WAITING)
         self.add(seq)
 
@@ -291,6 +305,12 @@ class Scheduler:
             del self.offered[seq.request_id]
         else:
             del self.pulling[seq.request_id]
+
+    def _start_over(self, seq: Sequence) -> None:
+        """It holds nothing, and nothing of it is computed."""
+        self._release(seq)
+        seq.num_computed_tokens = 0
+        seq.num_registered_blocks = 0
 
     def _release(self, seq: Sequence) -> None:
         self.block_manager.release(seq.block_ids)

@@ -24,7 +24,9 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 BIN = Path(sys.executable).parent
-START_TIMEOUT_S = 90.0
+ANSWER_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 300.0
+"""An engine imports for seconds on a quiet machine, and for minutes on a busy one."""
 
 
 def free_port() -> int:
@@ -34,14 +36,14 @@ def free_port() -> int:
         return port
 
 
-def get_json(url: str, timeout_s: float = 5.0) -> Any:
+def get_json(url: str, timeout_s: float = ANSWER_TIMEOUT_S) -> Any:
     with urllib.request.urlopen(url, timeout=timeout_s) as answer:
         return json.load(answer)
 
 
 def metric(url: str, name: str, **labels: str) -> float:
     """The sum of a metric's samples (name as exposed) that carry `labels`."""
-    with urllib.request.urlopen(f"{url}/metrics", timeout=5) as answer:
+    with urllib.request.urlopen(f"{url}/metrics", timeout=ANSWER_TIMEOUT_S) as answer:
         text = answer.read().decode()
     return sum(
         sample.value
@@ -226,6 +228,8 @@ class Deployment:
                 found[f"{name} {gauge}"] = metric(instance.url, gauge)
             for state in ("offered", "claimed"):
                 found[f"{name} leases {state}"] = metric(instance.sidecar_url, "baton_sidecar_leases", state=state)
+            for gauge in ("baton_sidecar_open_pulls", "baton_sidecar_open_landings"):
+                found[f"{name} {gauge}"] = metric(instance.sidecar_url, gauge)
         alive = self.proxy.process is not None and self.proxy.process.poll() is None
         for key, value in flatten(get_json(f"{self.url}/instances")) if alive else []:
             if key.rsplit(".", 1)[-1] in PROXY_LOADS:
@@ -238,6 +242,12 @@ class Deployment:
         while (left := self.left_over()) and time.monotonic() < deadline:
             time.sleep(0.1)
         return left
+
+
+def expired_leases(split: Deployment) -> float:
+    """KV that nobody gave back: its lease was all that freed it."""
+    name = "baton_sidecar_offers_ended_total"
+    return sum(metric(instance.sidecar_url, name, outcome="expired") for instance in split.instances)
 
 
 PROXY_LOADS = frozenset(

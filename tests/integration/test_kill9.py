@@ -16,9 +16,16 @@ from tests.integration.deployment import Command, Deployment, metric
 from tests.integration.greedy import Answer, Prompt, ask, prompts
 
 BOUND_S = 5.0
+"""Of what a dead part carried, until it has ended."""
+USED_AGAIN_S = 10.0
+SLOWEST_TIMES = 5
+"""On a machine so busy that a request takes seconds, bounds are this many times the slowest that nothing befell."""
 NUM_CLIENTS = 6
 CALM_S = 1.5
-"""Load before the kill, and between the kill and the restart."""
+"""Load before the kill (again and again until each client has had an answer), and from the kill to the restart."""
+MOST_CALMS = 20
+TEST_LIMIT_S = 900
+"""Of a test: processes take their time to start on a busy machine. What is bounded is bounded by itself."""
 
 
 @dataclass
@@ -30,6 +37,8 @@ class Outcome:
     error: str
 
 
+Work = tuple[float, ...]
+
 VICTIMS: dict[str, Callable[[Deployment], Command]] = {
     "prefill-sidecar": lambda split: split.prefillers[0].sidecar,
     "decode-sidecar": lambda split: split.decoders[0].sidecar,
@@ -38,7 +47,7 @@ VICTIMS: dict[str, Callable[[Deployment], Command]] = {
 }
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(TEST_LIMIT_S)
 @pytest.mark.parametrize("contract", ["pull", "layerwise"])
 async def test_each_part_killed_in_turn_under_load(tiny_model: Path, contract: str) -> None:
     asked = prompts(40, seed=13)[20:]
@@ -48,9 +57,9 @@ async def test_each_part_killed_in_turn_under_load(tiny_model: Path, contract: s
         async with aiohttp.ClientSession() as session:
             expected = [await ask(session, split.url, prompt, stream=False) for prompt in asked]
             for name, victim in VICTIMS.items():
-                await _kill_and_restart(split, session, victim(split), asked, expected, name)
-                await _is_used_again(split, session, victim(split), asked)
-        assert split.settles(within_s=BOUND_S) == {}
+                slowest_s, before = await _kill_and_restart(split, session, victim(split), asked, expected, name)
+                await _is_used_again(split, session, victim(split), slowest_s, before)
+        assert await asyncio.to_thread(split.settles, max(BOUND_S, SLOWEST_TIMES * slowest_s)) == {}
 
 
 LEASE_S = 3.0
@@ -58,7 +67,7 @@ SETTLE_S = 30.0
 """Generous, for a busy machine: what is tested is that nothing stays, and KV for no longer than its lease."""
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(TEST_LIMIT_S)
 async def test_the_proxy_killed_under_load_leaves_nothing_behind(tiny_model: Path) -> None:
     """What it had in hand ends: streams with their connections, KV that no decoder came for with its lease. The next
     one at the same port serves at once, and knows the fleet without being told."""
@@ -75,8 +84,16 @@ async def test_the_proxy_killed_under_load_leaves_nothing_behind(tiny_model: Pat
                 await asyncio.to_thread(split.proxy.wait_ready)
                 answers = await asyncio.gather(*(ask(session, split.url, prompt, stream=True) for prompt in asked[:6]))
                 assert answers == expected[:6]
-                assert metric(split.url, "pd_proxy_requests_total", outcome="ok") == 6
+                await _are_counted(split.url, 6)
         assert split.settles(within_s=SETTLE_S) == {}
+
+
+async def _are_counted(url: str, num_ok: int) -> None:
+    """An answer is counted when it has left, which its client may be told of first."""
+    deadline = time.monotonic() + SETTLE_S
+    while metric(url, "pd_proxy_requests_total", outcome="ok") != num_ok:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.05)
 
 
 async def _kill_the_proxy(split: Deployment, session: aiohttp.ClientSession, asked: list[Prompt]) -> None:
@@ -121,18 +138,26 @@ async def _kill_and_restart(
     asked: list[Prompt],
     expected: list[Answer],
     name: str,
-) -> None:
+) -> tuple[float, Work]:
+    """Returns the seconds of the slowest request that had ended before the kill, and what the victim had done when it
+    was back."""
     outcomes: list[Outcome] = []
     stop = asyncio.Event()
     clients = [
         asyncio.create_task(_client(split.url, session, asked, index, outcomes, stop)) for index in range(NUM_CLIENTS)
     ]
-    await asyncio.sleep(CALM_S)
+    for _ in range(MOST_CALMS):
+        await asyncio.sleep(CALM_S)
+        if len(outcomes) >= NUM_CLIENTS:
+            break
     victim.kill9()
     killed = time.monotonic()
+    slowest_s = max(outcome.ended - outcome.started for outcome in outcomes)
+    bound_s = max(BOUND_S, SLOWEST_TIMES * slowest_s)
     await asyncio.sleep(CALM_S)
     victim.start()
     await asyncio.to_thread(victim.wait_ready)
+    before = await asyncio.to_thread(_work_of, split, victim)
     await asyncio.sleep(CALM_S)
     stop.set()
     await asyncio.gather(*clients)
@@ -142,10 +167,12 @@ async def _kill_and_restart(
             continue
         carried = outcome.started <= killed
         assert carried, f"{name}: a request that began {outcome.started - killed:.2f} s after the kill: {outcome.error}"
-        assert outcome.ended - killed < BOUND_S, f"{name}: ended {outcome.ended - killed:.1f} s after the kill"
+        assert outcome.ended - killed < bound_s, f"{name}: ended {outcome.ended - killed:.1f} s after the kill"
     in_flight = [o for o in outcomes if o.started <= killed < o.ended]
     assert in_flight, f"{name}: nothing was in flight"
-    assert max(o.ended - killed for o in in_flight) < BOUND_S
+    last_s = max(o.ended - killed for o in in_flight)
+    assert last_s < bound_s, f"{name}: ended {last_s:.1f} s after the kill; the slowest before took {slowest_s:.1f} s"
+    return slowest_s, before
 
 
 async def _client(
@@ -168,17 +195,28 @@ async def _client(
             outcomes.append(Outcome(prompt, started, time.monotonic(), None, repr(error)))
 
 
-async def _is_used_again(
-    split: Deployment, session: aiohttp.ClientSession, victim: Command, asked: list[Prompt]
-) -> None:
-    """The restarted part carries requests again, with nobody having told the proxy."""
+def _work_of(split: Deployment, victim: Command) -> Work:
+    """Prompt tokens of the victim's engine and, of a decoder, blocks that came to it."""
     instance = next(i for i in split.instances if victim in (i.engine, i.sidecar))
-    before = metric(instance.url, "vllm:prompt_tokens_total")
-    deadline = time.monotonic() + 10
-    while metric(instance.url, "vllm:prompt_tokens_total") == before:
-        assert time.monotonic() < deadline, f"{instance.engine.name} gets no requests after its restart"
-        await asyncio.gather(*(ask(session, split.url, prompt, stream=False) for prompt in asked[:4]))
-    if instance.role == "decode":
-        pulled = metric(instance.sidecar_url, "baton_sidecar_pull_blocks_total")
-        await asyncio.gather(*(ask(session, split.url, prompt, stream=False) for prompt in asked[4:12]))
-        assert metric(instance.sidecar_url, "baton_sidecar_pull_blocks_total") > pulled
+    num_tokens = metric(instance.url, "vllm:prompt_tokens_total")
+    if instance.role == "prefill":
+        return (num_tokens,)
+    return num_tokens, metric(instance.sidecar_url, "baton_sidecar_pull_blocks_total")
+
+
+async def _is_used_again(
+    split: Deployment,
+    session: aiohttp.ClientSession,
+    victim: Command,
+    slowest_s: float,
+    before: Work,
+) -> None:
+    """The restarted part has carried requests since it is back, with nobody having told the proxy. What it did for the
+    clients of the kill counts: cold, it may be slow at that, and then the policy prefers the other for a while."""
+    deadline = time.monotonic() + max(USED_AGAIN_S, SLOWEST_TIMES * slowest_s)
+    seed = 100
+    while any(now <= then for now, then in zip(_work_of(split, victim), before, strict=True)):
+        assert time.monotonic() < deadline, f"{victim.name} gets no requests after its restart"
+        seed += 1
+        fresh = prompts(28, seed)[20:]  # in no cache
+        await asyncio.gather(*(ask(session, split.url, prompt, stream=False) for prompt in fresh))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -138,6 +139,27 @@ async def test_a_prefiller_refuses_a_stale_landing(split: Deployment) -> None:
     answered, error = await complete(split.prefillers[0].url, {"prompt": prompt, "kv_transfer_params": wrong})
     assert answered == 400 and "num_tokens" in error["error"]["message"]
     assert split.settles(within_s=5) == {}
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("policy", ["fail", "recompute"])
+async def test_lists_that_do_not_fit_at_once(tiny_model: Path, policy: str) -> None:
+    """Some lists are larger than half of the decoder's pool: they take turns. One is larger than all of it."""
+    decode_args = ["--num-blocks", "16", "--no-enable-prefix-caching", "--kv-load-failure-policy", policy]
+    lists = [[[10 * one + k + i % 3 for i in range(70)] for k in (0, 5)] for one in range(4)]
+    long = [[7 + k + i % 5 for i in range(70)] for k in range(4)]
+    with Deployment(tiny_model, decode_args=decode_args, proxy_args=LAYERWISE) as split:
+        answers = await asyncio.gather(*(complete(split.url, {"prompt": prompts}) for prompts in lists))
+        assert [status for status, _ in answers] == [200] * 4
+        assert moved(split) == 4 * 2 * 5  # none of it was computed here
+        began = time.monotonic()
+        status, answer = await complete(split.url, {"prompt": long})
+        assert time.monotonic() - began < 60, "that is the time-out of a push"
+        if policy == "fail":
+            assert status == 400 and "send fewer prompts" in answer["error"]["message"]
+        else:
+            assert status == 200 and len(answer["choices"]) == 4 and moved(split) == 40
+        assert await asyncio.to_thread(split.settles, 20) == {}
 
 
 @pytest.mark.timeout(120)

@@ -123,6 +123,26 @@ def test_an_instance_that_fails_at_requests_goes_out_and_is_tried_again(
 
 
 @ROLES
+def test_an_instance_that_died_of_its_requests_is_back_with_its_restart(
+    start_proxy: StartProxy, engines: Engines, role: str
+) -> None:
+    """Many requests fail at once where a process dies, and then its probes for as long as it starts."""
+    proxy = start_proxy(*PROBES, "--health-max-request-failures", "2")
+    died = getattr(engines, role)[0]
+    engines.fault(died, "status", status=500, count=100_000)
+    deadline = time.monotonic() + MANY_S
+    while is_healthy(proxy, died):
+        at_once(proxy, CHAT, [body_of(CHAT, f"at {time.monotonic()}")] * 2)
+        assert time.monotonic() < deadline
+    engines.stop(died)
+    time.sleep(2)  # of probes that are refused: far more than the two that count
+    engines.reset()
+    engines.start(died)
+    eventually(lambda: not is_healthy(proxy, died), "a probe was answered by another process", 5.0)
+    assert proxy.post(CHAT, body_of(CHAT)).status == 200
+
+
+@ROLES
 def test_one_poisoned_request_takes_nobody_out(start_proxy: StartProxy, engines: Engines, role: str) -> None:
     proxy = start_proxy(*PROBES, "--health-max-request-failures", "2", "--max-retries", "8")
     engines.fault(role, "status", status=500, count=8, shared=True)

@@ -65,3 +65,16 @@ def test_a_probe_brings_back_what_could_not_be_reached_and_leaves_the_count_of_r
     assert health.failed(0.0, "refused")
     assert health.succeeded() and health.healthy and health.doubted
     assert health.request_failed(0.0, "500", "b")
+
+
+def test_an_instance_that_died_of_its_requests_comes_back_by_a_probe() -> None:
+    """Its death failed the requests it had; what answers probes after refusals is another process."""
+    health = Health(max_failures=2, max_request_failures=2)
+    assert [health.request_failed(0.0, "reset", name) for name in "ab"] == [False, True]
+    assert not health.failed(0.5, "refused")
+    assert not health.succeeded(), "one refusal in a row is none"
+    for at in range(20):
+        health.failed(1.0 + at, "refused")
+    assert health.succeeded() and health.healthy and health.may_try(21.0)
+    assert health.request_failed(21.0, "500", "c"), "what failed before is forgotten with a success only"
+    assert not health.succeeded() and health.may_try(21.0 + FIRST_BACK_OFF_S)

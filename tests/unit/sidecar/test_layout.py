@@ -3,7 +3,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from sidecar.layout import KvLayout, Plane, layout_fault, mismatch
+from sidecar.layout import KvLayout, Plane, layout_fault, mismatch, push_fault
 
 LAYOUT = KvLayout(10, 16, (Plane(0, 100, 80), Plane(2000, 50, 50)), 2, 4, 8, "float32", "m", "order")
 
@@ -151,3 +151,13 @@ def test_without_axes_only_the_same_heads_and_layers_match() -> None:
     whole = msgspec.structs.replace(CUT, axes=())
     assert mismatch(whole, whole) == ""
     assert "heads differs" in mismatch(whole, msgspec.structs.replace(whole, tp_size=1, tp_rank=0, num_kv_heads=8))
+
+
+@pytest.mark.parametrize("side", ["producer", "consumer"])
+@pytest.mark.parametrize("changes", [{"tp_size": 2, "total_kv_heads": 8}, {"stage_layers": (2, 2)}])
+def test_a_push_is_between_two_ranks_that_are_alone(side: str, changes: dict[str, object]) -> None:
+    assert push_fault(LAYOUT, LAYOUT) == ""
+    several = changed(**changes)
+    fault = push_fault(several, LAYOUT) if side == "producer" else push_fault(LAYOUT, several)
+    assert fault.startswith(f"the {side} has 2 ranks")
+    assert "block_size" in push_fault(LAYOUT, changed(block_size=32))
