@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
 from collections.abc import Sequence
 
 from aiohttp import web
@@ -40,7 +41,18 @@ class Callers:
         if any(caller in network for network in self._networks) or any(caller in addresses_of(one) for one in decoders):
             return True
         # a decoder of this machine that calls --advertise-url does so from the address it calls
-        return caller == here and any(address.is_loopback for one in decoders for address in addresses_of(one))
+        return caller == here and any(is_of_this_machine(address) for one in decoders for address in addresses_of(one))
+
+
+def is_of_this_machine(address: IpAddress) -> bool:
+    """Whether a socket can be bound to it."""
+    family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind((str(address), 0))
+    except OSError:
+        return False
+    return True
 
 
 def addresses_of(instance: Instance) -> set[IpAddress]:

@@ -214,8 +214,8 @@ class InstancesApi:
         members = self._fleet.members
         return {
             "message": f"{message}: {', '.join(map(str, addresses))}.",
-            "current_prefill_instances": [one.key for one in members[Role.PREFILL]],
-            "current_decode_instances": [one.key for one in members[Role.DECODE]],
+            "current_prefill_instances": [one.key for one in members[Role.PREFILL] if one.enabled],
+            "current_decode_instances": [one.key for one in members[Role.DECODE] if one.enabled],
         }
 
 

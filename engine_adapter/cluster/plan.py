@@ -85,7 +85,7 @@ class Plan:
 
     def stop_stages(self) -> list[tuple[PlannedProcess, ...]]:
         """Processes by the order they are stopped in; those of one stage together."""
-        return [self.of_kind(kind) for kind in STOP_ORDER]
+        return [stage for kind in STOP_ORDER if (stage := self.of_kind(kind))]
 
 
 def plan(config: ClusterConfig, site: Site) -> Plan:

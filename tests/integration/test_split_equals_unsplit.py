@@ -77,7 +77,9 @@ async def test_64_prompts_split_equal_unsplit(
 ) -> None:
     stream = [(index // 2) % 2 == (num_prefill + (transport == "shm")) % 2 for index in range(len(asked))]
     proxy_args = ["--contract", contract]
-    with Deployment(tiny_model, num_prefill, num_decode, transport, NO_PREFIX_CACHE, proxy_args) as split:
+    with Deployment(
+        tiny_model, num_prefill, num_decode, transport, engine_args=NO_PREFIX_CACHE, proxy_args=proxy_args
+    ) as split:
         answers = await ask_all(split.url, asked, stream=stream)
         assert answers == expected
         _assert_kv_crossed(split, [answer.num_prompt_tokens for answer in expected], transport)

@@ -143,7 +143,7 @@ def test_the_choice_is_as_even_with_two_workers_as_with_one(start_proxy: StartPr
     one, two = start_proxy("--workers", "1"), start_proxy("--workers", "2")
     for proxy in (one, two):
         spread(proxy, engines, num_each=10)  # until their speeds are known
-    alone, together = spread(one, engines), spread(two, engines)
+    alone, together = (statistics.median(spread(proxy, engines) for _ in range(3)) for proxy in (one, two))
     assert together <= alone + 0.1, (alone, together)
     with Clients(two):
         pass  # both take connections

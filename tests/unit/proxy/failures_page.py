@@ -54,7 +54,8 @@ CLOSING = """
 - An instance that can be reached may still fail: `--health-max-request-failures` different requests in a row that end
   in 5xx, a reset, silence or garbage before a first event take it out too. Retries of one request count once, and what
   is about KV (`kv_load_error`) does not count at all. Answered probes do not bring it back then: after a back-off of
-  1 s, doubled up to 30 s, one request is let in as a trial, and its success does.
+  1 s, doubled up to 30 s, one request is let in as a trial, and its success does. Where `--health-max-failures` probes
+  in a row fail meanwhile, what answers afterwards is taken for another process, and a probe does bring it back.
 - Where a probe of an instance that is out runs into `--health-timeout-s`, all who wait on it and have had no byte since
   the probe began are told at once (`instance_out`, `silent_mid_answer`): a stopped process keeps its connections.
   If any connection to it has brought a byte meanwhile, the instance is busy and alive: the probe does not count. A
