@@ -189,16 +189,19 @@ class Membership:
         self.leases.pop(key, None)
         self.tick(monotonic())
 
-    def replace(self, role: Role, leaving: Sequence[Address], joining: Sequence[Address]) -> None:
+    def replace(self, role: Role, leaving: Sequence[Address], joining: Sequence[Address]) -> int:
         """What the configuration file says now. Where nobody else is left, those who leave serve on until another has
-        joined: to change a whole list is no outage."""
+        joined: to change a whole list is no outage. Returns how many could be added."""
+        num_added = 0
         for address in joining:
             try:
                 self.add(role, address, Source.CONFIG)
+                num_added += 1
             except ProxyError as error:
                 log.error("event=reload_incomplete role=%s instance=%s reason=%r", role.value, address, error.message)
         self._to_replace.update((role, canonical(address)) for address in leaving)
         self._remove_replaced(role)
+        return num_added
 
     def _remove_replaced(self, role: Role) -> None:
         leaving = [key for key in self._to_replace if key[0] is role]

@@ -46,8 +46,7 @@ def reload(
         (Role.DECODE, old.decoders, new.decoders),
     ):
         leaving, joining = [one for one in was if one not in is_now], [one for one in is_now if one not in was]
-        membership.replace(role, leaving, joining)
-        num_added += len(joining)
+        num_added += membership.replace(role, leaving, joining)
         num_removed += len(leaving)
     log.info("event=reloaded added=%d removed=%d", num_added, num_removed)
     if fixed:
