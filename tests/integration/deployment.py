@@ -1,7 +1,7 @@
 """A split deployment out of real processes on loopback: prefillers, decoders, a sidecar beside each, a proxy.
 
-Every command runs as a user would start it. `Command.kill9` and `Command.start` kill and restart one of them at the
-same ports; `Deployment.settled` says what is left over anywhere.
+Every command runs as a user would start it, but that an engine is forked (`tests/forked_engine.py`). `Command.kill9`
+and `Command.start` kill and restart one of them at the same ports; `Deployment.left_over` says what is left anywhere.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
+
+from tests.forked_engine import ForkedEngine
 
 BIN = Path(sys.executable).parent
 ANSWER_TIMEOUT_S = 30.0
@@ -69,9 +71,12 @@ class Command:
     argv: list[str]
     ready_url: str
     log: Path
-    process: subprocess.Popen[bytes] | None = None
+    process: subprocess.Popen[bytes] | ForkedEngine | None = None
 
     def start(self) -> None:
+        if Path(self.argv[0]).name == "pd-engine":
+            self.process = ForkedEngine(self.argv, self.log)
+            return
         with self.log.open("ab") as log:
             environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
             self.process = subprocess.Popen(
