@@ -38,6 +38,8 @@ class LoadCase:
     """Of an image beside the prompt, as a data URL; its base64 is a third longer."""
     interval_s: float = 0.0
     """Pace of the mock engine's tokens."""
+    spread_s: float = 0.0
+    """Clients begin evenly over so long; a first request is not timed then: later ones find all clients there."""
     deadline_s: float = 60.0
 
     @property
@@ -94,7 +96,8 @@ class Client(asyncio.Protocol):
     def on_body(self, body: bytes) -> None:
         if not self._first_byte:
             self._first_byte = True
-            self._result.ttft_s.append(time.monotonic() - self._started_at)
+            if self._sent > 1 or not self._case.spread_s:
+                self._result.ttft_s.append(time.monotonic() - self._started_at)
         self._body.append(body)
 
     def on_message_complete(self) -> None:
@@ -174,6 +177,7 @@ async def run_load(host: str, port: int, case: LoadCase) -> LoadResult:
     async def connect(index: int) -> None:
         done = loop.create_future()
         ends.append(done)
+        await asyncio.sleep(case.spread_s * index / case.num_clients)
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             await loop.create_connection(lambda: Client(case, index, result, done), host, port)
 

@@ -1,7 +1,7 @@
 """A split deployment out of real processes on loopback: prefillers, decoders, a sidecar beside each, a proxy.
 
-Every command runs as a user would start it, but that an engine is forked (`tests/forked_engine.py`). `Command.kill9`
-and `Command.start` kill and restart one of them at the same ports; `Deployment.left_over` says what is left anywhere.
+Every command runs as a user would start it, but forked (`tests/forked.py`). `Command.kill9` and `Command.start` kill
+one of them and restart it at the same ports; `Deployment.left_over` says what is left anywhere.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.forked_engine import ForkedEngine
+from tests.forked import Forked, popen
 
 BIN = Path(sys.executable).parent
 ANSWER_TIMEOUT_S = 30.0
@@ -71,17 +71,12 @@ class Command:
     argv: list[str]
     ready_url: str
     log: Path
-    process: subprocess.Popen[bytes] | ForkedEngine | None = None
+    process: subprocess.Popen[str] | Forked | None = None
 
     def start(self) -> None:
-        if Path(self.argv[0]).name == "pd-engine":
-            self.process = ForkedEngine(self.argv, self.log)
-            return
         with self.log.open("ab") as log:
             environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-            self.process = subprocess.Popen(
-                self.argv, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment
-            )
+            self.process = popen(self.argv, log, log, Path.cwd(), environment)
 
     def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> None:
         deadline = time.monotonic() + timeout_s
@@ -179,10 +174,11 @@ class Deployment:
         for role, count in (("prefill", self.num_prefill), ("decode", self.num_decode)):
             self.instances += [self._instance(role, index) for index in range(count)]
         self.proxy = self._proxy()
-        for command in self.commands:
-            command.start()
-        for command in self.commands:
-            command.wait_ready()
+        for batch in ([i.sidecar for i in self.instances], [i.engine for i in self.instances] + [self.proxy]):
+            for command in batch:
+                command.start()
+            for command in batch:
+                command.wait_ready()
 
     def _instance(self, role: str, index: int) -> Instance:
         name = f"{role}{index}"

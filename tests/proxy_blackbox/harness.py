@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 
 from bench.mock_answers import scripts_of
+from tests.forked import popen
 
 HOST = "127.0.0.1"
 ROOT = Path(__file__).parents[2]
@@ -36,9 +37,7 @@ class Process:
 
     def __init__(self, command: list[str], **environment: str) -> None:
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 - closed by stop()
-        self.popen = subprocess.Popen(
-            command, stdout=self._output, stderr=self._output, cwd=ROOT, env={**os.environ, **environment}
-        )
+        self.popen = popen(command, self._output, self._output, env={**os.environ, **environment})
 
     @property
     def output(self) -> str:

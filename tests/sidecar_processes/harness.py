@@ -24,6 +24,7 @@ import msgspec
 from sidecar.client import SidecarClient
 from sidecar.layout import KvLayout, Plane
 from sidecar.protocol import Event, Offer, OfferEnded, PullEnded, PullSource
+from tests.forked import popen
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BLOCK_BYTES = 8192
@@ -53,7 +54,7 @@ class Sidecar:
             "--transport", transport, *flags,
         ]  # fmt: skip
         with self.log_path.open("a") as log:
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True)
+            self.process = popen(command, subprocess.PIPE, log)
         assert self.process.stdout is not None
         self.ready_line = self.process.stdout.readline().strip()
         self.process.stdout.close()
