@@ -140,5 +140,5 @@ class Admission:
 
 def priority_of(flow: Flow) -> int:
     """vLLM's field: an integer, a smaller one goes first, 0 if absent. What is no integer is the engine's to refuse."""
-    priority = flow.call.fields.get("priority")
+    priority = flow.call.outline.get("priority")
     return priority if type(priority) is int else 0

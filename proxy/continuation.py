@@ -239,7 +239,8 @@ class Continuation:
             self.original,
             route=route,
             body=body,
-            fields=fields,
+            outline=fields,
+            long=None,
             max_new_tokens=limit,
             num_prompt_tokens=num_prompt_tokens,
         )
@@ -326,12 +327,12 @@ class Continuation:
 
 def needs_ids(call: ApiCall, delivered: Delivered) -> bool:
     """Whether text cannot be put behind the prompt, which is token ids."""
-    return call.route == "completions" and _is_ids(call.fields.get("prompt")) and delivered.token_ids is None
+    return call.route == "completions" and _is_ids(call.outline.get("prompt")) and delivered.token_ids is None
 
 
 def check_call(call: ApiCall) -> None:
     """Raises NotExact for a request whose answers are never continued."""
-    fields = call.fields
+    fields = call.outline
     get = fields.get
     if call.route not in ("completions", "chat"):
         raise NotExact("route")

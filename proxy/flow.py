@@ -157,7 +157,7 @@ class Flow:
 
     @property
     def session_key(self) -> bytes:
-        return session_key_of(self.head.lines, self.call.fields)
+        return session_key_of(self.head.lines, self.call.outline)
 
     @property
     def prefix(self) -> Prefix:

@@ -1,26 +1,27 @@
-"""Bodies of megabytes (images, documents): a leg's body without a second copy of what it shares with the client's.
+"""Bodies of megabytes (images, documents): what is long in them is neither parsed nor serialised nor copied.
 
-Serialising an 8 MB image anew costs more than receiving and sending it. So a long member of the body is found where it
-stands in the client's bytes and sent from there; the rest, which is short, is written anew.
+Parsing and writing an 8 MB image anew costs more than receiving and sending it. So each long string of a body is
+replaced by a short stand-in before the body is parsed. Whatever is made of what was parsed then is written with the
+stand-ins, and sent with the client's own bytes in their places.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import orjson
 
 LONG_BYTES = 1 << 18
 """Of a body; below it all of this costs more than it saves."""
-LONG_MEMBER_BYTES = 1 << 16
+LONG_STRING_BYTES = 1 << 16
 MAX_STEPS = 20_000
-"""Strings and brackets looked at. A body with more is mostly structure, and is better written anew."""
-_TOP, _DEEP = re.compile(rb'["{}\[\],]'), re.compile(rb'["{}\[\]]')
-_QUOTE, _COMMA, _BACKSLASH = b'",\\'
-_OPENING = frozenset(b"{[")
+"""Strings looked at, and quotes within one. A body with more is mostly structure, and is better parsed whole."""
+_QUOTE, _BACKSLASH = b'"', ord("\\")
+_TOKEN = os.urandom(12).hex().encode()  # no client knows it
+_STAND_IN = re.compile(b"%b([0-9]+)\\." % _TOKEN)
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 KEPT_BYTES = 64 << 20
@@ -42,67 +43,72 @@ class LongBody:
 Body = bytes | LongBody
 
 
-def rewritten(body: bytes, old: Mapping[str, Any], new: dict[str, Any]) -> Body:
-    """`new` as JSON. `old` is `body` parsed; a member of both that is the same object is taken from `body`."""
+class LongStrings:
+    """What stands between the quotes of a body's long strings, as it stands there, escapes and all."""
+
+    __slots__ = ("outline", "raw")
+
+    def __init__(self, outline: bytes, raw: list[memoryview]) -> None:
+        self.outline = outline
+        """The body with a stand-in for each of them: short, and otherwise the same JSON, or no JSON either."""
+        self.raw = raw
+
+    def written(self, value: Any) -> Body:
+        """`value` as JSON. It may hold stand-ins, wherever they came to be; the strings themselves are sent."""
+        parts = _STAND_IN.split(orjson.dumps(value))
+        if len(parts) == 1:
+            return parts[0]
+        return LongBody(*(self.raw[int(part)] if index % 2 else part for index, part in enumerate(parts)))
+
+    def num_image_bytes(self) -> int:
+        """Of those that are images as data URLs."""
+        return sum(len(one) for one in self.raw if bytes(one[:5]) == b"data:")
+
+
+def long_strings(body: bytes) -> LongStrings | None:
+    """The long strings of a JSON text. None where it has none, or is mostly structure.
+
+    In anything but JSON the quotes may be no strings': the outline is refused by a parser then, as the body is."""
     if len(body) < LONG_BYTES:
-        return orjson.dumps(new)
-    taken = {name: raw for name, raw in long_members(body).items() if name in new and new[name] is old.get(name)}
-    if not taken:
-        return orjson.dumps(new)
-    pieces: list[bytes | memoryview] = [orjson.dumps({key: new[key] for key in new if key not in taken})[:-1]]
-    for name, raw in taken.items():
-        comma = b"" if pieces == [b"{"] else b","
-        pieces += [b'%b"%b":' % (comma, name.encode()), raw]
-    return LongBody(*pieces, b"}")
-
-
-def long_members(body: bytes) -> dict[str, memoryview]:
-    """The values of at least LONG_MEMBER_BYTES in a JSON object that a parser has accepted, as they stand there.
-
-    Of a name that comes twice the last counts, as for the parser. Empty if the body is mostly structure."""
-    found: dict[bytes, memoryview] = {}
-    view = memoryview(body)
-    at, depth, name, begin = body.find(b"{") + 1, 1, None, 0
+        return None
+    view, kept_from, end = memoryview(body), 0, -1
+    raw: list[memoryview] = []
+    parts: list[bytes | memoryview] = []
     for _ in range(MAX_STEPS):
-        match = (_TOP if depth == 1 else _DEEP).search(body, at)
-        if match is None:
-            return {}
-        at = match.end()
-        mark = body[at - 1]
-        if mark == _QUOTE:
-            end = _string_end(body, at)
-            if end < 0:
-                return {}
-            if name is None:
-                name, begin = body[at:end], body.find(b":", end) + 1
-                end = begin - 1
-            at = end + 1
-        elif mark in _OPENING:
-            depth += 1
-        elif depth > 1:
-            depth -= 1
-        else:  # a comma, or the end
-            if name is not None:
-                found.pop(name, None)
-                if at - 1 - begin >= LONG_MEMBER_BYTES and _BACKSLASH not in name:
-                    found[name] = view[begin : at - 1]
-            name = None
-            if mark != _COMMA:
-                return {key.decode(): raw for key, raw in found.items()}
-    return {}
+        begin = body.find(_QUOTE, end + 1) + 1
+        if not begin:
+            break
+        end = _string_end(body, begin)
+        if end < 0:
+            return None
+        if end - begin >= LONG_STRING_BYTES:
+            parts += [view[kept_from:begin], b"%b%d." % (_TOKEN, len(raw))]
+            raw.append(view[begin:end])
+            kept_from = end
+    else:
+        return None
+    return LongStrings(b"".join([*parts, view[kept_from:]]), raw) if raw else None
 
 
 def _string_end(body: bytes, begin: int) -> int:
-    """Where the string that begins at `begin` has its closing quote; -1 if it has very many escaped ones."""
+    """Where the string that begins at `begin` has its closing quote; -1 if it has very many escaped ones, or none."""
     end = begin - 1
     for _ in range(MAX_STEPS):
-        end = body.find(b'"', end + 1)
-        before = end - 1
-        while before >= begin and body[before] == _BACKSLASH:
-            before -= 1
-        if (end - before) % 2:
+        end = body.find(_QUOTE, end + 1)
+        if end < 0 or body[end - 1] != _BACKSLASH or not _num_backslashes(body, begin, end) % 2:
             return end
     return -1
+
+
+def _num_backslashes(body: bytes, begin: int, end: int) -> int:
+    """How many stand right before `end`, back to `begin`."""
+    size = 16
+    while True:
+        before = body[max(begin, end - size) : end]
+        others = len(before.rstrip(b"\\"))
+        if others or end - size <= begin:
+            return len(before) - others
+        size *= 16
 
 
 def keep_freed_memory() -> None:

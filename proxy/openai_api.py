@@ -6,6 +6,7 @@ Numbers and truth values are taken as vLLM's reader of bodies (pydantic, lax) ta
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ import orjson
 
 from proxy.errors import BadRequest
 from proxy.image_parts import MARK, bytes_and_tokens
-from proxy.long_body import LONG_BYTES, Body, LongBody, rewritten
+from proxy.long_body import LONG_BYTES, Body, LongBody, LongStrings, long_strings
 
 BYTES_PER_TOKEN = 4  # the seeds' proxy divides the body's bytes by 4 as well (ascend-proxy.md 2.1, "Scores")
 ROUTES = {
@@ -69,7 +70,8 @@ class ApiCall:
 
     route: str
     body: bytes
-    fields: dict[str, Any]
+    outline: dict[str, Any]
+    """`fields`, but with stand-ins for `long`: for keys, types and short values, and for what `written` sends."""
     stream: bool
     num_prompt_tokens: int
     """Exact for a list of token ids, else the body's bytes over BYTES_PER_TOKEN; images have a price of their own."""
@@ -84,14 +86,44 @@ class ApiCall:
     """Whether the answer has logprobs of the prompt's tokens, which only who computes the prompt can give."""
     own_bootstrap: str = ""
     """A field of the client's that only who routes to SGLang may say; empty where it has none."""
+    long: LongStrings | None = None
+    """The body's long strings, where there are any; then the engine is the first that reads them."""
+    _whole: dict[str, Any] | None = None
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Raises BadRequest where a long string turns out to be none."""
+        if self.long is None:
+            return self.outline
+        if self._whole is None:
+            self._whole = _parsed(self.body)
+        return self._whole
+
+    def written(self, outline: dict[str, Any]) -> Body:
+        """As JSON: what was made of this call's `outline`."""
+        return orjson.dumps(outline) if self.long is None else self.long.written(outline)
+
+
+def _parsed(body: bytes) -> Any:
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(f"The request body is not valid JSON: {error}.", error_type=WRONG_TYPE) from None
+
+
+def _outlined(body: bytes) -> tuple[Any, LongStrings | None]:
+    """The body parsed, its long strings left out where that is safe."""
+    if (long := long_strings(body)) is not None:
+        with contextlib.suppress(orjson.JSONDecodeError):  # said below, with the place in the client's own text
+            outline = orjson.loads(long.outline)
+            if type(outline) is dict and _UNUSUAL.isdisjoint(outline):
+                return outline, long
+    return _parsed(body), None
 
 
 def parse_call(route: str, body: bytes) -> ApiCall:
     """Raises BadRequest, which names the field."""
-    try:
-        fields = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise BadRequest(f"The request body is not valid JSON: {error}.", error_type=WRONG_TYPE) from None
+    fields, long = (_parsed(body), None) if len(body) < LONG_BYTES else _outlined(body)
     if type(fields) is not dict:
         raise BadRequest("The request body must be a JSON object.", error_type=WRONG_TYPE)
     get = fields.get
@@ -117,8 +149,9 @@ def parse_call(route: str, body: bytes) -> ApiCall:
             raise _wrong_type("input", "is required and must be a string or a list")
     elif type(get("messages")) is not list:
         raise _wrong_type("messages", "is required and must be a list")
-    elif MARK in body:
-        num_bytes, num_tokens = bytes_and_tokens(len(body), fields["messages"])
+    elif MARK in (body if long is None else long.outline):
+        num_bytes = len(body) if long is None else len(body) - long.num_image_bytes()
+        num_bytes, num_tokens = bytes_and_tokens(num_bytes, fields["messages"])
         num_tokens += num_bytes // BYTES_PER_TOKEN + 1
     call = ApiCall(
         route,
@@ -128,6 +161,7 @@ def parse_call(route: str, body: bytes) -> ApiCall:
         num_tokens if num_tokens is not None else len(body) // BYTES_PER_TOKEN + 1,
         limit,
         num_prompts,
+        long=long,
     )
     if not _UNUSUAL.isdisjoint(fields):
         _look_closer(call)
@@ -135,11 +169,11 @@ def parse_call(route: str, body: bytes) -> ApiCall:
 
 
 def _look_closer(call: ApiCall) -> None:
-    """A call with fields that few have: whether it can be divided, whose the logprobs of its prompt are, what else it
-    must not say. Raises BadRequest."""
+    """A call with fields that few have, which has no stand-ins: whether it can be divided, whose the logprobs of its
+    prompt are, what else it must not say. Raises BadRequest."""
     get = call.fields.get
     call.own_bootstrap = min(BOOTSTRAP_FIELDS & call.fields.keys(), default="")
-    if "kv_transfer_params" in call.fields:
+    if "kv_transfer_params" in call.outline:
         _take_out_if_empty(call)
     xargs = get("vllm_xargs")  # vLLM puts both into the same dictionary
     if type(xargs) is dict and "kv_transfer_params" in xargs:
@@ -154,9 +188,9 @@ def _look_closer(call: ApiCall) -> None:
 
 
 def _take_out_if_empty(call: ApiCall) -> None:
-    if call.fields["kv_transfer_params"] is None or call.fields["kv_transfer_params"] == {}:
-        del call.fields["kv_transfer_params"]
-        call.body = orjson.dumps(call.fields)  # parsers differ on which of two equal keys counts: let none be seen
+    if call.outline["kv_transfer_params"] is None or call.outline["kv_transfer_params"] == {}:
+        del call.outline["kv_transfer_params"]
+        call.body = orjson.dumps(call.outline)  # parsers differ on which of two equal keys counts: let none be seen
     else:
         call.own_kv_transfer_params = True
 
@@ -242,15 +276,15 @@ def _prompts(prompt: Any, embeds: Any) -> tuple[int, int | None]:
 def one_token(
     call: ApiCall, kv_transfer_params: dict[str, Any] | None, *, every_choice: bool = False
 ) -> dict[str, Any]:
-    """The call's fields for a leg that computes the prompt: one forced token, one choice (or `every_choice`, where each
-    has KV of its own), not streamed.
+    """The call's outline for a leg that computes the prompt: one forced token, one choice (or `every_choice`, where
+    each has KV of its own), not streamed.
 
     `min_tokens` keeps the end token from being that token: an engine hands KV out only if the request ends by length
     (ascend-proxy.md 2.4)."""
-    fields = {**call.fields, **_FORCED[call.route]}
+    fields = {**call.outline, **_FORCED[call.route]}
     if kv_transfer_params is not None:
         fields["kv_transfer_params"] = kv_transfer_params
-    if not _REWRITTEN.isdisjoint(call.fields):
+    if not _REWRITTEN.isdisjoint(call.outline):
         for name in ("max_completion_tokens", "max_output_tokens") if every_choice else _ONE:
             if name in fields:
                 fields[name] = 1
@@ -281,19 +315,18 @@ def without_prompt_scores(call: ApiCall) -> ApiCall:
 
 def one_token_body(call: ApiCall, kv_transfer_params: dict[str, Any] | None, *, every_choice: bool = False) -> Body:
     """`one_token` as JSON."""
-    return rewritten(call.body, call.fields, one_token(call, kv_transfer_params, every_choice=every_choice))
+    return call.written(one_token(call, kv_transfer_params, every_choice=every_choice))
 
 
-def spliced(body: bytes, fields: dict[str, Any], key: str, value: Any) -> Body:
-    """`body` with a member added, without serialising the rest again.
+def spliced(call: ApiCall, key: str, value: Any) -> Body:
+    """The call's body with a member added, without serialising the rest again. `key` needs no escaping.
 
-    `fields` is `body` parsed, `key` needs no escaping. A key that is there already has to be replaced, which means
-    serialising anew.
-    """
-    if key in fields:
-        return rewritten(body, fields, {**fields, key: value})
+    A key that is there already has to be replaced, which means serialising anew."""
+    if key in call.outline:
+        return call.written({**call.outline, key: value})
+    body = call.body
     end = body.rfind(b"}")
-    comma = b"," if fields else b""
+    comma = b"," if call.outline else b""
     if len(body) >= LONG_BYTES:
         return LongBody(memoryview(body)[:end], b'%b"%b":%b}' % (comma, key.encode(), orjson.dumps(value)))
     return b'%b%b"%b":%b}' % (body[:end], comma, key.encode(), orjson.dumps(value))

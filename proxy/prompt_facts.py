@@ -91,7 +91,7 @@ def with_scored_prompt(call: ApiCall, prefill_answer: bytes, answer: bytes) -> b
         holder, target = (scored, told) if call.route == "chat" else (source, choice)
         if "prompt_logprobs" in holder:
             target["prompt_logprobs"] = holder["prompt_logprobs"]
-        if call.fields.get("echo"):
+        if call.outline.get("echo"):
             _echo(call, source, choice)
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"an answer lacks what the prompt's logprobs belong to: {error!r}") from None

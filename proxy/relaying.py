@@ -182,7 +182,7 @@ class Relayer:
 
     def _finish(self, flow: Flow, stream: ClientStream, reason: str, done: bool) -> None:
         """All text is there, and the usage is not asked for or there as well."""
-        if not done and (flow.call.fields.get("stream_options") or {}).get("include_usage"):
+        if not done and (flow.call.outline.get("stream_options") or {}).get("include_usage"):
             raise NotExact("usage_lost")
         stream.continuation = None
         stream.is_finished = True
@@ -239,7 +239,7 @@ class Relayer:
             flow.forwarded,
             flow.request_id.encode("ascii"),
         )
-        asked = {"model": call.fields.get("model"), "prompt": delivered.text, "add_special_tokens": False}
+        asked = {"model": call.outline.get("model"), "prompt": delivered.text, "add_special_tokens": False}
         try:
             answer = await flow.prefiller.pool.call(head, orjson.dumps(asked), timeout_s=TOKENIZE_TIMEOUT_S)
             tokens = (parsed_object(answer.body) or {}).get("tokens") if answer.status == 200 else None

@@ -64,7 +64,7 @@ class Reporter:
             (
                 flow.request_id,
                 route,
-                self._access_log.word(call.fields.get("model") if call is not None else None),
+                self._access_log.word(call.outline.get("model") if call is not None else None),
                 1 if stream else 0,
                 flow.status,
                 flow.outcome,

@@ -37,7 +37,7 @@ class LayerwiseContract(UnansweredContract):
     def ask_body(self, call: ApiCall, metaserver: str) -> Body:
         """The decoder's: the original, and where to call."""
         params = {"do_remote_decode": False, "do_remote_prefill": True, "metaserver": metaserver}
-        return spliced(call.body, call.fields, "kv_transfer_params", params)
+        return spliced(call, "kv_transfer_params", params)
 
     def push_body(self, call: ApiCall, posted: dict[str, dict[str, Any]]) -> Body:
         """The prefiller's. `posted` has what each child posted, verbatim, in the order of the prompts."""

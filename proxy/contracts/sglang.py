@@ -30,8 +30,8 @@ class SglangContract(PairContract):
             "bootstrap_port": prefiller.port,
             "bootstrap_room": number & ((1 << ROOM_BITS) - 1),
         }
-        if call.fields.keys() & room.keys():  # a client's own would lead to another's KV
-            body = orjson.dumps({**call.fields, **room})
+        if call.outline.keys() & room.keys():  # a client's own would lead to another's KV
+            body = call.written({**call.outline, **room})
         else:
-            body = call.body[: call.body.rfind(b"}")] + b"," * bool(call.fields) + orjson.dumps(room)[1:]
+            body = call.body[: call.body.rfind(b"}")] + b"," * bool(call.outline) + orjson.dumps(room)[1:]
         return Meeting(body, body)

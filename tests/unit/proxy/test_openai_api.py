@@ -6,7 +6,7 @@ import orjson
 import pytest
 
 from proxy.errors import BadRequest
-from proxy.openai_api import one_token, parse_call, spliced, without_prompt_scores
+from proxy.openai_api import ApiCall, one_token, parse_call, spliced, without_prompt_scores
 
 
 def call(route: str = "completions", **fields: Any):  # type: ignore[no-untyped-def]
@@ -75,14 +75,16 @@ def test_chat_takes_the_newer_limit_first() -> None:
 )
 def test_splicing_keeps_the_original_bytes(body: bytes) -> None:
     fields = orjson.loads(body)
-    made = spliced(body, fields, "kv", {"x": [1]})
+    made = spliced(ApiCall("chat", body, fields, False, 1, None, 1), "kv", {"x": [1]})
+    assert isinstance(made, bytes)
     assert orjson.loads(made) == {**fields, "kv": {"x": [1]}}
     assert made.startswith(body[: body.rfind(b"}")])
 
 
 def test_splicing_replaces_a_key_that_is_there() -> None:
     body = b'{"kv":null,"a":1}'
-    assert orjson.loads(spliced(body, orjson.loads(body), "kv", 2)) == {"kv": 2, "a": 1}
+    made = spliced(ApiCall("chat", body, orjson.loads(body), False, 1, None, 1), "kv", 2)
+    assert isinstance(made, bytes) and orjson.loads(made) == {"kv": 2, "a": 1}
 
 
 def test_a_prompt_may_be_asked_for_alone() -> None:
