@@ -22,9 +22,10 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = {
@@ -35,6 +36,14 @@ COMMANDS = {
 }
 """By a command's name, or a module's behind `python -m`: what is run, and what else to import before."""
 POLL_S = 0.005
+
+
+def _loading(env: Mapping[str, str]) -> dict[str, str]:
+    """What the dynamic linker reads once, as a process starts."""
+    return {name: value for name, value in env.items() if name.startswith("LD_")}
+
+
+LOADING = _loading(os.environ)
 MOST_BYTES = 1 << 20
 
 
@@ -48,7 +57,7 @@ def popen(
     """Start a command: forked where it is one of COMMANDS, else by `subprocess.Popen`."""
     name = argv[2] if len(argv) > 2 and argv[:2] == [sys.executable, "-m"] else Path(argv[0]).name
     name = {"sidecar.cli": "pd-sidecar"}.get(name, name)
-    if name in COMMANDS:
+    if name in COMMANDS and _loading(os.environ if env is None else env) == LOADING:
         return Forked(name, argv, stdout, stderr, cwd, env)
     return subprocess.Popen(argv, stdout=stdout, stderr=stderr, stdin=subprocess.DEVNULL, cwd=cwd, env=env, text=True)
 
@@ -172,8 +181,29 @@ def _take_on(order: dict[str, Any], descriptors: Sequence[int]) -> None:
     sys.argv = order["words"]
 
 
+def _run(command: str) -> NoReturn:
+    """Run the command as `python -m` does. It ends without taking the interpreter apart, which libraries that were
+    loaded before the fork do not always survive."""
+    status: Any = 0
+    try:
+        del sys.modules[command]
+        runpy.run_module(command, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        status = end.code or 0
+        if not isinstance(status, int):
+            print(status, file=sys.stderr)
+            status = 1
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
     command, before = COMMANDS[sys.argv[1]]
     _serve(command, before, socket.socket(fileno=int(sys.argv[2])))
-    del sys.modules[command]
-    runpy.run_module(command, run_name="__main__", alter_sys=True)
+    _run(command)

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,18 +23,12 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.forked import Forked, popen
+from tests.ports import free_port
 
 BIN = Path(sys.executable).parent
 ANSWER_TIMEOUT_S = 30.0
 START_TIMEOUT_S = 300.0
 """An engine imports for seconds on a quiet machine, and for minutes on a busy one."""
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 def get_json(url: str, timeout_s: float = ANSWER_TIMEOUT_S) -> Any:
@@ -148,8 +141,8 @@ class Deployment:
     def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
         try:
             if kind is None:
-                codes = [(command.name, command.stop()) for command in reversed(self.commands)]
-                assert all(code in (0, None) for _, code in codes), codes
+                wrong = [command.tail() for command in reversed(self.commands) if command.stop() not in (0, None)]
+                assert not wrong, "\n\n".join(wrong)
         finally:
             for command in self.commands:
                 if command.process is not None and command.process.poll() is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from engine_adapter.cluster import cli
 from engine_adapter.cluster.deployment_plan import deployment_plan
 from engine_adapter.cluster.deployment_rules import load, parse
 from engine_adapter.cluster.rank_table import Entry, table
+from tests.ports import free_port
 from tests.unit.cluster.deployments import DIRECTORY, SMALL
 
 HCCN_TOOL = """#!/bin/bash
@@ -75,11 +75,6 @@ ROOT = DIRECTORY.parents[1]
 @pytest.fixture
 def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Tools:
     return Tools(tmp_path, monkeypatch, capsys)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 def generated(tools: Tools, ids: list[str], kind: str = "A2", num_prefill: int = 2) -> list[dict[str, Any]]:
