@@ -185,15 +185,21 @@ class Stage:
         for part in PARTS:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.process(part).pid, signal.SIGCONT)
-        for end, sidecar in self.sidecars.items():
-            if sidecar.process.poll() is not None:
-                self.sidecars[end] = Sidecar(self.directory, end, self.transport, *FLAGS, listen=sidecar.listen)
+        self._start_sidecars()
         for end, engine in self.engines.items():
             if engine.process.poll() is not None:
                 engine.kill()
                 self.engines[end] = LinkedEngine(self.sidecars[end], self.pools[end])
-        for engine in self.engines.values():
-            eventually(lambda engine=engine: bool(engine.ask("epoch")))  # type: ignore[misc]
+        eventually(self._is_linked)
+
+    def _start_sidecars(self) -> None:
+        for end, sidecar in self.sidecars.items():
+            if sidecar.process.poll() is not None:
+                self.sidecars[end] = Sidecar(self.directory, end, self.transport, *FLAGS, listen=sidecar.listen)
+
+    def _is_linked(self) -> bool:
+        self._start_sidecars()  # an engine may kill one as hung at any time until it is linked again
+        return all(engine.ask("epoch") for engine in self.engines.values())
 
     def usage(self) -> dict[str, int]:
         """Descriptors, threads and mapped pools of each process, and the leases out."""
