@@ -118,3 +118,24 @@ class BlockCopies:
                 there, here = blocks[block : block + count], slots[slot : slot + count]
                 target, source = (here, there) if outwards else (there, here)
                 target.copy_(source, non_blocking=True)
+
+
+class Progress:
+    """How far a device is with what was queued on its current stream; a CPU is done at once."""
+
+    def __init__(self, kind: str) -> None:
+        self._backend: Any = None if kind == "cpu" else getattr(torch, kind)
+
+    def now(self) -> Callable[[], bool]:
+        """Says whether all that is queued until now is done."""
+        if self._backend is None:
+            return lambda: True
+        event = self._backend.Event()
+        event.record()
+        done: Callable[[], bool] = event.query
+        return done
+
+    def wait(self) -> None:
+        """Until it is."""
+        if self._backend is not None:
+            self._backend.current_stream().synchronize()

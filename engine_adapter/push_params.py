@@ -86,11 +86,25 @@ def for_child(params: dict[str, Any], response_id: str, prompt_index: int) -> di
     batch = params.get("batch_kv_transfer_params")
     if batch is None:
         return params if prompt_index == 0 else None
-    name = child_id(response_id, prompt_index)
+    return _of_child(batch, child_id(response_id, prompt_index))
+
+
+def for_request(params: dict[str, Any], name: str) -> dict[str, Any]:
+    """Likewise for an engine whose requests know their child's id only. Raises InvalidKvTransferParams."""
+    batch = params.get("batch_kv_transfer_params")
+    return params if batch is None else _of_child(batch, name)
+
+
+def _of_child(batch: object, name: str) -> dict[str, Any]:
     child = batch.get(name) if isinstance(batch, dict) else None
     if not isinstance(child, dict) or not wants_push(child):
         raise InvalidKvTransferParams("batch_kv_transfer_params", f"has nothing for {name!r}")
     return child
+
+
+def nothing_wanted(request_id: str, block_size: int, num_tokens: int) -> PushLanding:
+    """Of a prompt whose KV a decoder has: only those who wait for one of many prompts need to know."""
+    return PushLanding(request_id, "", "", 0, (), block_size, num_tokens, 0, 0)
 
 
 def check_metaserver(params: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ again, enters the pool once more and goes on. Nothing here waits for a transfer,
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -13,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from engine_adapter.kv_transfer_params import KvSource
+from engine_adapter.push_params import PushLanding
 from sidecar.client import SidecarClient
 from sidecar.errors import SidecarError
 from sidecar.protocol import (
@@ -20,6 +22,8 @@ from sidecar.protocol import (
     Landing,
     PullEnded,
     PullSource,
+    PushTarget,
+    Ready,
     SidecarLost,
     StoreLoad,
     StoreLoadEnded,
@@ -122,6 +126,12 @@ class SidecarLink:
         self._overdue_at.pop(pull_id, None)
         self._failed_at_once.append(PullEnded(pull_id, False, "sidecar_lost", message, 0, 0, 0.0, "", ""))
         return None
+
+    def mark_ready(self, transfer_id: str, ready: Ready) -> None:
+        """More of a push is computed; a lost sidecar has ended it anyway. Sends, and waits for nothing."""
+        if (client := self.client) is not None:
+            with contextlib.suppress(SidecarError):
+                client.mark_ready(transfer_id, ready)
 
     def drop(self, source: PullSource) -> None:
         """Tell the producer that nobody will read this lease."""
@@ -263,4 +273,33 @@ def pull_source(source: KvSource, num_blocks: int) -> PullSource:
         token=source.token,
         epoch=source.epoch,
         num_blocks=num_blocks,
+    )
+
+
+def push_target(landing: PushLanding) -> PushTarget:
+    """A decoder's landing, likewise."""
+    return PushTarget(landing.host, landing.port, landing.engine_id, landing.landing_id, landing.token, landing.epoch)
+
+
+def push_landing(
+    link: SidecarLink, landing: Landing | None, request_id: str, block_ids: Sequence[int], block_size: int, num_tokens: int,
+    first_block: int,
+) -> PushLanding | None:  # fmt: skip
+    """What a decoder posts of blocks that it has just landed through `link`; None if the sidecar was lost meanwhile."""
+    client = link.client
+    if landing is None or client is None:
+        return None
+    return PushLanding(
+        request_id=request_id,
+        engine_id=client.hello.engine_id,
+        host=client.hello.host,
+        port=client.hello.port,
+        block_ids=tuple(block_ids),
+        block_size=block_size,
+        num_tokens=num_tokens,
+        first_block=first_block,
+        num_blocks=first_block + len(block_ids),
+        landing_id=landing.landing_id,
+        token=landing.token,
+        epoch=landing.epoch,
     )

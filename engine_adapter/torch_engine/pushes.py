@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine_adapter.kv_transfer_params import is_of_images
+from engine_adapter.mark_pace import MarkPace
 from engine_adapter.torch_engine.kv_transfer import KvTransfer, KvTransferUnavailable
 from engine_adapter.torch_engine.scheduler import Scheduler, StepPlan
 from engine_adapter.torch_engine.sequence import (
@@ -23,8 +24,6 @@ from engine_adapter.torch_engine.sequence import (
 from engine_adapter.torch_engine.step_errors import kv_load_error
 from sidecar.protocol import Ready
 
-MIN_MARK_BYTES = 256 * 1024
-"""A mark costs some 50 us in three processes: as much as copying this."""
 DELIVERED = frozenset({"consumed", "dropped"})
 """The decoder has it, or said itself that it wants it no more; any other outcome is a failure here."""
 
@@ -36,7 +35,7 @@ class Push:
     sequence: Sequence
     first_block: int
     num_blocks: int
-    num_unmarked_bytes: int = 0
+    pace: MarkPace
     outcome: str = ""
     output: RequestOutput | None = None
     """The answer that waits for the end of the push."""
@@ -103,7 +102,7 @@ class Pushes:
             except KvTransferUnavailable as exc:
                 failed.append((seq, push_error(str(exc))))
                 continue
-            self._pushes[seq.request_id] = Push(seq, cached, num_blocks)
+            self._pushes[seq.request_id] = Push(seq, cached, num_blocks, MarkPace(self._layer_bytes))
         return failed
 
     def marker(self, seq: Sequence, transfer: KvTransfer | None) -> Callable[[int, int], None] | None:
@@ -116,11 +115,9 @@ class Pushes:
         def written(end: int, layer: int) -> None:
             is_last = end == seq.num_prefill_tokens
             end_block = push.num_blocks if is_last else end // block_size
-            if end_block > push.first_block:
-                push.num_unmarked_bytes += (end_block - push.first_block) * self._layer_bytes
-                if push.num_unmarked_bytes >= MIN_MARK_BYTES or (is_last and layer == last_layer):
-                    transfer.mark_ready(seq.request_id, Ready(push.first_block, end_block, layer + 1))
-                    push.num_unmarked_bytes = 0
+            num_blocks = end_block - push.first_block
+            if num_blocks > 0 and push.pace.is_due(num_blocks, last=is_last and layer == last_layer):
+                transfer.mark_ready(seq.request_id, Ready(push.first_block, end_block, layer + 1))
             if layer == last_layer:
                 push.first_block = max(push.first_block, end_block)
 

@@ -6,28 +6,27 @@ when the sidecar is lost is SidecarLink's; here its offers become void.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from engine_adapter.kv_transfer_params import IMAGES_KEY, InvalidKvTransferParams, RemotePrefill, parse_remote_prefill
+from engine_adapter.metaserver_calls import MetaserverCalls
 from engine_adapter.push_params import (
-    PushLanding,
     calls_metaserver,
     check_metaserver,
+    nothing_wanted,
     parse_push_landing,
     wants_push,
 )
-from engine_adapter.sidecar_link import Enter, SidecarLink, pull_source
+from engine_adapter.sidecar_link import Enter, SidecarLink, pull_source, push_landing, push_target
 from engine_adapter.torch_engine.kv_transfer import KvEvents, KvTransferUnavailable, PullResult
-from engine_adapter.torch_engine.metaserver_calls import MetaserverCalls
 from engine_adapter.torch_engine.prefix_store import LoadResult
 from engine_adapter.torch_engine.sequence import EngineRequestError
 from engine_adapter.torch_engine.sidecar_prefix_store import SidecarPrefixStore
 from sidecar.errors import SidecarError
-from sidecar.protocol import KvLayout, OfferEnded, PullEnded, PullSource, PushTarget, Ready, SidecarLost
+from sidecar.protocol import KvLayout, OfferEnded, PullEnded, PullSource, Ready, SidecarLost
 
 logger = logging.getLogger(__name__)
 
@@ -118,32 +117,15 @@ class SidecarKvTransfer:
         self, request_id: str, params: dict[str, Any], local_block_ids: list[int], first_block: int, num_tokens: int
     ) -> None:
         """Land the blocks and ask the metaserver for a prefill that fills them; one PullResult follows, always."""
-        landing = self._link.land(request_id, local_block_ids, first_block, self._push_timeout_s)
-        client = self._link.client
-        if landing is None or client is None:
+        landed = self._link.land(request_id, local_block_ids, first_block, self._push_timeout_s)
+        name = params.get("request_id") or request_id
+        landing = push_landing(self._link, landed, name, local_block_ids, self._block_size, num_tokens, first_block)
+        if landing is None:
             self._wake()
             return
         self._landed.add(request_id)
-        hello = client.hello
-        self._metaserver.post(
-            params["metaserver"],
-            request_id,
-            PushLanding(
-                request_id=params.get("request_id") or request_id,
-                engine_id=hello.engine_id,
-                host=hello.host,
-                port=hello.port,
-                block_ids=tuple(local_block_ids),
-                block_size=self._block_size,
-                num_tokens=num_tokens,
-                first_block=first_block,
-                num_blocks=first_block + len(local_block_ids),
-                landing_id=landing.landing_id,
-                token=landing.token,
-                epoch=landing.epoch,
-            ).to_wire()
-            | {key: params[key] for key in (IMAGES_KEY,) if key in params},
-        )
+        images = {key: params[key] for key in (IMAGES_KEY,) if key in params}
+        self._metaserver.post(params["metaserver"], request_id, landing.to_wire() | images)
 
     def push(
         self, request_id: str, params: dict[str, Any], block_ids: list[int], num_tokens: int, ready: Ready
@@ -152,10 +134,7 @@ class SidecarKvTransfer:
         client = self._link.client
         if client is None:
             raise KvTransferUnavailable("the sidecar is away")
-        landing = parse_push_landing(params)
-        target = PushTarget(
-            landing.host, landing.port, landing.engine_id, landing.landing_id, landing.token, landing.epoch
-        )
+        target = push_target(parse_push_landing(params))
         try:
             offer = client.push(request_id, block_ids, num_tokens, self._lease_s, target, ready)
         except SidecarError as error:
@@ -166,16 +145,14 @@ class SidecarKvTransfer:
 
     def mark_ready(self, request_id: str, ready: Ready) -> None:
         """More of a push is computed; a lost sidecar has ended it anyway."""
-        transfer_id, client = self._transfer_of.get(request_id), self._link.client
-        if transfer_id is not None and client is not None:
-            with contextlib.suppress(SidecarError):
-                client.mark_ready(transfer_id, ready)
+        if (transfer_id := self._transfer_of.get(request_id)) is not None:
+            self._link.mark_ready(transfer_id, ready)
 
     def drop(self, params: dict[str, Any]) -> None:
         """Tell the producer that nobody will read this KV; and those who wait for one of many prompts, not to."""
         if calls_metaserver(params):
             if params.get("num_children", 1) > 1:
-                nothing = PushLanding(params["request_id"], "", "", 0, (), self._block_size, params["num_tokens"], 0, 0)
+                nothing = nothing_wanted(params["request_id"], self._block_size, params["num_tokens"])
                 self._metaserver.post(params["metaserver"], "", nothing.to_wire())
             return
         for source in _sources(params):

@@ -8,6 +8,8 @@ import importlib.metadata
 import inspect
 import json
 import logging
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,8 @@ REPORTS_LOAD_ERRORS = hasattr(KVConnectorBase_V1, "get_block_ids_with_load_error
 ABORTED_LOAD_KEEPS_ITS_BLOCKS = VERSION >= (0, 18)
 """vLLM 0.18 and later keep the blocks of an aborted load until it is reported as received; 0.11 and 0.13 free them at
 once unless request_finished says that something is being sent. 0.14 to 0.17 were not read: see `aborted_as_sent`."""
+
+_SUFFIX = re.compile(r"-[0-9a-f]{8}$")
 
 
 def init_base(connector: Any, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
@@ -88,6 +92,21 @@ def _cpu_isa(dtype: Any, head_size: int, block_size: int) -> str:
 def total_kv_heads(model_config: Any) -> int:
     """KV heads of the whole model; every rank holds MLA's one latent."""
     return 1 if getattr(model_config, "use_mla", False) else int(model_config.get_total_num_kv_heads())
+
+
+def external_id(request: Any) -> str:
+    """A request's id as the API server names it, from which a proxy knows it: 0.14 and later add eight hex digits."""
+    request_id = str(request.request_id)
+    plain = os.environ.get("VLLM_DISABLE_REQUEST_ID_RANDOMIZATION", "0").strip() not in ("", "0")
+    return request_id if VERSION < (0, 14) or plain else _SUFFIX.sub("", request_id)
+
+
+def hooks_are_whole(vllm_config: Any) -> bool:
+    """Whether all of a layer is written when save_kv_layer is called: not where a step is cut in micro-batches, nor
+    where a draft model's layers run more than once."""
+    parallel = vllm_config.parallel_config
+    cut = getattr(parallel, "enable_dbo", False) or getattr(parallel, "use_ubatching", False)
+    return not cut and getattr(vllm_config, "speculative_config", None) is None
 
 
 def finished_well(request: Any) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from engine_adapter.device import Progress
 from engine_adapter.sidecar_link import SidecarLink
 from engine_adapter.sidecar_process import OwnSidecar, SidecarCommand, SidecarStartError
 from engine_adapter.sidecar_thread import SidecarThread
@@ -19,6 +20,7 @@ from engine_adapter.vllm_connector.kv_memory import KvMemory
 from engine_adapter.vllm_connector.layout import KvTensors, axes_of, order_of, planes_of, tensors_of
 from engine_adapter.vllm_connector.metadata import BatonMetadata
 from engine_adapter.vllm_connector.scheduler_link import SchedulerLink
+from engine_adapter.vllm_connector.scheduler_push import SchedulerPush
 from engine_adapter.vllm_connector.scheduler_side import Finished, SchedulerSide
 from engine_adapter.vllm_connector.scheduler_store import SchedulerStore
 from engine_adapter.vllm_connector.settings import (
@@ -31,6 +33,7 @@ from engine_adapter.vllm_connector.settings import (
 )
 from engine_adapter.vllm_connector.staged_offers import StagedOffers
 from engine_adapter.vllm_connector.store_settings import StoreSettings, sidecar_flags
+from engine_adapter.vllm_connector.worker_push import LayerMarks, WorkerLandings
 from engine_adapter.vllm_connector.worker_side import FENCE_GRACE_S, WorkerSide
 from sidecar.errors import SidecarError
 from sidecar.protocol import KvLayout
@@ -39,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 
 class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
-    """KV hand-off by the pull contract over Baton's sidecars; see settings.py for what it can be told."""
+    """KV hand-off by pull and by layerwise push over Baton's sidecars; see settings.py for what it can be told."""
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any = None) -> None:
         """Raises ConnectorStartError on anything that can't work."""
@@ -50,12 +53,13 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._settings = settings_from(transfer.kv_role, transfer.kv_connector_extra_config or {})
         check_ports(self._settings, vllm_config.parallel_config.tensor_parallel_size)
         self._block_size = compat.block_size(vllm_config, kv_cache_config)
-        _refuse_what_cannot_work(vllm_config, kv_cache_config)
+        _refuse_what_cannot_work(vllm_config, kv_cache_config, self._settings)
         if self._settings.store is not None and (fault := compat.store_fault(vllm_config, kv_cache_config)):
             raise ConnectorStartError(fault)
         compat.show_log_lines(self._settings.log_level)
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
+        self._marks: LayerMarks | None = None
         self._memory: KvMemory | None = None
         self._own: OwnSidecar | SidecarThread | None = None
         self._failed_blocks: set[int] = set()
@@ -91,7 +95,10 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 f"{memory.choice.provider.name}: take store out, or run vLLM where memory can be shm"
             )
         store_timeout_s = (self._settings.store or StoreSettings()).load_timeout_s
-        self._worker = WorkerSide(memory.link_of(link), rank, self._settings.pull_timeout_s, news, store_timeout_s)
+        landings = self._take_pushes(memory, link, list(kv_caches), news) if self._pushes else None
+        self._worker = WorkerSide(
+            memory.link_of(link), rank, self._settings.pull_timeout_s, news, store_timeout_s, landings
+        )
         logger.info(
             "kv_pool_shared rank=%d memory=%s bytes=%d blocks=%d socket=%s",
             rank,
@@ -100,6 +107,12 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             num_blocks,
             socket_path,
         )
+
+    def bind_connector_metadata(self, connector_metadata: Any) -> None:
+        """Called before the forward: which prompts it computes for a decoder that is told layer by layer."""
+        super().bind_connector_metadata(connector_metadata)
+        if self._marks is not None and isinstance(connector_metadata, BatonMetadata):
+            self._marks.begin(connector_metadata.marks)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Start this step's loads; they end in later steps."""
@@ -113,7 +126,9 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """Nothing: a request is scheduled once its load has ended."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
-        """Nothing: decoders read the pool itself."""
+        """The layer's keys and values lie in the pool, where decoders read them."""
+        if self._marks is not None:
+            self._marks.layer_written(layer_name)
 
     def wait_for_save(self) -> None:
         """Copy the blocks of prompts that this step has completed, where KV is staged; else nothing: decoders read the
@@ -121,6 +136,8 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         meta = self._connector_metadata
         if self._memory is not None and isinstance(meta, BatonMetadata):
             self._memory.stage(meta.stages)
+        if self._marks is not None:
+            self._marks.step_ended()
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Sent and received ids, for vLLM before 0.32, which asks for bad blocks next."""
@@ -155,6 +172,11 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._worker.close()
         if self._own is not None:
             self._own.stop()
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """A graph of a whole forward runs no hook between its layers (vLLM 0.18 and later ask)."""
+        return extra_config.get("contract") == "layerwise"
 
     # The scheduler's side.
 
@@ -211,7 +233,29 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         store = None
         if self._settings.store is not None:
             store = SchedulerStore(links, self._block_size, compat.computation(self._config))
-        return SchedulerSide(links, kv_role, self._block_size, self._settings.lease_s, staged=staged, store=store)
+        lease_s = self._settings.lease_s
+        fault = "" if self._pushes else 'put "contract": "layerwise" into kv_connector_extra_config for pushed KV'
+        push = SchedulerPush(links, kv_role, self._block_size, lease_s, fault)
+        return SchedulerSide(links, kv_role, self._block_size, lease_s, staged=staged, store=store, push=push)
+
+    @property
+    def _pushes(self) -> bool:
+        return self._settings.contract == "layerwise"
+
+    def _take_pushes(
+        self, memory: KvMemory, link: SidecarLink, layers: list[str], news: threading.Event
+    ) -> WorkerLandings:
+        """Raises ConnectorStartError where the sidecar does not reach the KV itself."""
+        if memory.choice.stages:
+            raise ConnectorStartError(
+                f"kv_connector_extra_config.contract layerwise needs KV that the sidecar reaches itself, and memory is "
+                f"{memory.choice.provider.name}: take contract out, or run vLLM where memory can be shm or device_ipc"
+            )
+        self._marks = LayerMarks(
+            link, layers, memory.layout, Progress(memory.choice.place.device),
+            by_layer=compat.hooks_are_whole(self._config),
+        )  # fmt: skip
+        return WorkerLandings(link, self._block_size, self._settings.push_timeout_s, news)
 
     def _socket(self, rank: int) -> Path:
         engine_id = f"{self._config.kv_transfer_config.engine_id}/dp{self._config.parallel_config.data_parallel_rank}"
@@ -277,8 +321,13 @@ def _make_private(directory: Path) -> None:
         raise ConnectorStartError(f"{directory} can be written by others; remove it, or set TMPDIR")
 
 
-def _refuse_what_cannot_work(vllm_config: Any, kv_cache_config: Any) -> None:
+def _refuse_what_cannot_work(vllm_config: Any, kv_cache_config: Any, settings: ConnectorSettings) -> None:
     parallel = vllm_config.parallel_config
+    if settings.contract == "layerwise" and parallel.tensor_parallel_size > 1:
+        raise ConnectorStartError(
+            "kv_connector_extra_config.contract layerwise pushes from an engine of one rank to another, and "
+            f"--tensor-parallel-size is {parallel.tensor_parallel_size}: use pull, or one rank"
+        )
     if parallel.pipeline_parallel_size > 1:
         raise ConnectorStartError("BatonConnector knows no pipeline stages yet: use --tensor-parallel-size instead")
     groups = getattr(kv_cache_config, "kv_cache_groups", None) or ()

@@ -20,6 +20,30 @@ class PullOrder:
 
 
 @dataclass(frozen=True, slots=True)
+class LandOrder:
+    """Keep a request's blocks for a prefiller, and ask the metaserver for one: local_block_ids[i] receives block
+    first_block + i. Without blocks nothing is wanted, and the metaserver is only told so."""
+
+    request_id: str
+    name: str
+    """The request's id as the proxy expects it."""
+    metaserver: str
+    local_block_ids: tuple[int, ...]
+    first_block: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class MarkOrder:
+    """This step's forward computes the rest of a prompt whose KV is pushed: of the lease's blocks, those before
+    `first_block` are computed already, all of `end_block` are when it has ended."""
+
+    transfer_id: str
+    first_block: int
+    end_block: int
+
+
+@dataclass(frozen=True, slots=True)
 class OfferNote:
     """The request's blocks are leased out, rank r's as `leases[r]` = (transfer_id, epoch)."""
 
@@ -59,6 +83,8 @@ class BatonMetadata(KVConnectorMetadata):  # type: ignore[misc]
     where `abandoned_as_sent` names them too (see compat.ABORTED_LOAD_KEEPS_ITS_BLOCKS)."""
 
     pulls: list[PullOrder] = field(default_factory=list)
+    lands: list[LandOrder] = field(default_factory=list)
+    marks: list[MarkOrder] = field(default_factory=list)
     offers: list[OfferNote] = field(default_factory=list)
     stages: list[StageOrder] = field(default_factory=list)
     store_loads: list[StoreLoadOrder] = field(default_factory=list)

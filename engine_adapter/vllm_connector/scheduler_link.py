@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
 from engine_adapter.sidecar_link import SidecarLink
 from engine_adapter.vllm_connector.staged_offers import StagedOffers
 from sidecar.client import SidecarClient
+from sidecar.errors import SidecarError
 from sidecar.protocol import Event, StoreFound, StoreLookup
 
 ANSWER_WITHIN_S = 2.0
@@ -28,6 +30,13 @@ class SchedulerLink(SidecarLink):
         if self._staged is not None:
             self._staged.buffer_is(client.staged_slots)
         return epoch
+
+    def revoke_now(self, transfer_id: str) -> None:
+        """As `revoke`, and the sidecar has done it when this returns: no reader's confirmation counts any more."""
+        self.revoke(transfer_id)
+        if (client := self.client) is not None:
+            with contextlib.suppress(SidecarError):
+                client.join_pool()  # answered in turn, after the revocation
 
     @property
     def has_store(self) -> bool:

@@ -18,9 +18,11 @@ from engine_adapter.kv_transfer_params import (
     wants_remote_decode,
     wants_remote_prefill,
 )
+from engine_adapter.push_params import calls_metaserver
 from engine_adapter.sidecar_link import SidecarLink, pull_source
 from engine_adapter.vllm_connector.compat import ABORTED_LOAD_KEEPS_ITS_BLOCKS, finished_well
 from engine_adapter.vllm_connector.metadata import BatonMetadata, OfferNote, PullOrder
+from engine_adapter.vllm_connector.scheduler_push import SchedulerPush, is_push
 from engine_adapter.vllm_connector.scheduler_store import SchedulerStore
 from engine_adapter.vllm_connector.staged_offers import StagedOffers
 from sidecar.errors import SidecarError
@@ -44,6 +46,7 @@ class SchedulerSide:
         *,
         staged: StagedOffers | None = None,
         store: SchedulerStore | None = None,
+        push: SchedulerPush | None = None,
     ) -> None:
         self._links = list(links)
         self._produces = kv_role != "kv_consumer"
@@ -51,6 +54,7 @@ class SchedulerSide:
         self._block_size = block_size
         self._lease_s = lease_s
         self._store = store
+        self._push = push
         self._settled: set[str] = set()
         """Requests whose lease was given to the workers or dropped: nothing more is to be done about it."""
         self._loading: set[str] = set()
@@ -59,6 +63,8 @@ class SchedulerSide:
 
     def num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """How many tokens beyond `num_computed_tokens` can be loaded; None for "ask again". May be called often."""
+        if self._push is not None and calls_metaserver(request.kv_transfer_params):
+            return self._push.num_new_matched_tokens(request, num_computed_tokens)
         if self._asks_store(request):
             assert self._store is not None
             return self._store.num_new_matched_tokens(request, num_computed_tokens)
@@ -68,7 +74,14 @@ class SchedulerSide:
 
     def allocated(self, request: Any, block_ids: Sequence[int], num_external_tokens: int) -> None:
         """The request got its blocks: load, or let the lease go if nothing of it is wanted."""
-        if self._produces:
+        if self._push is not None and calls_metaserver(request.kv_transfer_params):
+            if (land := self._push.allocated(request, block_ids, num_external_tokens)) is not None:
+                self._loading.update([request.request_id] if land.local_block_ids else ())
+                self._meta.lands.append(land)
+            return
+        if self._push is not None:
+            self._push.follow(request)
+        if self._produces and not is_push(request.kv_transfer_params):
             self._staged.follow(request)
         if self._asks_store(request):
             assert self._store is not None
@@ -103,6 +116,8 @@ class SchedulerSide:
         for link in self._links:
             link.poll()
         self._meta.stages += self._staged.step(scheduler_output)
+        if self._push is not None:
+            self._meta.marks += self._push.step(scheduler_output)
         meta, self._meta = self._meta, BatonMetadata()
         return meta
 
@@ -141,6 +156,7 @@ class SchedulerSide:
 
     def _handed_on(self, request: Any, block_ids: Sequence[int]) -> Finished:
         request_id = request.request_id
+        pushed = self._push.finished(request) if self._push is not None else []
         unread = self._to_load(request)
         self._settled.discard(request_id)
         if request_id in self._loading:
@@ -153,6 +169,9 @@ class SchedulerSide:
         if unread is not None:
             self._drop(unread)
             return False, None
+        self._meta.offers += pushed
+        if pushed or is_push(request.kv_transfer_params):
+            return bool(pushed), None
         if not wants_remote_decode(request.kv_transfer_params) or not finished_well(request):
             return False, None
         if not self._produces:
@@ -177,7 +196,7 @@ class SchedulerSide:
     def _to_load(self, request: Any) -> RemotePrefill | None:
         """The lease a request comes with; None if it has none, or it is settled already."""
         params = request.kv_transfer_params
-        if not wants_remote_prefill(params) or request.request_id in self._settled:
+        if not wants_remote_prefill(params) or is_push(params) or request.request_id in self._settled:
             return None
         try:
             remote = parse_remote_prefill(params)

@@ -21,6 +21,7 @@ ROLES = {"kv_producer": "prefill", "kv_consumer": "decode", "kv_both": "both"}
 """vLLM's kv_role, and the instance's role in our terms."""
 
 
+CONTRACTS = ("pull", "layerwise")
 MEMORY = ("auto", "shm", "staging", "in_process", "device_ipc")
 
 
@@ -35,10 +36,14 @@ class ConnectorSettings:
     transport: str = "auto"
     metrics_port: int = 0
     """Of rank 0; rank r takes the r-th after it. 0 takes any."""
+    contract: str = "pull"
+    """layerwise: KV is also pushed, layer by layer while it is computed, where the proxy asks for that."""
     lease_s: float = 30.0
     """How long a prefiller keeps KV that no decoder fetches."""
     pull_timeout_s: float = 30.0
     """After this a load has failed."""
+    push_timeout_s: float = 120.0
+    """After this nobody has pushed a prompt's KV here: its load has failed. It covers the prefiller's queue."""
     memory: str = "auto"
     """How the sidecar gets at the KV: shm, staging, in_process or device_ipc; auto: the first that works here."""
     staging_bytes: int = 256 << 20
@@ -91,9 +96,15 @@ def _check_values(kv_role: str, settings: ConnectorSettings) -> None:
         raise ConnectorStartError(
             f"kv_connector_extra_config.memory is {settings.memory!r}, none of {', '.join(MEMORY)}{hint}"
         )
+    if settings.contract not in CONTRACTS:
+        near = difflib.get_close_matches(settings.contract, CONTRACTS, 1, 0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConnectorStartError(
+            f"kv_connector_extra_config.contract is {settings.contract!r}, none of {', '.join(CONTRACTS)}{hint}"
+        )
     if settings.staging_bytes < 1:
         raise ConnectorStartError("kv_connector_extra_config.staging_bytes must be at least 1")
-    for key in ("lease_s", "pull_timeout_s"):
+    for key in ("lease_s", "pull_timeout_s", "push_timeout_s"):
         if not 0 < getattr(settings, key) <= 3600:
             raise ConnectorStartError(f"kv_connector_extra_config.{key} must be above 0 and at most 3600")
     host, _, port = settings.listen.rpartition(":")

@@ -1,7 +1,7 @@
 """The scheduler's part in staging: which prompts' blocks the workers copy into the buffer, in which step, and where.
 
 A request's parameters travel with its answer, so its blocks must lie in the buffer before it is over: they are copied
-in the step that computes the last of its prompt. Block tables are followed from step to step, as vLLM tells workers.
+in the step that computes the last of its prompt.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 from engine_adapter.kv_transfer_params import wants_remote_decode
 from engine_adapter.memory.slots import Slots
+from engine_adapter.vllm_connector.block_tables import BlockTables
 from engine_adapter.vllm_connector.metadata import StageOrder
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ class StagedOffers:
         self._block_size = block_size
         self._slots: Slots | None = None
         self._requests: dict[str, Any] = {}
-        self._tables: dict[str, list[int]] = {}
+        self._tables = BlockTables()
         self._staged: dict[str, list[int]] = {}
 
     @property
@@ -53,7 +54,7 @@ class StagedOffers:
         """What the workers are to copy after this step's forward."""
         if not self._requests or scheduler_output is None:
             return []
-        computed = self._follow_tables(scheduler_output)
+        computed = self._tables.follow(scheduler_output, self._requests)
         orders = []
         for request_id, num_tokens in scheduler_output.num_scheduled_tokens.items():
             request = self._requests.get(request_id)
@@ -72,7 +73,7 @@ class StagedOffers:
     def forget(self, request_id: str) -> None:
         """It has ended; slots that were offered stay until `free`."""
         self._requests.pop(request_id, None)
-        self._tables.pop(request_id, None)
+        self._tables.forget(request_id)
 
     def free(self, request_ids: Iterable[str]) -> None:
         """Nobody reads these requests' slots any more."""
@@ -81,27 +82,8 @@ class StagedOffers:
             if slots is not None and self._slots is not None:
                 self._slots.give_back(slots)
 
-    def _follow_tables(self, output: Any) -> dict[str, int]:
-        """Bring the block tables up to date; the tokens computed before this step, by request."""
-        computed: dict[str, int] = {}
-        for new in output.scheduled_new_reqs:
-            if new.req_id in self._requests:
-                self._tables[new.req_id] = list(new.block_ids[0])
-                computed[new.req_id] = new.num_computed_tokens
-        cached = output.scheduled_cached_reqs
-        resumed = _resumed(cached)
-        for request_id, blocks, num_tokens in zip(
-            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
-        ):
-            if request_id in self._requests:
-                fresh = list(blocks[0]) if blocks else []
-                before = [] if request_id in resumed else self._tables.get(request_id, [])
-                self._tables[request_id] = before + fresh
-                computed[request_id] = num_tokens
-        return computed
-
     def _stage(self, request_id: str, num_blocks: int) -> StageOrder | None:
-        blocks = self._tables.get(request_id, [])[:num_blocks]
+        blocks = self._tables.blocks.get(request_id, [])[:num_blocks]
         slots = self._staged.get(request_id)
         if slots is None:
             assert self._slots is not None
@@ -116,12 +98,3 @@ class StagedOffers:
             self._staged[request_id] = slots
         del self._requests[request_id]  # once is enough: the prompt's KV does not change
         return StageOrder(tuple(blocks), tuple(slots))
-
-
-def _resumed(cached: Any) -> set[str]:
-    """Requests whose whole block table is told anew. vLLM 0.11 has a list of flags, later versions the ids."""
-    ids = getattr(cached, "resumed_req_ids", None)
-    if ids is not None:
-        return set(ids)
-    flags = getattr(cached, "resumed_from_preemption", ())
-    return {request_id for request_id, flag in zip(cached.req_ids, flags, strict=False) if flag}

@@ -13,11 +13,13 @@ from engine_adapter.memory.staged_link import StagedLink
 from engine_adapter.sidecar_link import SidecarLink, pull_source
 from engine_adapter.vllm_connector.metadata import (
     BatonMetadata,
+    LandOrder,
     OfferNote,
     PullOrder,
     StoreLoadOrder,
     StoreSaveOrder,
 )
+from engine_adapter.vllm_connector.worker_push import WorkerLandings
 from sidecar.protocol import (
     OfferEnded,
     PullEnded,
@@ -71,13 +73,15 @@ class WorkerSide:
         pull_timeout_s: float,
         news: threading.Event,
         store_timeout_s: float = 5.0,
+        landings: WorkerLandings | None = None,
     ) -> None:
         self._link = link
         self._news = news
         self._rank = rank
         self._pull_timeout_s = pull_timeout_s
         self._store_timeout_s = store_timeout_s
-        self._loads: dict[str, PullOrder | StoreLoadOrder] = {}
+        self._landings = landings
+        self._loads: dict[str, PullOrder | LandOrder | StoreLoadOrder] = {}
         self._held: Counter[str] = Counter()
         """By request, who still reads its blocks: an offer, a save, or both. It is sent when nobody does."""
         self._as_sent: set[str] = set()
@@ -98,6 +102,8 @@ class WorkerSide:
             self._save(save)
         for order in meta.pulls:
             self._load(order)
+        for land in meta.lands:
+            self._land(land)
         for load in meta.store_loads:
             self._load_stored(load)
         self._as_sent.update(meta.abandoned_as_sent)
@@ -114,6 +120,8 @@ class WorkerSide:
         if may_wait and self._ended == Ended() and (self._loads or self._held):
             self._news.wait(IDLE_WAIT_S)
         self._news.clear()
+        if self._landings is not None:
+            self._landings.abandon_failed()
         for event in self._link.poll():
             if isinstance(event, PullEnded):
                 self._pull_ended(event)
@@ -134,6 +142,8 @@ class WorkerSide:
 
     def close(self) -> None:
         """Let the sidecar go."""
+        if self._landings is not None:
+            self._landings.close()
         self._link.close()
 
     def _load(self, order: PullOrder) -> None:
@@ -142,6 +152,12 @@ class WorkerSide:
         self._link.pull(
             order.request_id, sources, list(order.local_block_ids), order.first_block, self._pull_timeout_s
         )  # fmt: skip
+
+    def _land(self, order: LandOrder) -> None:
+        assert self._landings is not None, "a landing was ordered of an engine that is not told to take part"
+        if order.local_block_ids:
+            self._loads[order.request_id] = order
+        self._landings.land(order)
 
     def _load_stored(self, order: StoreLoadOrder) -> None:
         self._loads[order.request_id] = order
@@ -153,10 +169,10 @@ class WorkerSide:
         self._ask_store(request, SAVE_TIMEOUT_S)
 
     def _abandon(self, request_id: str) -> None:
-        if isinstance(self._loads[request_id], PullOrder):
-            self._link.abandon(request_id)
-        else:
+        if isinstance(self._loads[request_id], StoreLoadOrder):
             self._ask_store(StoreAbandon(request_id), 0.0)
+        else:
+            self._link.abandon(request_id)
 
     def _stored_load_ended(self, event: StoreLoadEnded) -> None:
         order = self._loads.pop(event.load_id, None)
@@ -202,6 +218,7 @@ class WorkerSide:
         order = self._loads.pop(event.pull_id, None)
         if order is None:
             return
+        why = self._landings.ended(event.pull_id) if self._landings is not None else ""
         if event.ok:
             logger.debug(
                 "kv_loaded request_id=%s blocks=%d bytes=%d seconds=%.4f transport=%s peer=%s",
@@ -210,7 +227,7 @@ class WorkerSide:
         else:
             logger.warning(
                 "kv_load_failed request_id=%s peer=%s reason=%s message=%s",
-                event.pull_id, event.peer, event.reason, event.message,
+                event.pull_id, event.peer, "metaserver" if why else event.reason, why or event.message,
             )  # fmt: skip
         if self._received(event.pull_id) and not event.ok:
             self._ended.failed.add(event.pull_id)

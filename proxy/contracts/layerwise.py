@@ -35,8 +35,10 @@ class LayerwiseContract(UnansweredContract):
         return tuple(f"{name}-{i}" for i in range(call.num_prompts))
 
     def ask_body(self, call: ApiCall, metaserver: str) -> Body:
-        """The decoder's: the original, and where to call."""
-        params = {"do_remote_decode": False, "do_remote_prefill": True, "metaserver": metaserver}
+        """The decoder's: the original, and where to call. Of a list it calls for every prompt, as they are joined."""
+        params: dict[str, Any] = {"do_remote_decode": False, "do_remote_prefill": True, "metaserver": metaserver}
+        if call.route == "completions" and call.num_prompts > 1:
+            params["num_children"] = call.num_prompts
         return spliced(call, "kv_transfer_params", params)
 
     def push_body(self, call: ApiCall, posted: dict[str, dict[str, Any]]) -> Body:

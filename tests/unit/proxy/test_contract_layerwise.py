@@ -42,6 +42,11 @@ def test_the_decoder_gets_the_original_and_where_to_call() -> None:
     assert orjson.loads(made) == {**one.fields, "kv_transfer_params": params}
 
 
+def test_of_a_list_the_decoder_is_told_that_it_is_one() -> None:
+    made = orjson.loads(LAYERWISE.ask_body(call("completions", prompt=["a", "b"], max_tokens=9), URL))
+    assert made["kv_transfer_params"]["num_children"] == 2
+
+
 def test_the_prefiller_gets_what_was_posted_verbatim() -> None:
     one = call("chat", messages=[], max_tokens=9, stream=True, stream_options={"include_usage": True}, x=1)
     params = posted("chatcmpl-R")

@@ -172,7 +172,7 @@ def test_kv_goes_through_staging_buffers(version: tuple[int, int], prefill: str,
                     assert torch.equal(tensor[here], before[layer][there])
             assert prefiller.until(lambda done: done[0] == {"r"})
             staged = prefiller.scheduler._scheduler._staged
-            assert not staged._staged and not staged._tables and not staged._requests
+            assert not staged._staged and not staged._tables.blocks and not staged._requests
         finally:
             decoder.close()
             prefiller.close()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from engine_adapter.torch_engine import pushes
+from engine_adapter import mark_pace
 from engine_adapter.torch_engine.kv_transfer import KvEvents, KvTransferUnavailable, PullResult
 from engine_adapter.torch_engine.model_loader import LoadedModel
 from engine_adapter.torch_engine.sequence import EngineRequestError
@@ -79,7 +79,7 @@ def transfer() -> PushingTransfer:
 
 @pytest.fixture
 def prefiller(tiny: LoadedModel, transfer: PushingTransfer, monkeypatch: pytest.MonkeyPatch) -> CoreHarness:
-    monkeypatch.setattr(pushes, "MIN_MARK_BYTES", 1)
+    monkeypatch.setattr(mark_pace, "MIN_MARK_BYTES", 1)
     harness = CoreHarness(tiny, kv_transfer=transfer, max_num_batched_tokens=100)
     transfer.harness = harness
     return harness

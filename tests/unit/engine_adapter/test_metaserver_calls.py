@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 import pytest
 
-from engine_adapter.torch_engine.metaserver_calls import MetaserverCalls
+from engine_adapter.metaserver_calls import MetaserverCalls
 from tests.integration.deployment import free_port
 
 

@@ -1,4 +1,4 @@
-"""Calls of a layerwise decoder to the proxy's metaserver, off the engine thread: bounded, retried, failures told."""
+"""Calls of a layerwise decoder to the proxy's metaserver, off its engine's thread: bounded, retried, failures told."""
 
 from __future__ import annotations
 
