@@ -282,8 +282,8 @@ def push_target(landing: PushLanding) -> PushTarget:
 
 
 def push_landing(
-    link: SidecarLink, landing: Landing | None, request_id: str, block_ids: Sequence[int], block_size: int, num_tokens: int,
-    first_block: int,
+    link: SidecarLink, landing: Landing | None, request_id: str, block_ids: Sequence[int], block_size: int,
+    num_tokens: int, first_block: int,
 ) -> PushLanding | None:  # fmt: skip
     """What a decoder posts of blocks that it has just landed through `link`; None if the sidecar was lost meanwhile."""
     client = link.client

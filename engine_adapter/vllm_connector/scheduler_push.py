@@ -142,8 +142,8 @@ class SchedulerPush:
             return []
         if push.open and not finished_well(request):
             self._link.revoke(push.open)
-        elif not push.open and finished_well(request):
-            self._refuse(request, "its blocks were taken away before it ended, or no lease could be made")
+        elif push.leases and not push.open and finished_well(request):
+            self._refuse(request, "it was preempted before it ended")
         return [OfferNote(request_id, (lease,)) for lease in push.leases]
 
     def _begin(self, push: _Push) -> bool:

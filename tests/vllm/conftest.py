@@ -15,8 +15,8 @@ from tests.vllm.servers import VLLM_VENV, Server, baton, proxy_server, running, 
 collect_ignore_glob = [] if VLLM_VENV else ["test_*.py"]
 
 ORDER = (
-    "test_split.py", "test_prefix_store.py", "test_topologies.py", "test_tensor_parallel.py", "test_others.py",
-    "test_recipes.py",
+    "test_split.py", "test_layerwise.py", "test_prefix_store.py", "test_topologies.py", "test_tensor_parallel.py",
+    "test_others.py", "test_recipes.py",
 )  # fmt: skip
 """What matters most comes first: CI has only so much time for these."""
 LAST = "test_a_prefiller_that_dies_leaves_clean_errors"

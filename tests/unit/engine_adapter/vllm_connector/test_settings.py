@@ -42,6 +42,8 @@ def test_a_role_that_agrees_is_taken() -> None:
         ("kv_both", {"metrics_port": 70000}, "metrics_port"),
         ("kv_both", {"memory": "stageing"}, "did you mean staging"),
         ("kv_both", {"staging_bytes": 0}, "at least 1"),
+        ("kv_both", {"contract": "layer-wise"}, "none of pull, layerwise; did you mean layerwise"),
+        ("kv_both", {"push_timeout_s": 0}, "push_timeout_s must be above 0"),
     ],
 )
 def test_what_cannot_work_is_refused_with_the_remedy(kv_role: str, extra: dict[str, Any], says: str) -> None:

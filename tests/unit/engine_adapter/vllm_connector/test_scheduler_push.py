@@ -1,0 +1,324 @@
+"""What is landed, leased and marked for layerwise push, and when leases end, over a link that only remembers."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from engine_adapter.push_params import PushLanding
+from engine_adapter.vllm_connector import compat
+from engine_adapter.vllm_connector.metadata import MarkOrder
+from engine_adapter.vllm_connector.scheduler_push import SchedulerPush
+from engine_adapter.vllm_connector.scheduler_side import SchedulerSide
+from sidecar.errors import OfferRefused
+from sidecar.protocol import Offer, PushTarget, Ready
+from tests.unit.engine_adapter.vllm_connector.fake_vllm import request
+
+TO_METASERVER = {"do_remote_prefill": True, "do_remote_decode": False, "metaserver": "http://127.0.0.1:8000/v1/m"}
+NAME = "cmpl-r-0"
+ID = f"{NAME}-0123abcd"
+"""As vLLM 0.14 and later make it of NAME."""
+
+
+class Client:
+    def __init__(self) -> None:
+        self.refuses = False
+        self.pushed: list[tuple[str, list[int], int, PushTarget, Ready]] = []
+
+    def push(
+        self, request_id: str, block_ids: list[int], num_tokens: int, ttl_s: float, target: PushTarget, ready: Ready
+    ) -> Offer:
+        if self.refuses:
+            raise OfferRefused("too many leases")
+        self.pushed.append((request_id, list(block_ids), num_tokens, target, ready))
+        return Offer(f"t{len(self.pushed)}", "secret", "epoch", 1e9)
+
+
+class Link:
+    """What SchedulerPush uses of a SchedulerLink."""
+
+    def __init__(self) -> None:
+        self.client: Client | None = Client()
+        self.revoked: list[str] = []
+        self.revoked_now: list[str] = []
+        self.dropped: list[Any] = []
+
+    def poll(self) -> list[Any]:
+        return []
+
+    def revoke(self, transfer_id: str) -> None:
+        self.revoked.append(transfer_id)
+
+    def revoke_now(self, transfer_id: str) -> None:
+        self.revoked_now.append(transfer_id)
+
+    def drop(self, source: Any) -> None:
+        self.dropped.append(source)
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture
+def link() -> Link:
+    return Link()
+
+
+def side_of(link: Link, kv_role: str = "kv_both", fault: str = "") -> SchedulerSide:
+    push = SchedulerPush([link], kv_role, 16, 30.0, fault)  # type: ignore[list-item]
+    return SchedulerSide([link], kv_role, 16, 30.0, push=push)  # type: ignore[list-item]
+
+
+@pytest.fixture
+def side(link: Link) -> SchedulerSide:
+    return side_of(link)
+
+
+def landing(num_tokens: int = 40, num_blocks: int = 3, name: str = NAME, landing_id: str = "l") -> dict[str, Any]:
+    first = 0 if landing_id else num_blocks
+    landed = PushLanding(
+        name, "d", "h", 7, (1, 2, 3), 16, num_tokens, first, num_blocks, landing_id, "token", "far"
+    )  # fmt: skip
+    return landed.to_wire()
+
+
+def step(request_id: str, computed: int, num_tokens: int, block_ids: list[int], *, resumed: bool = False) -> Any:
+    """A step of vLLM 0.32 that computes tokens of one request."""
+    new = [SimpleNamespace(req_id=request_id, block_ids=(block_ids,), num_computed_tokens=computed)]
+    cached = SimpleNamespace(req_ids=[], new_block_ids=[], num_computed_tokens=[], resumed_req_ids=set())
+    if (computed and computed % 16 == 0) or resumed:
+        new, cached.req_ids, cached.new_block_ids = [], [request_id], [(block_ids,)]
+        cached.num_computed_tokens, cached.resumed_req_ids = [computed], {request_id} if resumed else set()
+    return SimpleNamespace(
+        scheduled_new_reqs=new, scheduled_cached_reqs=cached, num_scheduled_tokens={request_id: num_tokens}
+    )
+
+
+# A decoder.
+
+
+@pytest.mark.parametrize(("num_tokens", "landed"), [(40, 3), (33, 2), (32, 2), (2, 1)])
+def test_a_decoder_lands_all_but_what_the_last_token_alone_is_in(
+    side: SchedulerSide, num_tokens: int, landed: int
+) -> None:
+    asked = request(ID, TO_METASERVER, num_tokens)
+    assert side.num_new_matched_tokens(asked, 0) == (num_tokens, True)
+    side.allocated(asked, [7, 8, 9][: -(-num_tokens // 16)], num_tokens)
+    assert side.num_new_matched_tokens(asked, 0) == (0, False)
+    side.allocated(asked, [], 0)  # vLLM tells a second time, after the load
+    (order,) = side.next_meta().lands
+    assert (order.request_id, order.name, order.metaserver) == (ID, NAME, TO_METASERVER["metaserver"])
+    assert (order.local_block_ids, order.first_block, order.num_tokens) == ((7, 8, 9)[:landed], 0, num_tokens)
+    assert not side.next_meta().lands
+
+
+def test_what_the_decoder_has_is_not_asked_for(side: SchedulerSide) -> None:
+    asked = request(ID, TO_METASERVER, 40)
+    assert side.num_new_matched_tokens(asked, 32) == (8, True)
+    side.allocated(asked, [7, 8, 9], 8)
+    (order,) = side.next_meta().lands
+    assert (order.local_block_ids, order.first_block) == ((9,), 2)
+
+
+@pytest.mark.parametrize(("num_tokens", "cached"), [(33, 32), (1, 0)])
+def test_nothing_is_asked_for_where_only_the_last_token_is_missing(
+    side: SchedulerSide, num_tokens: int, cached: int
+) -> None:
+    asked = request(ID, TO_METASERVER, num_tokens)
+    assert side.num_new_matched_tokens(asked, cached) == (0, False)
+    side.allocated(asked, [7, 8, 9], 0)
+    assert not side.next_meta().lands
+
+
+@pytest.mark.parametrize(("name", "more"), [("cmpl-r-0", {"num_children": 2}), ("cmpl-r-1", {})])
+def test_of_a_list_it_tells_that_it_wants_nothing(side: SchedulerSide, name: str, more: dict[str, Any]) -> None:
+    """The others of the list wait for its call."""
+    asked = request(f"{name}-0123abcd", {**TO_METASERVER, **more}, 33)
+    side.allocated(asked, [7, 8, 9], 0)
+    (order,) = side.next_meta().lands
+    assert (order.name, order.local_block_ids) == (name, ())
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_an_aborted_landing_is_abandoned_and_its_blocks_stay(
+    side: SchedulerSide, keeps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine_adapter.vllm_connector.scheduler_side.ABORTED_LOAD_KEEPS_ITS_BLOCKS", keeps)
+    asked = request(ID, TO_METASERVER, 40)
+    side.allocated(asked, [7, 8, 9], 40)
+    side.next_meta()
+    assert side.finished(asked, [7, 8, 9]) == (not keeps, None)
+    assert side.next_meta().abandoned == [ID]
+
+
+def test_a_failed_landing_is_not_asked_for_again(side: SchedulerSide) -> None:
+    asked = request(ID, TO_METASERVER, 40)
+    side.allocated(asked, [7, 8, 9], 40)
+    side.next_meta()
+    side.received([ID])
+    assert side.num_new_matched_tokens(asked, 0) == (0, False)  # with kv_load_failure_policy recompute
+    assert side.finished(asked, [7, 8, 9]) == (False, None)
+    assert not side.next_meta().abandoned
+
+
+@pytest.mark.parametrize(
+    ("kv_role", "fault", "params"),
+    [
+        ("kv_producer", "", TO_METASERVER),
+        ("kv_both", "this engine pulls", TO_METASERVER),
+        ("kv_both", "", {**TO_METASERVER, "metaserver": "ftp://x"}),
+        ("kv_both", "", {**TO_METASERVER, "metaserver": 3, "num_children": 2}),
+    ],
+)
+def test_a_prompt_that_cannot_be_pushed_here_is_computed_here(
+    link: Link, kv_role: str, fault: str, params: dict[str, Any]
+) -> None:
+    side = side_of(link, kv_role, fault)
+    asked = request(ID, params, 40)
+    assert side.num_new_matched_tokens(asked, 0) == (0, False)
+    side.allocated(asked, [7, 8, 9], 0)
+    assert not side.next_meta().lands
+    assert side.finished(asked, [7, 8, 9]) == (False, None)
+
+
+# A prefiller.
+
+
+def test_a_prompt_of_one_chunk_is_leased_and_marked_in_its_step(side: SchedulerSide, link: Link) -> None:
+    asked = request(ID, landing(), 40)
+    assert side.num_new_matched_tokens(asked, 0) == (0, False)
+    side.allocated(asked, [4, 5, 6], 0)
+    assert side.next_meta(step(ID, 0, 40, [4, 5, 6])).marks == [MarkOrder("t1", 0, 3)]
+    assert link.client is not None
+    [(request_id, block_ids, num_tokens, target, ready)] = link.client.pushed
+    assert (request_id, block_ids, num_tokens, ready) == (ID, [4, 5, 6], 40, Ready())
+    assert target == PushTarget("h", 7, "d", "l", "token", "far")
+    assert not side.next_meta(step(ID, 40, 1, [])).marks  # vLLM may run ahead by a token
+    asked.status.name = "FINISHED_LENGTH_CAPPED"
+    assert side.finished(asked, [4, 5, 6]) == (True, None)
+    (note,) = side.next_meta().offers
+    assert (note.request_id, note.leases) == (ID, (("t1", "epoch"),))
+    assert not link.revoked
+
+
+def test_a_prompt_of_several_chunks_is_leased_with_its_last(side: SchedulerSide, link: Link) -> None:
+    asked = request(ID, landing(90, 6), 90)
+    side.allocated(asked, [], 0)
+    assert not side.next_meta(step(ID, 0, 48, [1, 2, 3])).marks
+    assert not side.next_meta(step(ID, 48, 32, [4, 5])).marks
+    assert link.client is not None and not link.client.pushed
+    assert side.next_meta(step(ID, 80, 10, [6])).marks == [MarkOrder("t1", 5, 6)]
+    assert link.client.pushed[0][1] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_cached_prefix_is_not_taken_for_computed(side: SchedulerSide) -> None:
+    """Another request of the same step may be about to compute it."""
+    asked = request(ID, landing(), 40)
+    side.allocated(asked, [], 0)
+    first = step(ID, 32, 8, [4, 5, 6])
+    first.scheduled_new_reqs = [SimpleNamespace(req_id=ID, block_ids=([4, 5, 6],), num_computed_tokens=32)]
+    first.scheduled_cached_reqs = step(ID, 0, 8, []).scheduled_cached_reqs
+    assert side.next_meta(first).marks == [MarkOrder("t1", 0, 3)]
+
+
+def test_an_aborted_push_is_revoked_and_its_blocks_stay(side: SchedulerSide, link: Link) -> None:
+    asked = request(ID, landing(), 40)
+    side.allocated(asked, [], 0)
+    side.next_meta(step(ID, 0, 40, [4, 5, 6]))
+    asked.status.name = "FINISHED_ABORTED"
+    assert side.finished(asked, [4, 5, 6]) == (True, None)
+    assert link.revoked == ["t1"]
+    assert [note.leases for note in side.next_meta().offers] == [(("t1", "epoch"),)]
+
+
+def test_one_that_is_aborted_before_its_lease_holds_nothing(side: SchedulerSide, link: Link) -> None:
+    asked = request(ID, landing(90, 6), 90, "FINISHED_ABORTED")
+    side.allocated(asked, [], 0)
+    asked.status.name = "RUNNING"
+    side.next_meta(step(ID, 0, 48, [1, 2, 3]))
+    asked.status.name = "FINISHED_ABORTED"
+    assert side.finished(asked, [1, 2, 3]) == (False, None)
+    assert not link.revoked and not side.next_meta().offers
+
+
+def test_a_preempted_push_is_taken_back_before_its_blocks_are_others(side: SchedulerSide, link: Link) -> None:
+    asked = request(ID, landing(), 40)
+    side.allocated(asked, [], 0)
+    side.next_meta(step(ID, 0, 40, [4, 5, 6]))
+    asked.status.name = "PREEMPTED"
+    other = step("another", 0, 5, [4])
+    assert not side.next_meta(other).marks
+    assert link.revoked_now == ["t1"]
+    side.next_meta(other)
+    assert link.revoked_now == ["t1"]
+    asked.status.name = "RUNNING"
+    side.allocated(asked, [], 0)
+    assert side.next_meta(step(ID, 16, 24, [7, 8, 9], resumed=True)).marks == [MarkOrder("t2", 0, 3)]
+    assert link.client is not None and link.client.pushed[1][1] == [7, 8, 9]
+    asked.status.name = "FINISHED_LENGTH_CAPPED"
+    assert side.finished(asked, [7, 8, 9]) == (True, None)
+    assert [note.leases for note in side.next_meta().offers] == [(("t1", "epoch"),), (("t2", "epoch"),)]
+
+
+def test_a_preempted_chunk_counts_for_nothing(side: SchedulerSide, link: Link) -> None:
+    asked = request(ID, landing(90, 6), 90)
+    side.allocated(asked, [], 0)
+    side.next_meta(step(ID, 0, 48, [1, 2, 3]))
+    asked.status.name = "PREEMPTED"
+    side.next_meta(step("another", 0, 5, [4]))
+    asked.status.name = "RUNNING"
+    marks = side.next_meta(step(ID, 48, 42, [9, 8, 7, 6, 5, 4], resumed=True)).marks
+    assert marks == [MarkOrder("t1", 0, 6)]
+    assert link.client is not None and link.client.pushed[0][1] == [9, 8, 7, 6, 5, 4]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        landing(41),  # another prompt
+        landing(40, 2),  # another block size
+        landing(landing_id=""),  # the decoder has it all
+        {**landing(), "baton": {**landing()["baton"], "version": 99}},
+        {**landing(), "batch_kv_transfer_params": {"cmpl-other-0": landing()}},
+    ],
+)
+def test_what_does_not_fit_is_prefilled_and_not_pushed(side: SchedulerSide, link: Link, params: dict[str, Any]) -> None:
+    asked = request(ID, params, 40)
+    side.allocated(asked, [], 0)
+    assert not side.next_meta(step(ID, 0, 40, [4, 5, 6])).marks
+    asked.status.name = "FINISHED_LENGTH_CAPPED"
+    assert side.finished(asked, [4, 5, 6]) == (False, None)  # neither is it held out to be pulled
+    assert link.client is not None and not link.client.pushed
+
+
+def test_each_prompt_of_a_list_goes_to_its_own_landing(side: SchedulerSide, link: Link) -> None:
+    batch = {name: landing(name=name, landing_id=name) for name in ("cmpl-r-0", "cmpl-r-1")}
+    params = {**batch["cmpl-r-0"], "batch_kv_transfer_params": batch}
+    asked = request("cmpl-r-1-0123abcd", params, 40)
+    side.allocated(asked, [], 0)
+    side.next_meta(step(asked.request_id, 0, 40, [4, 5, 6]))
+    assert link.client is not None and link.client.pushed[0][3].landing_id == "cmpl-r-1"
+
+
+@pytest.mark.parametrize("how", ["away", "refused"])
+def test_a_sidecar_that_makes_no_lease_leaves_a_plain_prefill(side: SchedulerSide, link: Link, how: str) -> None:
+    assert link.client is not None
+    link.client.refuses = True
+    link.client = None if how == "away" else link.client
+    asked = request(ID, landing(), 40)
+    side.allocated(asked, [], 0)
+    assert not side.next_meta(step(ID, 0, 40, [4, 5, 6])).marks
+    asked.status.name = "FINISHED_LENGTH_CAPPED"
+    assert side.finished(asked, [4, 5, 6]) == (False, None)
+
+
+def test_the_proxy_s_name_of_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "chatcmpl-r-0123456789abcdef"
+    assert compat.external_id(request(f"{name}-0123abcd", None)) == name
+    assert compat.external_id(request(name, None)) == name
+    monkeypatch.setenv("VLLM_DISABLE_REQUEST_ID_RANDOMIZATION", "1")
+    assert compat.external_id(request("cmpl-0123abcd", None)) == "cmpl-0123abcd"
+    monkeypatch.delenv("VLLM_DISABLE_REQUEST_ID_RANDOMIZATION")
+    monkeypatch.setattr(compat, "VERSION", (0, 13))
+    assert compat.external_id(request("cmpl-0123abcd", None)) == "cmpl-0123abcd"
