@@ -17,6 +17,7 @@ WITHIN = frozenset(
         "hang_mid",
         "garbage_mid",
         "bad_json",
+        "push_failed",
         "no_kv",
         "recomputed",
         "cut_at",

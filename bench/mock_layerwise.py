@@ -81,7 +81,10 @@ class LayerwiseInstance(MockInstance):
             alone(fields)
             return
         check, request_id = self.ledger.check, request.request_id
-        check(set(params) == {"do_remote_decode", "do_remote_prefill", "metaserver"}, f"decode: told {params}")
+        posts = self._posts(request_id, fields, chat)
+        several = {"num_children": len(posts)} if len(posts) > 1 else {}
+        told = {"do_remote_decode": False, "do_remote_prefill": True, "metaserver": params.get("metaserver"), **several}
+        check(params == told, f"decode: told {params}")
         check(params.get("do_remote_prefill") is True, "decode: do_remote_prefill is not true")
         check(params.get("do_remote_decode") is False, "decode: do_remote_decode is not false")
         check(request_id not in self.decodes.waiting, f"decode: {request_id} is in use")
@@ -94,7 +97,7 @@ class LayerwiseInstance(MockInstance):
             self.aborted(connection)
             self.decodes.waiting.pop(request_id, None)
 
-        waiting = Waiting(request_id, self._posts(request_id, fields, chat), start)
+        waiting = Waiting(request_id, posts, start)
         self.decodes.waiting[request_id] = waiting
         connection.on_lost = left
         self.counts["waits"] += 1
@@ -163,6 +166,11 @@ class LayerwiseInstance(MockInstance):
 
         def finish() -> None:
             if connection.gone:
+                return
+            if fault is not None and fault.kind == "push_failed":
+                params = {"baton": {"version": 1, "push_failed": fault.message}}
+                told = orjson.dumps({**orjson.loads(body.partition(b"\r\n\r\n")[2]), "kv_transfer_params": params})
+                self._answer(connection, json_response(200, told))
                 return
             if fault is not None:
                 self._fail_within(connection, body, fault)

@@ -65,6 +65,11 @@ class PushLanding:
         }
 
 
+def push_failed(reason: str) -> dict[str, Any]:
+    """What a prefiller answers that has computed the prompt, and knows by then that nobody was given its KV."""
+    return {"baton": {"version": BATON_PARAMS_VERSION, "push_failed": reason}}
+
+
 def child_id(response_id: str, prompt_index: int) -> str:
     """The id under which the proxy expects the call for one prompt; vLLM numbers those of /v1/completions only."""
     return f"{response_id}-{prompt_index}" if response_id.startswith("cmpl-") else response_id

@@ -127,11 +127,11 @@ class SidecarLink:
         self._failed_at_once.append(PullEnded(pull_id, False, "sidecar_lost", message, 0, 0, 0.0, "", ""))
         return None
 
-    def mark_ready(self, transfer_id: str, ready: Ready) -> None:
+    def mark_ready(self, transfer_id: str, ready: Ready, block_ids: Sequence[int] = ()) -> None:
         """More of a push is computed; a lost sidecar has ended it anyway. Sends, and waits for nothing."""
         if (client := self.client) is not None:
             with contextlib.suppress(SidecarError):
-                client.mark_ready(transfer_id, ready)
+                client.mark_ready(transfer_id, ready, block_ids)
 
     def drop(self, source: PullSource) -> None:
         """Tell the producer that nobody will read this lease."""

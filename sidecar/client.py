@@ -135,15 +135,19 @@ class SidecarClient:
         return self._call(lambda call_id: OfferBlocks(call_id, request_id, ids, num_tokens, ttl_s), Offer)
 
     def push(
-        self, request_id: str, block_ids: Sequence[int], num_tokens: int, ttl_s: float, target: PushTarget, ready: Ready
-    ) -> Offer:
-        """Like `offer`, of blocks that are still computed, to a landing elsewhere; `mark_ready` follows."""
+        self, request_id: str, block_ids: Sequence[int], num_tokens: int, ttl_s: float, target: PushTarget,
+        ready: Ready, num_blocks: int = 0,
+    ) -> Offer:  # fmt: skip
+        """Like `offer`, of blocks that are still computed, to a landing elsewhere; `mark_ready` follows, and brings
+        the blocks that `block_ids` lacks to be `num_blocks`."""
         ids = list(block_ids)
-        return self._call(lambda id: PushBlocks(id, request_id, ids, num_tokens, ttl_s, ready, target), Offer)
+        return self._call(
+            lambda id: PushBlocks(id, request_id, ids, num_tokens, ttl_s, ready, target, num_blocks), Offer
+        )
 
-    def mark_ready(self, transfer_id: str, ready: Ready) -> None:
+    def mark_ready(self, transfer_id: str, ready: Ready, block_ids: Sequence[int] = ()) -> None:
         """More of a push lies in the pool. Sends, and waits for nothing. Raises SidecarUnavailable."""
-        self._send(MarkReady(transfer_id, ready))
+        self._send(MarkReady(transfer_id, ready, tuple(block_ids)))
 
     def land(
         self, pull_id: str, local_block_ids: Sequence[int], *, first_block: int = 0, deadline_s: float = 30.0

@@ -148,7 +148,7 @@ class EngineSession:
             return
         self.send(offer)
         if isinstance(message, PushBlocks):
-            num_blocks = len(message.block_ids)
+            num_blocks = max(len(message.block_ids), message.num_blocks)
             self._tenancy.deliveries.begin(message.target, offer.transfer_id, offer.token, num_blocks)
 
     def _land(self, message: Land) -> None:

@@ -102,6 +102,8 @@ class Lease:
     claimed_at: float = 0.0
     ready: Ready | None = None
     """How much is computed, normal; None: all."""
+    num_blocks: int = 0
+    """Of the whole lease; `block_ids` has the first of them while it is computed."""
     group: tuple[str, str, int] = ("", "", 1)
     readers: dict[int, int] = field(default_factory=dict)
     have_read: set[int] = field(default_factory=set)
@@ -136,13 +138,17 @@ class LeaseTable:
         ttl_s: float,
         now: float,
         ready: Ready | None = None,
+        num_blocks: int = 0,
     ) -> Lease:
-        """A new lease until `now + ttl_s`. Raises Refusal("invalid") at the limit of leases."""
+        """A new lease until `now + ttl_s`; `num_blocks` as in PushBlocks.
+
+        Raises Refusal("invalid") at the limit of leases.
+        """
         if len(self._leases) >= self._max_leases:
             raise Refusal("invalid", f"{self._max_leases} leases are out, which is the limit")
         expires_at = now + ttl_s
         lease = Lease(transfer_id, token, request_id, tuple(block_ids), num_tokens, expires_at, expires_at)
-        lease.ready = ready
+        lease.ready, lease.num_blocks = ready, max(num_blocks, len(lease.block_ids))
         self._leases[transfer_id] = lease
         heapq.heappush(self._expiries, (expires_at, transfer_id))
         return lease
@@ -169,14 +175,19 @@ class LeaseTable:
         lease.expires_at = max(lease.expires_at, now + self._claim_ttl_s)
         return lease
 
-    def advance(self, transfer_id: str, ready: Ready) -> Lease | None:
+    def advance(self, transfer_id: str, ready: Ready, more_block_ids: Sequence[int] = ()) -> Lease | None:
         """More is computed, `ready` being normal; None if the lease has ended. Raises Refusal on a step back."""
         lease = self._leases.get(transfer_id)
         if lease is None:
             return None
-        if lease.ready is None or ready.end_block > len(lease.block_ids) or not follows(lease.ready, ready):
+        has_blocks = len(lease.block_ids) + len(more_block_ids)
+        if has_blocks > lease.num_blocks:
+            raise Refusal("invalid", f"transfer {transfer_id!r} has {lease.num_blocks} blocks, not {has_blocks}")
+        if lease.ready is None or ready.end_block > has_blocks or not follows(lease.ready, ready):
             raise Refusal("invalid", f"transfer {transfer_id!r} was computed as far as {lease.ready}, not to {ready}")
         lease.ready = ready
+        if more_block_ids:
+            lease.block_ids += tuple(more_block_ids)
         return lease
 
     def heartbeat(self, transfer_id: str, token: str, claimant: Claimant, now: float) -> Lease:
@@ -193,7 +204,7 @@ class LeaseTable:
         Raises Refusal if it was not valid, or not claimed over this connection.
         """
         lease = self._find(transfer_id, token, claimant.engine_id, now)
-        if lease.ready is not None and lease.ready.first_block < len(lease.block_ids):
+        if lease.ready is not None and lease.ready.first_block < lease.num_blocks:
             raise Refusal("invalid", f"transfer {transfer_id!r} is not computed yet: nobody can have read it")
         index = self._leave(lease, claimant)
         lease.have_read.add(index)

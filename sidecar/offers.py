@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from sidecar.config import SidecarConfig
 from sidecar.errors import OfferRefused, Refusal
@@ -48,20 +48,22 @@ class Offers:
     def offer(self, request: OfferBlocks | PushBlocks) -> Offer:
         """Lease the engine's blocks. Raises OfferRefused."""
         block_ids = request.block_ids
-        ready = None
+        ready, num_blocks = None, 0
         if isinstance(request, PushBlocks):
+            num_blocks = request.num_blocks
             if fault := mark_fault(request.ready, len(block_ids), self._num_layers):
                 raise OfferRefused(fault)
             ready = normal(request.ready, self._num_layers)
-        if block_ids and max(block_ids) >= self._num_blocks:
+        if fault := self._fault(block_ids):
             self._metrics.offer_refused("invalid")
-            raise OfferRefused(f"block {max(block_ids)} is not in the pool of {self._num_blocks} blocks")
+            raise OfferRefused(fault)
         transfer_id, token = secrets.token_hex(8), secrets.token_hex(16)
         now = self._loop.time()
         try:
             self._table.offer(
-                transfer_id, token, request.request_id, block_ids, request.num_tokens, request.ttl_s, now, ready
-            )
+                transfer_id, token, request.request_id, block_ids, request.num_tokens, request.ttl_s, now, ready,
+                num_blocks,
+            )  # fmt: skip
         except Refusal as refusal:
             self._metrics.offer_refused(refusal.reason)
             raise OfferRefused(refusal.message) from refusal
@@ -79,13 +81,13 @@ class Offers:
 
     def advance(self, mark: MarkReady) -> None:
         """More of a push is computed: whoever has claimed it is told. Raises Refusal on a mark that is none."""
-        if fault := mark_fault(mark.ready, mark.ready.end_block, self._num_layers):
+        if fault := mark_fault(mark.ready, mark.ready.end_block, self._num_layers) or self._fault(mark.block_ids):
             raise Refusal("invalid", fault)
         ready = normal(mark.ready, self._num_layers)
-        if self._table.advance(mark.transfer_id, ready) is None:
+        if self._table.advance(mark.transfer_id, ready, mark.block_ids) is None:
             return
         if (follower := self._followers.get(mark.transfer_id)) is not None:
-            follower(Computed(mark.transfer_id, ready))
+            follower(Computed(mark.transfer_id, ready, mark.block_ids))
 
     def follow(self, lease: Lease, tell: Callable[[Message], None]) -> None:
         """Tell the one who claimed `lease` of all that happens to it, for as long as it is computed."""
@@ -136,6 +138,12 @@ class Offers:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def _fault(self, block_ids: Sequence[int]) -> str:
+        """Why these are no blocks of the pool; "" if they are."""
+        if not block_ids or max(block_ids) < self._num_blocks:
+            return ""
+        return f"block {max(block_ids)} is not in the pool of {self._num_blocks} blocks"
 
     def _settle_soon(self) -> None:
         """Settle once the answer to the consumer, who waits for it, has been sent."""

@@ -70,13 +70,15 @@ class Claimed(Message, tag="claimed", frozen=True):
     num_tokens: Natural
     expires_in_s: float
     ready: Ready | None = None  # None: all is computed; else Computed follows on this connection until it is
+    num_blocks: Natural = 0  # of the whole lease, whose other blocks come with Computed; 0: these are all
 
 
 class Computed(Message, tag="computed", frozen=True):
-    """More of a claimed lease is computed."""
+    """More of a claimed lease is computed; `block_ids` are its next blocks."""
 
     transfer_id: str
     ready: Ready
+    block_ids: tuple[Natural, ...] = ()
 
 
 class Withdrawn(Message, tag="withdrawn", frozen=True):

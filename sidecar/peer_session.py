@@ -158,7 +158,8 @@ class PeerSession:
             reader = Reader(message.group, message.reader, message.num_readers)
             lease, lasts_s = offers.claim(message.transfer_id, message.token, self._claimant, reader)
             offers.follow(lease, self._send)
-            return Claimed(message.call_id, list(lease.block_ids), lease.num_tokens, lasts_s, lease.ready)
+            block_ids = list(lease.block_ids)
+            return Claimed(message.call_id, block_ids, lease.num_tokens, lasts_s, lease.ready, lease.num_blocks)
         if isinstance(message, Heartbeat):
             offers.heartbeat(message.transfer_id, message.token, self._claimant)
         else:

@@ -83,6 +83,7 @@ CHANGES = {
     4: "layerwise push: land, push and its marks from engines; deliver, computed and withdrawn between sidecars",
     5: "prefix store: store_lookup, store_load, store_abandon, store_save; the sidecar's hello names the tiers",
     6: "register_pool: memory of the sidecar's own process by address, device memory by an IPC key",
+    7: "a push may begin with the first of its blocks: mark_ready and computed bring the others",
 }
 """What each version changed; an end speaks exactly one."""
 PROTOCOL_VERSION = max(CHANGES)
@@ -206,13 +207,16 @@ class PushBlocks(Message, tag="push_blocks", frozen=True):
     ttl_s: Seconds
     ready: Ready
     target: PushTarget
+    num_blocks: Natural = 0
+    """Of the whole lease; those that `block_ids` lacks come with marks. 0: it lacks none."""
 
 
 class MarkReady(Message, tag="mark_ready", frozen=True):
-    """More of a push is computed; `ready` holds all that was marked before."""
+    """More of a push is computed; `ready` holds all that was marked before. `block_ids` are the lease's next."""
 
     transfer_id: Id
     ready: Ready
+    block_ids: tuple[Natural, ...] = ()
 
 
 class Revoke(Message, tag="revoke", frozen=True):

@@ -61,6 +61,8 @@ class Reading:
         self._interruption: Interrupted | None = None
         self._waiter: asyncio.Future[object] | None = None
         self._ready: Ready | None = None
+        self._more_block_ids: list[int] = []
+        """Of the lease, that have come since it was claimed."""
         self._news: asyncio.Future[None] | None = None
 
     @property
@@ -82,6 +84,7 @@ class Reading:
             self.interrupt(message.reason, message.message)
             return
         self._ready = message.ready
+        self._more_block_ids += message.block_ids
         if self._news is not None and not self._news.done():
             self._news.set_result(None)
 
@@ -91,22 +94,17 @@ class Reading:
         self._link = link
         link.readers.add(self)
         try:
-            num_blocks = len(self._request.local_block_ids)
-            if link.reshard is not None and link.reshard.pieces(num_blocks) > MAX_PLANNED_AT_ONCE:
-                spans = await asyncio.to_thread(self._plan, link, claimed, destination)
-            else:
-                spans = self._plan(link, claimed, destination)
             if claimed.ready is not None:
-                await self._copy_as_ready(link, claimed, claimed.ready, spans)
-            elif spans:
+                await self._copy_as_ready(link, claimed, claimed.ready)
+            elif spans := await self._plan_all(link, claimed.block_ids, destination):
                 await self._copy(link, spans)
+                self.num_bytes = spans.num_bytes
         except Refusal:
             self._fail(link)
             raise
         except Exception:
             link.readers.discard(self)
             raise
-        self.num_bytes = spans.num_bytes
         self.progress.step(Happening.COPIED)
 
     async def confirm(self) -> None:
@@ -178,6 +176,7 @@ class Reading:
             self.progress.step(Happening.CONNECTED)
             destination = None
             try:
+                self._more_block_ids = []
                 link.follow(source, self.follow)  # before the claim: marks may come right behind its answer
                 answer = link.claim(source, self._reader)
                 if link.reshard is None:
@@ -216,51 +215,62 @@ class Reading:
                 f"{link.name} has stage_layers {layout.stage_layers}, the pull says {request.stage_layers}",
             )
 
-    def _plan(self, link: Link, claimed: Claimed, destination: Destination | None) -> Spans:
+    async def _plan_all(self, link: Link, block_ids: list[int], destination: Destination | None = None) -> Spans:
+        if link.reshard is not None and link.reshard.pieces(len(self._request.local_block_ids)) > MAX_PLANNED_AT_ONCE:
+            return await asyncio.to_thread(self._plan, link, block_ids, destination)
+        return self._plan(link, block_ids, destination)
+
+    def _plan(self, link: Link, block_ids: list[int], destination: Destination | None) -> Spans:
         request = self._request
         local, first = request.local_block_ids, request.first_block
         if destination is None:
             assert link.reshard is not None
-            spans = link.reshard.plan(claimed.block_ids, local, first)
+            spans = link.reshard.plan(block_ids, local, first)
         else:
-            remote = claimed.block_ids[first : first + len(local)]
-            if len(remote) != len(local):
-                raise Refusal(
-                    "invalid",
-                    f"blocks {first} to {first + len(local)} were asked for, the lease has {len(claimed.block_ids)}",
-                )
-            spans = destination.plan(link.layout, remote)
+            self._check_wanted(len(block_ids))
+            spans = destination.plan(link.layout, block_ids[first : first + len(local)])
         check_spans(spans, link.num_bytes, self._consumer.registration.region.num_bytes)
         return spans
 
-    async def _copy_as_ready(self, link: Link, claimed: Claimed, ready: Ready, whole: Spans) -> None:
+    def _check_wanted(self, num_blocks: int) -> None:
+        """Raises Refusal where a lease of so many blocks has not all that the pull is for."""
+        first, end = self._request.first_block, self._request.first_block + len(self._request.local_block_ids)
+        if end > num_blocks:
+            raise Refusal("invalid", f"blocks {first} to {end} were asked for, the lease has {num_blocks}")
+
+    async def _copy_as_ready(self, link: Link, claimed: Claimed, ready: Ready) -> None:
         """Copy what is computed and wait for more, until all is here. Raises Refusal, with nothing writing any more."""
         request, ours = self._request, self._consumer.registration.layout
-        num_blocks, copied = len(claimed.block_ids), Ready()
+        num_blocks, copied = max(len(claimed.block_ids), claimed.num_blocks), Ready()
+        if link.reshard is None:
+            self._check_wanted(num_blocks)
         self._ready = self._ready or ready
         self.progress.step(Happening.PART_COPIED)
         while copied.first_block < num_blocks:
-            now_ready = self._checked(self._ready, copied, link, claimed)
+            block_ids = claimed.block_ids + self._more_block_ids
+            now_ready = self._checked(self._ready, copied, link, len(block_ids))
             if now_ready == copied or (link.reshard is not None and now_ready.first_block < num_blocks):
                 self._news = asyncio.get_running_loop().create_future()
                 await self._wait(self._news)
                 continue
-            spans = whole
-            if link.reshard is None:
+            if link.reshard is not None:
+                spans = await self._plan_all(link, block_ids)
+            else:
                 spans = plan_parts(
                     parts_between(copied, now_ready, ours.num_layers, request.first_block),
-                    link.layout, claimed.block_ids, ours, request.local_block_ids, request.first_block,
+                    link.layout, block_ids, ours, request.local_block_ids, request.first_block,
                 )  # fmt: skip
                 check_spans(spans, link.num_bytes, self._consumer.registration.region.num_bytes)
             copied = now_ready
             if spans:
                 self.progress.step(Happening.MORE_READY)
                 await self._copy(link, spans)
+                self.num_bytes += spans.num_bytes
                 self.progress.step(Happening.PART_COPIED)
 
-    def _checked(self, ready: Ready, copied: Ready, link: Link, claimed: Claimed) -> Ready:
+    def _checked(self, ready: Ready, copied: Ready, link: Link, has_blocks: int) -> Ready:
         """A peer's mark as far as it can be copied. Raises Refusal where it makes no sense."""
-        fault = mark_fault(ready, len(claimed.block_ids), link.layout.num_layers)
+        fault = mark_fault(ready, has_blocks, link.layout.num_layers)
         now_ready = as_copied(ready, link.layout)
         if fault or not follows(copied, now_ready):
             raise Refusal("transport", fault or f"the producer said {now_ready} after {copied}")

@@ -35,12 +35,14 @@ class LandOrder:
 
 @dataclass(frozen=True, slots=True)
 class MarkOrder:
-    """This step's forward computes the rest of a prompt whose KV is pushed: of the lease's blocks, those before
-    `first_block` are computed already, all of `end_block` are when it has ended."""
+    """This step's forward computes some of a prompt whose KV is pushed: of the lease's blocks, those before
+    `first_block` are computed already, those before `end_block` when it has ended."""
 
     transfer_id: str
     first_block: int
     end_block: int
+    more_block_ids: tuple[int, ...]
+    """Blocks that the lease gets with this step: it has `end_block` of them then."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,7 @@
 """Layerwise push as vLLM's scheduler sees it: which prompts a decoder has pushed to it, which a prefiller pushes.
 
-A decoder's blocks are landed by its worker, which calls the metaserver. A prefiller's lease begins with the step that
-computes the last of a prompt, because vLLM gives blocks to one chunk of a prompt after the other, and a lease names all
-of its blocks; what the chunks before it have computed goes first, the rest layer by layer.
+A decoder's blocks are landed by its worker, which calls the metaserver. A prefiller's lease begins with the first step
+of a prompt, and gets blocks as vLLM gives them: to one chunk of the prompt after the other.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from engine_adapter.push_params import (
     check_metaserver,
     for_request,
     parse_push_landing,
+    push_failed,
     wants_push,
 )
 from engine_adapter.sidecar_link import push_target
@@ -39,6 +39,7 @@ class _Push:
     request: Any
     landing: PushLanding
     num_done_blocks: int = 0
+    num_leased_blocks: int = 0
     open: str = ""
     """The transfer id of the lease that was made for the blocks it has now."""
     leases: list[tuple[str, str]] = field(default_factory=list)
@@ -59,6 +60,8 @@ class SchedulerPush:
         """Decoders' requests that have their blocks, or are computed here."""
         self._pushes: dict[str, _Push] = {}
         self._tables = BlockTables()
+        self._refused: dict[str, str] = {}
+        """By request, why it is not pushed."""
 
     # The decoder's part.
 
@@ -91,7 +94,8 @@ class SchedulerPush:
 
     def follow(self, request: Any) -> None:
         """A new request: it is pushed if a decoder has landed blocks for it."""
-        if not wants_push(request.kv_transfer_params) or request.request_id in self._pushes:
+        known = request.request_id in self._pushes or request.request_id in self._refused
+        if known or not wants_push(request.kv_transfer_params):
             return
         try:
             landing = parse_push_landing(for_request(request.kv_transfer_params, external_id(request)))
@@ -123,42 +127,47 @@ class SchedulerPush:
         computed = self._tables.follow(output, self._pushes)
         for request_id, before in computed.items():
             push, num_tokens = self._pushes[request_id], output.num_scheduled_tokens[request_id]
-            if push.open:
+            if request_id in self._refused or push.num_done_blocks == push.landing.num_blocks:
                 continue
-            done, end = push.num_done_blocks, before + num_tokens
-            push.num_done_blocks = end // self._block_size
-            if end >= push.landing.num_tokens and self._begin(push):
-                end_block = push.landing.num_blocks
-                orders.append(MarkOrder(push.open, min(done, end_block), end_block))
+            if not push.open and not self._begin(push):
+                continue
+            first, end = push.num_done_blocks, before + num_tokens
+            is_last = end >= push.landing.num_tokens
+            end_block = push.landing.num_blocks if is_last else end // self._block_size
+            if end_block > first:
+                more = self._tables.blocks[request_id][push.num_leased_blocks : end_block]
+                orders.append(MarkOrder(push.open, first, end_block, tuple(more)))
+                push.num_done_blocks = push.num_leased_blocks = end_block
         return orders
 
-    def finished(self, request: Any) -> list[OfferNote]:
-        """The request is over: the leases that hold its blocks until they have ended."""
+    def finished(self, request: Any) -> tuple[list[OfferNote], dict[str, Any] | None]:
+        """The request is over: the leases that hold its blocks until they have ended, and what its answer says."""
         request_id = request.request_id
         self._settled.discard(request_id)
         self._tables.forget(request_id)
-        push = self._pushes.pop(request_id, None)
-        if push is None:
-            return []
-        if push.open and not finished_well(request):
+        push, well = self._pushes.pop(request_id, None), finished_well(request)
+        leases = push.leases if push is not None else []
+        if push is not None and push.open and not well:
             self._link.revoke(push.open)
-        elif push.leases and not push.open and finished_well(request):
-            self._refuse(request, "it was preempted before it ended")
-        return [OfferNote(request_id, (lease,)) for lease in push.leases]
+        elif push is not None and well and request_id not in self._refused:
+            if not push.open:
+                self._refuse(request, "it was preempted before it ended")
+            elif self._link.epoch != leases[-1][1]:
+                self._refuse(request, "the sidecar was lost")
+        why = self._refused.pop(request_id, "")
+        return [OfferNote(request_id, (lease,)) for lease in leases], push_failed(why) if why and well else None
 
     def _begin(self, push: _Push) -> bool:
-        """Lease all of the prompt's blocks to the landing. Nothing counts as computed yet, a prefix that was found in
-        the cache neither: vLLM finds blocks as soon as another request of the same step is to compute them."""
+        """Lease blocks that are still to come to the landing. Nothing counts as computed yet, a prefix that was found
+        in the cache neither: vLLM finds blocks as soon as another request of the same step is to compute them."""
         request_id, landing = push.request.request_id, push.landing
-        blocks = self._tables.blocks[request_id][: landing.num_blocks]
         self._link.poll()
         client = self._link.client
         try:
             if client is None:
                 raise SidecarError("the sidecar is away")
-            offer = client.push(
-                request_id, blocks, landing.num_tokens, self._lease_s, push_target(landing), Ready()
-            )  # fmt: skip
+            target, num_blocks = push_target(landing), landing.num_blocks
+            offer = client.push(request_id, (), landing.num_tokens, self._lease_s, target, Ready(), num_blocks)
         except SidecarError as error:
             self._refuse(push.request, str(error))
             return False
@@ -168,7 +177,7 @@ class SchedulerPush:
 
     def _take_back(self, push: _Push) -> None:
         """Preempted: its blocks are others' from now on. The decoder may still read them, but not confirm it."""
-        push.num_done_blocks = 0
+        push.num_done_blocks = push.num_leased_blocks = 0
         if push.open:
             logger.info("push_taken_back request_id=%s reason=preempted", push.request.request_id)
             self._link.revoke_now(push.open)
@@ -194,6 +203,7 @@ class SchedulerPush:
 
     def _refuse(self, request: Any, reason: str) -> None:
         """The decoder waits for another prefiller, or for the end of its time."""
+        self._refused[request.request_id] = reason
         logger.error("no_push request_id=%s reason=%s", request.request_id, reason)
 
 

@@ -156,7 +156,7 @@ class SchedulerSide:
 
     def _handed_on(self, request: Any, block_ids: Sequence[int]) -> Finished:
         request_id = request.request_id
-        pushed = self._push.finished(request) if self._push is not None else []
+        pushed, told = self._push.finished(request) if self._push is not None else ([], None)
         unread = self._to_load(request)
         self._settled.discard(request_id)
         if request_id in self._loading:
@@ -171,7 +171,7 @@ class SchedulerSide:
             return False, None
         self._meta.offers += pushed
         if pushed or is_push(request.kv_transfer_params):
-            return bool(pushed), None
+            return bool(pushed), told
         if not wants_remote_decode(request.kv_transfer_params) or not finished_well(request):
             return False, None
         if not self._produces:

@@ -87,7 +87,7 @@ class LayerMarks:
         self._written: set[str] = set()
         self._num_layers = 0
         """So many of the first layers are written in this step."""
-        self._queued: deque[tuple[Callable[[], bool], str, Ready]] = deque()
+        self._queued: deque[tuple[Callable[[], bool], str, Ready, tuple[int, ...]]] = deque()
         self._warned = False
 
     def begin(self, orders: Sequence[MarkOrder]) -> None:
@@ -96,8 +96,7 @@ class LayerMarks:
         self._written.clear()
         self._num_layers = 0
         for order in orders:
-            if order.first_block:
-                self._queue(order.transfer_id, Ready(order.first_block, order.first_block), self._progress.now())
+            self._queue(order, 0, self._progress.now(), order.more_block_ids)
         self._flush()
 
     def layer_written(self, layer: str) -> None:
@@ -132,13 +131,16 @@ class LayerMarks:
         if due:
             is_done = self._progress.now()
             for order in due:
-                self._queue(order.transfer_id, Ready(order.first_block, order.end_block, num_layers), is_done)
+                self._queue(order, num_layers, is_done)
         self._flush()
 
-    def _queue(self, transfer_id: str, ready: Ready, is_done: Callable[[], bool]) -> None:
-        self._queued.append((is_done, transfer_id, ready))
+    def _queue(
+        self, order: MarkOrder, num_layers: int, is_done: Callable[[], bool], more: tuple[int, ...] = ()
+    ) -> None:
+        end_block = order.end_block if num_layers else order.first_block
+        self._queued.append((is_done, order.transfer_id, Ready(order.first_block, end_block, num_layers), more))
 
     def _flush(self) -> None:
         while self._queued and self._queued[0][0]():
-            _, transfer_id, ready = self._queued.popleft()
-            self._link.mark_ready(transfer_id, ready)
+            _, transfer_id, ready, more = self._queued.popleft()
+            self._link.mark_ready(transfer_id, ready, more)

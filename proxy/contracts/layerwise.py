@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import orjson
+
 from proxy.contracts.order import Order
 from proxy.contracts.unanswered import UnansweredContract
 from proxy.long_body import Body
@@ -46,6 +48,17 @@ class LayerwiseContract(UnansweredContract):
         first = next(iter(posted.values()))
         kv = first if len(posted) == 1 else {**first, "batch_kv_transfer_params": posted}
         return one_token_body(call, kv)
+
+    def push_fault(self, prefill_answer: bytes) -> str:
+        """Why a prefiller that has computed the prompt has not pushed it; "" if it has. A vLLM has no other way to say
+        so than beside its answer, and the decoder would wait until its time is over."""
+        if b'"push_failed"' not in prefill_answer:
+            return ""
+        try:
+            params = orjson.loads(prefill_answer)["kv_transfer_params"]
+            return str(params["baton"]["push_failed"])
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            return ""
 
 
 _PREFIXES = {"chat": "chatcmpl-", "completions": "cmpl-", "messages": "chatcmpl-"}

@@ -14,7 +14,7 @@ from typing import Any
 
 from proxy.answer import Answer
 from proxy.contracts.layerwise import LayerwiseContract
-from proxy.errors import UpstreamFailure
+from proxy.errors import Failure, UpstreamFailure, error_body
 from proxy.flow import Flow
 from proxy.instance import Instance
 from proxy.legs import Legs
@@ -87,6 +87,8 @@ async def _prefill(flow: Flow, legs: Legs, contract: LayerwiseContract, posted: 
         began = monotonic()
         try:
             answer = await legs.exchange(flow, instance, body, Leg.PREFILL, fresh)
+            if fault := contract.push_fault(answer.body):
+                raise _not_pushed(flow, instance, answer, fault)
         except UpstreamFailure as failure:
             load.release()
             if flow.first_event_at:
@@ -100,3 +102,10 @@ async def _prefill(flow: Flow, legs: Legs, contract: LayerwiseContract, posted: 
         if not flow.first_event_at:
             flow.prefilled_at = now
         return
+
+
+def _not_pushed(flow: Flow, instance: Instance, answer: Answer, fault: str) -> UpstreamFailure:
+    """As an engine says it that answers when its push has ended: no evidence against it, and retried elsewhere."""
+    message = f"kv_load_error: the prompt's KV could not be pushed to its decoder: {fault}"
+    error = answer.as_error(503, error_body(503, message, "kv_load_error", route=flow.route))
+    return UpstreamFailure(Failure.SERVER_ERROR, f"{instance.key} could not push the KV: {fault}", error)

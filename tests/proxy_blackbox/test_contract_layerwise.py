@@ -82,6 +82,18 @@ def test_a_prefill_is_repeated_elsewhere_under_the_same_id(proxy: Proxy, engines
     assert len(ids) == 1 and engines.count("decode", "waits") == 1
 
 
+def test_a_prefiller_that_answers_but_says_that_it_did_not_push(proxy: Proxy, engines: Engines) -> None:
+    """vLLM can't answer with an error any more. It is well: that its sidecar was away says nothing about it."""
+    engines.fault("prefill", "push_failed", count=1, shared=True)
+    fields = body_of(CHAT, stream=True)
+    assert proxy.post(CHAT, fields).text == text_for(fields)
+    assert len(engines.requests("prefill")) == 2 and engines.count("decode", "waits") == 1
+    engines.fault("prefill", "push_failed", count=99, message="the sidecar is away")
+    answer = proxy.post(COMPLETIONS, body_of(COMPLETIONS))
+    assert answer.status == 503 and b"the sidecar is away" in answer.body
+    assert engines.count("decode", "aborted") == 1
+
+
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_a_prefill_that_fails_for_good_ends_the_decode(proxy: Proxy, engines: Engines, stream: bool) -> None:
     """The decoder would wait for ever. Its calls get 502."""

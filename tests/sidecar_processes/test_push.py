@@ -48,9 +48,10 @@ def target_of(engine: FakeEngine, landing: Landing, **changes: str) -> PushTarge
 
 
 def push(
-    engine: FakeEngine, target: PushTarget, blocks: list[int], ready: Ready = NOTHING, ttl_s: float = 30.0
-) -> Offer:
-    return engine.client.push("request", blocks, 16 * len(blocks), ttl_s, target, ready)
+    engine: FakeEngine, target: PushTarget, blocks: list[int], ready: Ready = NOTHING, ttl_s: float = 30.0,
+    num_blocks: int = 0,
+) -> Offer:  # fmt: skip
+    return engine.client.push("request", blocks, 16 * len(blocks), ttl_s, target, ready, num_blocks)
 
 
 def open_landings(sidecar: Sidecar) -> float:
@@ -87,17 +88,21 @@ def test_what_is_computed_before_the_claim_and_only_missing_blocks(pair: Pair) -
     assert pair.producer.offer_ended(offer.transfer_id) == "consumed"
 
 
-def test_random_marks_never_copy_what_is_not_computed(pair: Pair) -> None:
-    """Blocks are filled with their pattern only just before they are marked."""
+@pytest.mark.parametrize("grows", [False, True], ids=["at once", "chunk by chunk"])
+def test_random_marks_never_copy_what_is_not_computed(pair: Pair, grows: bool) -> None:
+    """Blocks are filled with their pattern only just before they are marked, also those that come with a mark."""
     rng = random.Random(5)
     for turn in range(6):
         num = rng.randint(1, 40)
         theirs, ours = rng.sample(range(256), num), rng.sample(range(256), num)
-        landing = land(pair.consumer, f"r{turn}", ours)
+        landing = land(pair.consumer, f"r{turn}{grows}", ours)
         size = pair.producer.layout.block_bytes
         for block in theirs:
             pair.producer.pool[block * size : (block + 1) * size] = bytes(size)
-        offer = push(pair.producer, target_of(pair.consumer, landing), theirs)
+        num_known = rng.randint(0, num) if grows else num
+        offer = push(
+            pair.producer, target_of(pair.consumer, landing), theirs[:num_known], num_blocks=num if grows else 0
+        )
         expected = {block: rng.randbytes(size) for block in theirs}
         start = 0
         while start < num:
@@ -108,9 +113,11 @@ def test_random_marks_never_copy_what_is_not_computed(pair: Pair) -> None:
                     part = expected[block][layer * size // LAYERS : (layer + 1) * size // LAYERS]
                     pair.producer.pool[at : at + size // LAYERS] = part
                 if rng.random() < 0.7 or (end == num and layer == LAYERS - 1):
-                    pair.producer.client.mark_ready(offer.transfer_id, Ready(start, end, layer + 1))
+                    more = theirs[num_known:end]
+                    pair.producer.client.mark_ready(offer.transfer_id, Ready(start, end, layer + 1), more)
+                    num_known = max(num_known, end)
             start = end
-        assert pair.consumer.pull_ended(f"r{turn}").ok
+        assert pair.consumer.pull_ended(f"r{turn}{grows}").ok
         assert [pair.consumer.block(b) for b in ours] == [expected[b] for b in theirs]
 
 

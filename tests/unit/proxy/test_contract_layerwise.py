@@ -47,6 +47,21 @@ def test_of_a_list_the_decoder_is_told_that_it_is_one() -> None:
     assert made["kv_transfer_params"]["num_children"] == 2
 
 
+@pytest.mark.parametrize(
+    ("answer", "fault"),
+    [
+        (b'{"kv_transfer_params":{"baton":{"version":1,"push_failed":"no sidecar"}}}', "no sidecar"),
+        (b'{"kv_transfer_params":null}', ""),
+        (b'{"push_failed":"says the client"}', ""),
+        (b'{"kv_transfer_params":["push_failed"]}', ""),
+        (b'{"push_failed"', ""),
+        (orjson.dumps({"choices": [{"text": '"push_failed"'}]}), ""),
+    ],
+)
+def test_what_a_prefiller_says_of_its_push(answer: bytes, fault: str) -> None:
+    assert LAYERWISE.push_fault(answer) == fault
+
+
 def test_the_prefiller_gets_what_was_posted_verbatim() -> None:
     one = call("chat", messages=[], max_tokens=9, stream=True, stream_options={"include_usage": True}, x=1)
     params = posted("chatcmpl-R")

@@ -137,6 +137,26 @@ async def test_who_claimed_a_push_hears_of_every_mark_and_may_consume_when_all_i
     desk.offers.close()
 
 
+async def test_a_push_gets_its_blocks_with_its_marks() -> None:
+    desk = Desk()
+    offer = desk.offers.offer(PushBlocks(7, "request", [1], 48, 30.0, Ready(), TARGET, 3))
+    desk.offers.advance(MarkReady(offer.transfer_id, Ready(0, 2, 1), (2,)))
+    heard: list[Message] = []
+    lease, _ = desk.offers.claim(offer.transfer_id, offer.token, ALICE)
+    desk.offers.follow(lease, heard.append)
+    assert (lease.block_ids, lease.num_blocks) == ((1, 2), 3)
+    desk.offers.advance(MarkReady(offer.transfer_id, Ready(2, 2)))
+    with pytest.raises(Refusal, match="not computed yet"):  # as far as it has blocks, but not all
+        desk.offers.release(offer.transfer_id, offer.token, ALICE, "consumed")
+    for block_ids in ((3, 4), (10,)):  # more than the lease has, and one that is not in the pool
+        with pytest.raises(Refusal):
+            desk.offers.advance(MarkReady(offer.transfer_id, Ready(2, 3, 2), block_ids))
+    desk.offers.advance(MarkReady(offer.transfer_id, Ready(2, 3, 2), (9,)))
+    assert heard[-1] == Computed(offer.transfer_id, Ready(3, 3), (9,)) and lease.block_ids == (1, 2, 9)
+    desk.offers.release(offer.transfer_id, offer.token, ALICE, "consumed")
+    desk.offers.close()
+
+
 @pytest.mark.parametrize("mark", [Ready(0, 1, 2), Ready(0, 4, 1), Ready(0, 3, 3), Ready(1, 0, 0), Ready(0, 2, 0)])
 async def test_a_mark_that_steps_back_or_out_is_refused(mark: Ready) -> None:
     desk = Desk()

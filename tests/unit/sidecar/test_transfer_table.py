@@ -308,6 +308,38 @@ async def test_a_lease_that_is_still_computed_is_copied_part_by_part() -> None:
     assert stage.producer.follower is None
 
 
+async def test_a_lease_whose_blocks_come_while_it_is_computed() -> None:
+    """Also those that come right behind the answer to the claim, before it is taken."""
+    stage = Stage()
+    stage.begin()
+    await stage.go_to("claim")
+    stage.producer.gates["claim"].set_result(Claimed(1, [], 32, 5.0, Ready(), 2))
+    stage.producer.follower(Computed("t", Ready(1, 1), (0,)))
+    await asyncio.wait_for(stage.producer.reached["copy"].wait(), 5)
+    stage.producer.reached["copy"].clear()
+    stage.producer.gates["copy"].set_result(COPIED)
+    await asyncio.sleep(0)
+    stage.producer.follower(Computed("t", Ready(2, 2), (1,)))
+    await asyncio.wait_for(stage.producer.reached["copy"].wait(), 5)
+    stage.producer.gates["copy"].set_result(COPIED)
+    await asyncio.wait_for(stage.producer.reached["release"].wait(), 5)
+    stage.producer.gates["release"].set_result(Done(2))
+    ended = await stage.end()
+    assert (ended.ok, ended.num_bytes) == (True, 20)
+
+
+@pytest.mark.parametrize(("num_blocks", "reason"), [(1, "invalid"), (2, "transport")])
+async def test_a_lease_that_is_too_short_or_marked_without_its_blocks(num_blocks: int, reason: str) -> None:
+    stage = Stage()
+    stage.begin()
+    await stage.go_to("claim")
+    stage.producer.gates["claim"].set_result(Claimed(1, [0], 32, 5.0, Ready(), num_blocks))
+    stage.producer.follower(Computed("t", Ready(2, 2)))
+    ended = await stage.end()
+    assert (ended.ok, ended.reason) == (False, reason)
+    assert stage.producer.copy is None
+
+
 @pytest.mark.parametrize("why", ["withdrawn", "abandoned", "timeout", "nonsense"])
 async def test_a_lease_that_is_never_computed_to_its_end(why: str) -> None:
     stage = Stage()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from engine_adapter.push_params import PushLanding
-from engine_adapter.vllm_connector import compat
+from engine_adapter.vllm_connector import compat, scheduler_side
 from engine_adapter.vllm_connector.metadata import MarkOrder
 from engine_adapter.vllm_connector.scheduler_push import SchedulerPush
 from engine_adapter.vllm_connector.scheduler_side import SchedulerSide
@@ -25,14 +25,16 @@ ID = f"{NAME}-0123abcd"
 class Client:
     def __init__(self) -> None:
         self.refuses = False
-        self.pushed: list[tuple[str, list[int], int, PushTarget, Ready]] = []
+        self.pushed: list[tuple[str, int, int, PushTarget]] = []
 
     def push(
-        self, request_id: str, block_ids: list[int], num_tokens: int, ttl_s: float, target: PushTarget, ready: Ready
-    ) -> Offer:
+        self, request_id: str, block_ids: tuple[int, ...], num_tokens: int, ttl_s: float, target: PushTarget,
+        ready: Ready, num_blocks: int,
+    ) -> Offer:  # fmt: skip
+        assert (block_ids, ready) == ((), Ready())
         if self.refuses:
             raise OfferRefused("too many leases")
-        self.pushed.append((request_id, list(block_ids), num_tokens, target, ready))
+        self.pushed.append((request_id, num_tokens, num_blocks, target))
         return Offer(f"t{len(self.pushed)}", "secret", "epoch", 1e9)
 
 
@@ -41,6 +43,7 @@ class Link:
 
     def __init__(self) -> None:
         self.client: Client | None = Client()
+        self.epoch = "epoch"
         self.revoked: list[str] = []
         self.revoked_now: list[str] = []
         self.dropped: list[Any] = []
@@ -144,7 +147,7 @@ def test_of_a_list_it_tells_that_it_wants_nothing(side: SchedulerSide, name: str
 def test_an_aborted_landing_is_abandoned_and_its_blocks_stay(
     side: SchedulerSide, keeps: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine_adapter.vllm_connector.scheduler_side.ABORTED_LOAD_KEEPS_ITS_BLOCKS", keeps)
+    monkeypatch.setattr(scheduler_side, "ABORTED_LOAD_KEEPS_ITS_BLOCKS", keeps)
     asked = request(ID, TO_METASERVER, 40)
     side.allocated(asked, [7, 8, 9], 40)
     side.next_meta()
@@ -189,10 +192,10 @@ def test_a_prompt_of_one_chunk_is_leased_and_marked_in_its_step(side: SchedulerS
     asked = request(ID, landing(), 40)
     assert side.num_new_matched_tokens(asked, 0) == (0, False)
     side.allocated(asked, [4, 5, 6], 0)
-    assert side.next_meta(step(ID, 0, 40, [4, 5, 6])).marks == [MarkOrder("t1", 0, 3)]
+    assert side.next_meta(step(ID, 0, 40, [4, 5, 6])).marks == [MarkOrder("t1", 0, 3, (4, 5, 6))]
     assert link.client is not None
-    [(request_id, block_ids, num_tokens, target, ready)] = link.client.pushed
-    assert (request_id, block_ids, num_tokens, ready) == (ID, [4, 5, 6], 40, Ready())
+    [(request_id, num_tokens, num_blocks, target)] = link.client.pushed
+    assert (request_id, num_tokens, num_blocks) == (ID, 40, 3)
     assert target == PushTarget("h", 7, "d", "l", "token", "far")
     assert not side.next_meta(step(ID, 40, 1, [])).marks  # vLLM may run ahead by a token
     asked.status.name = "FINISHED_LENGTH_CAPPED"
@@ -202,14 +205,27 @@ def test_a_prompt_of_one_chunk_is_leased_and_marked_in_its_step(side: SchedulerS
     assert not link.revoked
 
 
-def test_a_prompt_of_several_chunks_is_leased_with_its_last(side: SchedulerSide, link: Link) -> None:
+def test_a_prompt_of_several_chunks_is_marked_chunk_by_chunk(side: SchedulerSide, link: Link) -> None:
     asked = request(ID, landing(90, 6), 90)
     side.allocated(asked, [], 0)
-    assert not side.next_meta(step(ID, 0, 48, [1, 2, 3])).marks
-    assert not side.next_meta(step(ID, 48, 32, [4, 5])).marks
-    assert link.client is not None and not link.client.pushed
-    assert side.next_meta(step(ID, 80, 10, [6])).marks == [MarkOrder("t1", 5, 6)]
-    assert link.client.pushed[0][1] == [1, 2, 3, 4, 5, 6]
+    assert side.next_meta(step(ID, 0, 48, [1, 2, 3])).marks == [MarkOrder("t1", 0, 3, (1, 2, 3))]
+    assert not side.next_meta(step("another", 0, 5, [9])).marks
+    assert side.next_meta(step(ID, 48, 32, [4, 5])).marks == [MarkOrder("t1", 3, 5, (4, 5))]
+    assert side.next_meta(step(ID, 80, 10, [6])).marks == [MarkOrder("t1", 5, 6, (6,))]
+    assert link.client is not None and len(link.client.pushed) == 1
+
+
+def test_a_block_that_two_chunks_fill_counts_with_the_second(side: SchedulerSide) -> None:
+    asked = request(ID, landing(90, 6), 90)
+    side.allocated(asked, [], 0)
+    assert side.next_meta(step(ID, 0, 40, [1, 2, 3])).marks == [MarkOrder("t1", 0, 2, (1, 2))]
+    going_on = step(ID, 48, 5, [])
+    going_on.scheduled_cached_reqs.num_computed_tokens = [40]
+    assert not side.next_meta(going_on).marks  # five tokens more of the same block
+    going_on.scheduled_cached_reqs.num_computed_tokens = [45]
+    going_on.scheduled_cached_reqs.new_block_ids = [([4, 5, 6],)]
+    going_on.num_scheduled_tokens = {ID: 45}
+    assert side.next_meta(going_on).marks == [MarkOrder("t1", 2, 6, (3, 4, 5, 6))]
 
 
 def test_a_cached_prefix_is_not_taken_for_computed(side: SchedulerSide) -> None:
@@ -219,7 +235,7 @@ def test_a_cached_prefix_is_not_taken_for_computed(side: SchedulerSide) -> None:
     first = step(ID, 32, 8, [4, 5, 6])
     first.scheduled_new_reqs = [SimpleNamespace(req_id=ID, block_ids=([4, 5, 6],), num_computed_tokens=32)]
     first.scheduled_cached_reqs = step(ID, 0, 8, []).scheduled_cached_reqs
-    assert side.next_meta(first).marks == [MarkOrder("t1", 0, 3)]
+    assert side.next_meta(first).marks == [MarkOrder("t1", 0, 3, (4, 5, 6))]
 
 
 def test_an_aborted_push_is_revoked_and_its_blocks_stay(side: SchedulerSide, link: Link) -> None:
@@ -235,9 +251,6 @@ def test_an_aborted_push_is_revoked_and_its_blocks_stay(side: SchedulerSide, lin
 def test_one_that_is_aborted_before_its_lease_holds_nothing(side: SchedulerSide, link: Link) -> None:
     asked = request(ID, landing(90, 6), 90, "FINISHED_ABORTED")
     side.allocated(asked, [], 0)
-    asked.status.name = "RUNNING"
-    side.next_meta(step(ID, 0, 48, [1, 2, 3]))
-    asked.status.name = "FINISHED_ABORTED"
     assert side.finished(asked, [1, 2, 3]) == (False, None)
     assert not link.revoked and not side.next_meta().offers
 
@@ -254,42 +267,72 @@ def test_a_preempted_push_is_taken_back_before_its_blocks_are_others(side: Sched
     assert link.revoked_now == ["t1"]
     asked.status.name = "RUNNING"
     side.allocated(asked, [], 0)
-    assert side.next_meta(step(ID, 16, 24, [7, 8, 9], resumed=True)).marks == [MarkOrder("t2", 0, 3)]
-    assert link.client is not None and link.client.pushed[1][1] == [7, 8, 9]
+    assert side.next_meta(step(ID, 16, 24, [7, 8, 9], resumed=True)).marks == [MarkOrder("t2", 0, 3, (7, 8, 9))]
     asked.status.name = "FINISHED_LENGTH_CAPPED"
     assert side.finished(asked, [7, 8, 9]) == (True, None)
     assert [note.leases for note in side.next_meta().offers] == [(("t1", "epoch"),), (("t2", "epoch"),)]
 
 
-def test_a_preempted_chunk_counts_for_nothing(side: SchedulerSide, link: Link) -> None:
+def test_a_push_that_is_preempted_between_chunks_begins_anew(side: SchedulerSide, link: Link) -> None:
     asked = request(ID, landing(90, 6), 90)
     side.allocated(asked, [], 0)
     side.next_meta(step(ID, 0, 48, [1, 2, 3]))
     asked.status.name = "PREEMPTED"
     side.next_meta(step("another", 0, 5, [4]))
+    assert link.revoked_now == ["t1"]
     asked.status.name = "RUNNING"
     marks = side.next_meta(step(ID, 48, 42, [9, 8, 7, 6, 5, 4], resumed=True)).marks
-    assert marks == [MarkOrder("t1", 0, 6)]
-    assert link.client is not None and link.client.pushed[0][1] == [9, 8, 7, 6, 5, 4]
+    assert marks == [MarkOrder("t2", 0, 6, (9, 8, 7, 6, 5, 4))]
 
 
 @pytest.mark.parametrize(
-    "params",
+    ("params", "says"),
     [
-        landing(41),  # another prompt
-        landing(40, 2),  # another block size
-        landing(landing_id=""),  # the decoder has it all
-        {**landing(), "baton": {**landing()["baton"], "version": 99}},
-        {**landing(), "batch_kv_transfer_params": {"cmpl-other-0": landing()}},
+        (landing(41), "the decoder's prompt has 41 tokens"),
+        (landing(40, 2), "--block-size"),
+        ({**landing(), "baton": {**landing()["baton"], "version": 99}}, "version"),
+        ({**landing(), "batch_kv_transfer_params": {"cmpl-other-0": landing()}}, NAME),
     ],
 )
-def test_what_does_not_fit_is_prefilled_and_not_pushed(side: SchedulerSide, link: Link, params: dict[str, Any]) -> None:
+def test_what_does_not_fit_is_prefilled_and_not_pushed(
+    side: SchedulerSide, link: Link, params: dict[str, Any], says: str
+) -> None:
     asked = request(ID, params, 40)
+    side.allocated(asked, [], 0)
     side.allocated(asked, [], 0)
     assert not side.next_meta(step(ID, 0, 40, [4, 5, 6])).marks
     asked.status.name = "FINISHED_LENGTH_CAPPED"
-    assert side.finished(asked, [4, 5, 6]) == (False, None)  # neither is it held out to be pulled
+    delayed, told = side.finished(asked, [4, 5, 6])  # neither is it held out to be pulled
+    assert not delayed and told is not None and says in told["baton"]["push_failed"]
     assert link.client is not None and not link.client.pushed
+    assert side.finished(asked, [4, 5, 6]) == (False, None)  # nothing is kept of it
+
+
+@pytest.mark.parametrize(("kv_role", "fault"), [("kv_consumer", ""), ("kv_both", "this engine pulls")])
+def test_an_engine_that_does_not_push_says_so(link: Link, kv_role: str, fault: str) -> None:
+    side = side_of(link, kv_role, fault)
+    asked = request(ID, landing(), 40, "FINISHED_LENGTH_CAPPED")
+    side.allocated(asked, [], 0)
+    delayed, told = side.finished(asked, [4, 5, 6])
+    assert not delayed and told == {"baton": {"version": 1, "push_failed": fault or "kv_role is kv_consumer"}}
+
+
+def test_what_the_decoder_has_already_is_not_pushed(side: SchedulerSide, link: Link) -> None:
+    asked = request(ID, landing(landing_id=""), 40)
+    side.allocated(asked, [], 0)
+    assert not side.next_meta(step(ID, 0, 40, [4, 5, 6])).marks
+    asked.status.name = "FINISHED_LENGTH_CAPPED"
+    assert side.finished(asked, [4, 5, 6]) == (False, None)
+
+
+def test_a_sidecar_that_was_lost_has_not_pushed(side: SchedulerSide, link: Link) -> None:
+    asked = request(ID, landing(), 40)
+    side.allocated(asked, [], 0)
+    side.next_meta(step(ID, 0, 40, [4, 5, 6]))
+    link.epoch = "another"
+    asked.status.name = "FINISHED_LENGTH_CAPPED"
+    delayed, told = side.finished(asked, [4, 5, 6])
+    assert delayed and told is not None and told["baton"]["push_failed"] == "the sidecar was lost"
 
 
 def test_each_prompt_of_a_list_goes_to_its_own_landing(side: SchedulerSide, link: Link) -> None:
@@ -309,8 +352,11 @@ def test_a_sidecar_that_makes_no_lease_leaves_a_plain_prefill(side: SchedulerSid
     asked = request(ID, landing(), 40)
     side.allocated(asked, [], 0)
     assert not side.next_meta(step(ID, 0, 40, [4, 5, 6])).marks
+    assert not side.next_meta(step(ID, 32, 8, [])).marks  # it is not tried again
     asked.status.name = "FINISHED_LENGTH_CAPPED"
-    assert side.finished(asked, [4, 5, 6]) == (False, None)
+    delayed, told = side.finished(asked, [4, 5, 6])
+    assert not delayed and told is not None
+    assert told["baton"]["push_failed"] == ("the sidecar is away" if how == "away" else "too many leases")
 
 
 def test_the_proxy_s_name_of_a_request(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,12 +29,16 @@ class Link:
 
     def __init__(self) -> None:
         self.marked: list[tuple[str, Ready]] = []
+        self.got_blocks: list[tuple[str, tuple[int, ...]]] = []
         self.landed: list[tuple[str, list[int], int, float]] = []
         self.abandoned: list[str] = []
         self.events: list[Event] = []
 
-    def mark_ready(self, transfer_id: str, ready: Ready) -> None:
-        self.marked.append((transfer_id, ready))
+    def mark_ready(self, transfer_id: str, ready: Ready, block_ids: tuple[int, ...]) -> None:
+        if block_ids:
+            self.got_blocks.append((transfer_id, block_ids))
+        if ready.end_block:
+            self.marked.append((transfer_id, ready))
 
     def land(self, pull_id: str, blocks: list[int], first_block: int, deadline_s: float) -> Landing | None:
         self.landed.append((pull_id, blocks, first_block, deadline_s))
@@ -96,7 +100,8 @@ def run(marks: LayerMarks, *orders: MarkOrder, layers: list[str] = LAYERS) -> No
 
 def test_each_layer_is_marked_as_it_is_written(link: Link) -> None:
     marks = marks_of(link)
-    run(marks, MarkOrder("t", 2, 5), MarkOrder("u", 0, 1))
+    run(marks, MarkOrder("t", 2, 5, (7, 8, 9)), MarkOrder("u", 0, 1, (3,)))
+    assert link.got_blocks == [("t", (7, 8, 9)), ("u", (3,))]
     assert [ready for name, ready in link.marked if name == "t"] == [
         Ready(2, 2, 0), Ready(2, 5, 1), Ready(2, 5, 2), Ready(2, 5, 3),
     ]  # fmt: skip
@@ -107,19 +112,19 @@ def test_each_layer_is_marked_as_it_is_written(link: Link) -> None:
 
 def test_small_layers_are_marked_together(link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mark_pace, "MIN_MARK_BYTES", 1 << 20)
-    run(marks_of(link), MarkOrder("t", 0, 5))
+    run(marks_of(link), MarkOrder("t", 0, 5, ()))
     assert link.marked == [("t", Ready(0, 5, 3))]
 
 
 def test_only_layers_without_a_gap_count(link: Link) -> None:
-    run(marks_of(link), MarkOrder("t", 0, 5), layers=["b", "a", "c"])
+    run(marks_of(link), MarkOrder("t", 0, 5, ()), layers=["b", "a", "c"])
     assert [ready.num_layers for _, ready in link.marked] == [2, 3]
 
 
 @pytest.mark.parametrize(("by_layer", "layers"), [(False, LAYERS), (True, [])])
 def test_without_usable_hooks_all_is_marked_at_the_end(link: Link, by_layer: bool, layers: list[str]) -> None:
     marks = marks_of(link, by_layer=by_layer)
-    marks.begin([MarkOrder("t", 0, 5)])
+    marks.begin([MarkOrder("t", 0, 5, ())])
     for layer in layers:
         marks.layer_written(layer)
     assert not link.marked
@@ -130,7 +135,7 @@ def test_without_usable_hooks_all_is_marked_at_the_end(link: Link, by_layer: boo
 def test_a_forward_that_fails_marks_nothing_more(link: Link) -> None:
     """vLLM calls wait_for_save in a `finally`."""
     marks = marks_of(link)
-    marks.begin([MarkOrder("t", 0, 5)])
+    marks.begin([MarkOrder("t", 0, 5, ())])
     marks.layer_written("a")
 
     def forward() -> None:
@@ -149,11 +154,11 @@ def test_a_forward_that_fails_marks_nothing_more(link: Link) -> None:
 def test_on_a_device_a_layer_is_marked_when_it_is_computed(link: Link) -> None:
     device = Device()
     marks = marks_of(link, device)
-    marks.begin([MarkOrder("t", 0, 5)])
+    marks.begin([MarkOrder("t", 0, 5, ())])
     marks.layer_written("a")
     marks.layer_written("b")
     assert not link.marked  # queued, not computed
-    device.num_done = 1
+    device.num_done = 2  # what was queued before, and the first layer
     marks.layer_written("c")
     assert link.marked == [("t", Ready(0, 5, 1))]
     marks.step_ended()
