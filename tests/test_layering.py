@@ -66,7 +66,9 @@ PURE = {
     "engine_adapter/cluster/version_rules.py",
     "engine_adapter/cluster/versions.py",
     "engine_adapter/kv_transfer_params.py",
+    "engine_adapter/mark_pace.py",
     "engine_adapter/memory/slots.py",
+    "engine_adapter/push_params.py",
     "engine_adapter/torch_engine/block_manager.py",
     "engine_adapter/torch_engine/detokenizer.py",
     "engine_adapter/torch_engine/content_parts.py",
@@ -76,6 +78,7 @@ PURE = {
     "engine_adapter/torch_engine/sequence.py",
     "proxy/contracts/layerwise.py",
     "proxy/contracts/mooncake.py",
+    "engine_adapter/vllm_connector/block_tables.py",
     "engine_adapter/vllm_connector/content_names.py",
     "engine_adapter/vllm_connector/layout.py",
     "engine_adapter/vllm_connector/settings.py",
@@ -176,6 +179,14 @@ def test_a_file_keeps_to_the_house_rules(path: Path) -> None:
             broken.append(f"a pure file imports the I/O file {module}")
     assert not broken, f"{name}: {broken}"
     assert len(path.read_text().splitlines()) < MAX_LINES, f"{name} has {MAX_LINES} lines or more"
+
+
+@pytest.mark.parametrize(("one", "other"), [("torch_engine", "vllm_connector"), ("vllm_connector", "torch_engine")])
+def test_an_engine_is_no_part_of_another(one: str, other: str) -> None:
+    """What they share stands above them."""
+    files = (path for path in FILES if path.is_relative_to(ROOT / "engine_adapter" / one))
+    found = [(path.name, module) for path in files for module, _ in imports_of(path)]
+    assert not [pair for pair in found if within(pair[1], f"engine_adapter.{other}")]
 
 
 def file_of(module: str) -> Path | None:

@@ -175,8 +175,8 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
-        """A graph of a whole forward runs no hook between its layers (vLLM 0.18 and later ask)."""
-        return extra_config.get("contract") == "layerwise"
+        """A graph of a whole forward runs no hook between its layers (0.18 and later ask); a decoder needs none."""
+        return extra_config.get("contract") == "layerwise" and extra_config.get("role") != "decode"
 
     # The scheduler's side.
 

@@ -138,3 +138,18 @@ def test_a_sidecar_that_dies_or_hangs_is_replaced(pushed: Split, whose: str, num
 
     assert eventually(right, 120)
     assert eventually(lambda: nothing_held(pushed), 60)
+
+
+def test_small_pools_make_prompts_wait_and_none_is_lost(unsplit: Server, model: Path, tmp_path: Path) -> None:
+    """Blocks of either half are held for the other one's turn: nothing may wait for ever."""
+    small = ("--num-gpu-blocks-override", "40", "--max-num-batched-tokens", str(CHUNK_TOKENS), "--max-model-len", "800")
+    extra = {"contract": "layerwise", "push_timeout_s": 60.0}
+    prefiller = vllm_server("small-prefiller", model, tmp_path, baton("kv_producer", **extra), *small)
+    decoder = vllm_server("small-decoder", model, tmp_path, baton("kv_consumer", **extra), *small)
+    proxy = proxy_server([prefiller], [decoder], tmp_path, "--contract", "layerwise")
+    asks = [Ask(prompt(250 + 5 * n, 28_000 + n), chat=n % 2 == 1, max_tokens=40) for n in range(16)]
+    with running(prefiller, decoder), running(proxy), ThreadPoolExecutor(16) as pool:
+        want = list(pool.map(lambda ask: ask.text(unsplit), asks))
+        assert list(pool.map(lambda ask: ask.text(proxy), asks)) == want
+        split = Split(prefiller, decoder, proxy, unsplit)
+        assert loaded(split) > 0 and eventually(lambda: nothing_held(split))

@@ -180,3 +180,4 @@ def test_vllm_is_asked_for_graphs_with_hooks_between_their_pieces() -> None:
     connector = importlib.import_module("engine_adapter.vllm_connector.connector").BatonConnector
     assert connector.requires_piecewise_for_cudagraph({"contract": "layerwise"})
     assert not connector.requires_piecewise_for_cudagraph({})
+    assert not connector.requires_piecewise_for_cudagraph({"contract": "layerwise", "role": "decode"})
