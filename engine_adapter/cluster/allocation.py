@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from engine_adapter.cluster.connectors import FACTS, MOONCAKE_PORTS, ConnectorFacts, adxl_ports
 from engine_adapter.cluster.deployment import Deployment, Node
@@ -23,7 +23,11 @@ class Conflict:
 
 
 def facts_of(deployment: Deployment) -> ConnectorFacts:
-    return FACTS.get((deployment.engine.kind, deployment.connector.name), UNKNOWN)
+    """Ours is told in `connector.extra` to push; any other speaks one contract."""
+    kind, connector = deployment.engine.kind, deployment.connector
+    facts = FACTS.get((kind, connector.name), UNKNOWN)
+    pushes = connector.name == "BatonConnector" and kind != "torch" and connector.extra.get("contract") == "layerwise"
+    return replace(facts, contract="layerwise") if pushes else facts
 
 
 def reserved(deployment: Deployment, address: str, port: int) -> str:

@@ -45,6 +45,9 @@ def _one(deployment: Deployment, group: Group, facts: ConnectorFacts) -> Iterato
         yield Conflict(key, f"dp {group.dp}, tp {group.tp}, pp {group.pp}", reason, "give more instances instead")
     if group.pp > 1 and not (facts.prefill_pp if group.role == "prefill" else facts.decode_pp):
         yield Conflict(_said(group, "pp"), str(group.pp), f"{name} takes no pipeline stages there", "give 1")
+    if group.tp > 1 and name == "BatonConnector" and facts.contract == "layerwise":
+        reason = f"{name} pushes layerwise from an instance of one rank to another"
+        yield Conflict(_said(group, "tp"), str(group.tp), reason, "give 1, or leave connector.extra.contract out")
     if group.dp > 1 and not facts.external_dp and not group.internal:
         reason = f"the decoder must know which rank prefilled, which {name} can't say with one API server a rank"
         yield Conflict(_said(group, "dp"), str(group.dp), reason, f'give 1, or {group.role}.dp_mode = "internal"')

@@ -189,6 +189,9 @@ def test_a_node_may_have_an_ipv6_address() -> None:
     assert "ready decode-0 'http://[fd00::2]:13700/health'" in script(plan, "f", "fd00::1")
 
 
+PUSHES = '{ name = "BatonConnector", extra = { contract = "layerwise" } }'
+
+
 def test_an_engine_of_torch_has_its_sidecar_beside_it() -> None:
     text = SMALL.replace("vllm-ascend", "torch").replace("MooncakeConnectorV1", "BatonConnector").replace("tp = 2", "")
     text = text.replace('address = "10.0.0.1"', 'address = "10.0.0.1", hardware = "cpu"')
@@ -196,3 +199,12 @@ def test_an_engine_of_torch_has_its_sidecar_beside_it() -> None:
     assert process.argv[:2] == ("pd-engine", "serve")
     assert _value(process, "--sidecar-listen") == "10.0.0.1:36000"
     assert _value(process, "--device") == "cpu"
+
+
+def test_our_connector_of_vllm_is_told_to_push_and_so_is_the_proxy() -> None:
+    text = SMALL.replace("tp = 2", "").replace('{ name = "MooncakeConnectorV1" }', PUSHES)
+    plan = deployment_plan(parse(text, "f"))
+    assert _value(plan.proxy, "--contract") == "layerwise"
+    kv = json.loads(_value(plan.processes[0], "--kv-transfer-config"))
+    assert kv["kv_connector_extra_config"]["contract"] == "layerwise"
+    assert _value(deployment_plan(parse(text.replace("layerwise", "pull"), "f")).proxy, "--contract") == "pull"

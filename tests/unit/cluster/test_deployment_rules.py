@@ -215,6 +215,14 @@ def test_one_engine_of_torch_takes_one_device() -> None:
     )
 
 
+def test_layerwise_push_of_our_connector_takes_one_rank() -> None:
+    pushes = '{ name = "BatonConnector", extra = { contract = "layerwise" } }'
+    assert (
+        "decode.tp = 2: BatonConnector pushes layerwise from an instance of one rank to another; give 1, or leave "
+        "connector.extra.contract out"
+    ) in refused(SMALL.replace('{ name = "MooncakeConnectorV1" }', pushes))
+
+
 def test_what_is_no_toml_says_so() -> None:
     (line,) = refused("[[node]\n")
     assert line.startswith("not TOML: ")
