@@ -39,9 +39,10 @@ class _Push:
     request: Any
     landing: PushLanding
     num_done_blocks: int = 0
-    num_leased_blocks: int = 0
     open: str = ""
-    """The transfer id of the lease that was made for the blocks it has now."""
+    """The transfer id of the lease on the blocks it has now."""
+    leased: list[int] = field(default_factory=list)
+    """Blocks that were given to that lease."""
     leases: list[tuple[str, str]] = field(default_factory=list)
     """(transfer id, epoch) of all leases, each of which ends once."""
 
@@ -129,15 +130,17 @@ class SchedulerPush:
             push, num_tokens = self._pushes[request_id], output.num_scheduled_tokens[request_id]
             if request_id in self._refused or push.num_done_blocks == push.landing.num_blocks:
                 continue
+            self._let_go_if_void(push, self._tables.blocks[request_id])
             if not push.open and not self._begin(push):
                 continue
             first, end = push.num_done_blocks, before + num_tokens
             is_last = end >= push.landing.num_tokens
             end_block = push.landing.num_blocks if is_last else end // self._block_size
             if end_block > first:
-                more = self._tables.blocks[request_id][push.num_leased_blocks : end_block]
+                more = self._tables.blocks[request_id][len(push.leased) : end_block]
                 orders.append(MarkOrder(push.open, first, end_block, tuple(more)))
-                push.num_done_blocks = push.num_leased_blocks = end_block
+                push.num_done_blocks = end_block
+                push.leased += more
         return orders
 
     def finished(self, request: Any) -> tuple[list[OfferNote], dict[str, Any] | None]:
@@ -175,9 +178,16 @@ class SchedulerPush:
         push.leases.append((offer.transfer_id, offer.epoch))
         return True
 
+    def _let_go_if_void(self, push: _Push, blocks: list[int]) -> None:
+        """Its blocks are others, as it was preempted and resumed between two steps; or its sidecar is another one."""
+        if push.leased != blocks[: len(push.leased)]:
+            self._take_back(push)
+        elif push.open and self._link.epoch not in ("", push.leases[-1][1]):
+            push.open, push.leased = "", []
+
     def _take_back(self, push: _Push) -> None:
         """Preempted: its blocks are others' from now on. The decoder may still read them, but not confirm it."""
-        push.num_done_blocks = push.num_leased_blocks = 0
+        push.num_done_blocks, push.leased = 0, []
         if push.open:
             logger.info("push_taken_back request_id=%s reason=preempted", push.request.request_id)
             self._link.revoke_now(push.open)

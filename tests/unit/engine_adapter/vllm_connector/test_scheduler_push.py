@@ -23,7 +23,8 @@ ID = f"{NAME}-0123abcd"
 
 
 class Client:
-    def __init__(self) -> None:
+    def __init__(self, link: Link) -> None:
+        self.link = link
         self.refuses = False
         self.pushed: list[tuple[str, int, int, PushTarget]] = []
 
@@ -35,14 +36,15 @@ class Client:
         if self.refuses:
             raise OfferRefused("too many leases")
         self.pushed.append((request_id, num_tokens, num_blocks, target))
-        return Offer(f"t{len(self.pushed)}", "secret", "epoch", 1e9)
+        number = len(self.pushed)
+        return Offer(f"t{number}", "secret", self.link.epoch or "epoch", 1e9)
 
 
 class Link:
     """What SchedulerPush uses of a SchedulerLink."""
 
     def __init__(self) -> None:
-        self.client: Client | None = Client()
+        self.client: Client | None = Client(self)
         self.epoch = "epoch"
         self.revoked: list[str] = []
         self.revoked_now: list[str] = []
@@ -283,6 +285,28 @@ def test_a_push_that_is_preempted_between_chunks_begins_anew(side: SchedulerSide
     asked.status.name = "RUNNING"
     marks = side.next_meta(step(ID, 48, 42, [9, 8, 7, 6, 5, 4], resumed=True)).marks
     assert marks == [MarkOrder("t2", 0, 6, (9, 8, 7, 6, 5, 4))]
+
+
+def test_one_that_is_preempted_and_resumed_between_two_steps(side: SchedulerSide, link: Link) -> None:
+    """As vLLM's reset_prefix_cache does it: nobody sees the request preempted."""
+    asked = request(ID, landing(90, 6), 90)
+    side.allocated(asked, [], 0)
+    side.next_meta(step(ID, 0, 48, [1, 2, 3]))
+    marks = side.next_meta(step(ID, 0, 90, [1, 9, 8, 7, 6, 5], resumed=True)).marks
+    assert link.revoked_now == ["t1"] and marks == [MarkOrder("t2", 0, 6, (1, 9, 8, 7, 6, 5))]
+
+
+def test_a_sidecar_that_is_replaced_between_chunks_is_told_all(side: SchedulerSide, link: Link) -> None:
+    asked = request(ID, landing(90, 6), 90)
+    side.allocated(asked, [], 0)
+    side.next_meta(step(ID, 0, 48, [1, 2, 3]))
+    link.epoch = ""  # away: nothing can be done but to wait
+    assert side.next_meta(step(ID, 48, 16, [4])).marks == [MarkOrder("t1", 3, 4, (4,))]
+    link.epoch = "epoch-2"
+    assert side.next_meta(step(ID, 64, 26, [5, 6])).marks == [MarkOrder("t2", 4, 6, (1, 2, 3, 4, 5, 6))]
+    asked.status.name = "FINISHED_LENGTH_CAPPED"
+    assert side.finished(asked, [1, 2, 3, 4, 5, 6]) == (True, None)
+    assert [note.leases for note in side.next_meta().offers] == [(("t1", "epoch"),), (("t2", "epoch-2"),)]
 
 
 @pytest.mark.parametrize(
