@@ -36,7 +36,7 @@ class LandOrder:
 @dataclass(frozen=True, slots=True)
 class MarkOrder:
     """This step's forward computes some of a prompt whose KV is pushed: of the lease's blocks, those before
-    `first_block` are computed already, those before `end_block` when it has ended."""
+    `first_block` are computed already, those before `end_block` when it has ended. Without such it is only told."""
 
     transfer_id: str
     first_block: int

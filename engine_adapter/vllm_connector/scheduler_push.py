@@ -43,6 +43,8 @@ class _Push:
     """The transfer id of the lease on the blocks it has now."""
     leased: list[int] = field(default_factory=list)
     """Blocks that were given to that lease."""
+    at_the_end: bool = False
+    """Nothing more is marked before the request has ended well."""
     leases: list[tuple[str, str]] = field(default_factory=list)
     """(transfer id, epoch) of all leases, each of which ends once."""
 
@@ -63,6 +65,7 @@ class SchedulerPush:
         self._tables = BlockTables()
         self._refused: dict[str, str] = {}
         """By request, why it is not pushed."""
+        self._late: list[MarkOrder] = []
 
     # The decoder's part.
 
@@ -119,19 +122,23 @@ class SchedulerPush:
 
     def step(self, output: Any) -> list[MarkOrder]:
         """What the worker is to mark in this step's forward; leases whose blocks vLLM has taken away end first."""
-        orders: list[MarkOrder] = []
+        orders, self._late = self._late, []
         for push in self._pushes.values():
             if push.request.status.name == "PREEMPTED":
                 self._take_back(push)
         if not self._pushes or output is None:
             return orders
         computed = self._tables.follow(output, self._pushes)
+        loads_now = bool(getattr(output, "has_sync_kv_loads", False))
         for request_id, before in computed.items():
             push, num_tokens = self._pushes[request_id], output.num_scheduled_tokens[request_id]
             if request_id in self._refused or push.num_done_blocks == push.landing.num_blocks:
                 continue
             self._let_go_if_void(push, self._tables.blocks[request_id])
             if not push.open and not self._begin(push):
+                continue
+            push.at_the_end |= loads_now or (before > 0 and _is_loaded_by_others(push.request, output))
+            if push.at_the_end:
                 continue
             first, end = push.num_done_blocks, before + num_tokens
             is_last = end >= push.landing.num_tokens
@@ -143,7 +150,7 @@ class SchedulerPush:
                 push.leased += more
         return orders
 
-    def finished(self, request: Any) -> tuple[list[OfferNote], dict[str, Any] | None]:
+    def finished(self, request: Any, block_ids: Sequence[int] = ()) -> tuple[list[OfferNote], dict[str, Any] | None]:
         """The request is over: the leases that hold its blocks until they have ended, and what its answer says."""
         request_id = request.request_id
         self._settled.discard(request_id)
@@ -157,8 +164,20 @@ class SchedulerPush:
                 self._refuse(request, "it was preempted before it ended")
             elif self._link.epoch != leases[-1][1]:
                 self._refuse(request, "the sidecar was lost")
+            elif push.at_the_end:
+                self._mark_all(push, list(block_ids))
         why = self._refused.pop(request_id, "")
         return [OfferNote(request_id, (lease,)) for lease in leases], push_failed(why) if why and well else None
+
+    def _mark_all(self, push: _Push, block_ids: list[int]) -> None:
+        """All of a push that was not marked by layers."""
+        num_blocks, num_leased = push.landing.num_blocks, len(push.leased)
+        if push.leased != block_ids[:num_leased]:
+            self._link.revoke(push.open)
+            self._refuse(push.request, "its blocks were taken away")
+            return
+        more = tuple(block_ids[num_leased:num_blocks])
+        self._late.append(MarkOrder(push.open, num_blocks, num_blocks, more))
 
     def _begin(self, push: _Push) -> bool:
         """Lease blocks that are still to come to the landing. Nothing counts as computed yet, a prefix that was found
@@ -215,6 +234,13 @@ class SchedulerPush:
         """The decoder waits for another prefiller, or for the end of its time."""
         self._refused[request.request_id] = reason
         logger.error("no_push request_id=%s reason=%s", request.request_id, reason)
+
+
+def _is_loaded_by_others(request: Any, output: Any) -> bool:
+    """Whether another connector (MultiConnector) fills some of a request's blocks from within its step: vLLM finds out
+    afterwards whether that failed, and computes them once more. Versions that don't say so of the step say it of the
+    request, which is then one of our own loads from a store at worst."""
+    return not hasattr(output, "has_sync_kv_loads") and getattr(request, "num_external_computed_tokens", 0) > 0
 
 
 def is_push(params: dict[str, Any] | None) -> bool:

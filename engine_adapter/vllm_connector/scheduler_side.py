@@ -156,7 +156,7 @@ class SchedulerSide:
 
     def _handed_on(self, request: Any, block_ids: Sequence[int]) -> Finished:
         request_id = request.request_id
-        pushed, told = self._push.finished(request) if self._push is not None else ([], None)
+        pushed, told = self._push.finished(request, block_ids) if self._push is not None else ([], None)
         unread = self._to_load(request)
         self._settled.discard(request_id)
         if request_id in self._loading:

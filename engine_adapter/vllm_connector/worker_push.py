@@ -92,7 +92,8 @@ class LayerMarks:
 
     def begin(self, orders: Sequence[MarkOrder]) -> None:
         """A step begins."""
-        self._orders = [(order, MarkPace(self._layer_bytes)) for order in orders]
+        strips = [order for order in orders if order.first_block < order.end_block]
+        self._orders = [(order, MarkPace(self._layer_bytes)) for order in strips]
         self._written.clear()
         self._num_layers = 0
         for order in orders:

@@ -309,6 +309,41 @@ def test_a_sidecar_that_is_replaced_between_chunks_is_told_all(side: SchedulerSi
     assert [note.leases for note in side.next_meta().offers] == [(("t1", "epoch"),), (("t2", "epoch-2"),)]
 
 
+@pytest.mark.parametrize("says", ["of the step", "of the request"])
+def test_what_another_connector_loads_in_the_step_is_marked_when_the_request_has_ended(
+    side: SchedulerSide, link: Link, says: str
+) -> None:
+    """Should that load fail, vLLM computes the blocks once more, and until then nobody may have read them."""
+    asked = request(ID, landing(90, 6), 90)
+    side.allocated(asked, [], 0)
+    first, second = step(ID, 32, 16, [1, 2, 3]), step(ID, 48, 42, [4, 5, 6])
+    first.scheduled_new_reqs = [SimpleNamespace(req_id=ID, block_ids=([1, 2, 3],), num_computed_tokens=32)]
+    first.scheduled_cached_reqs = step(ID, 0, 8, []).scheduled_cached_reqs
+    if says == "of the step":
+        first.has_sync_kv_loads, second.has_sync_kv_loads = True, False
+    else:
+        asked.num_external_computed_tokens = 32
+    assert not side.next_meta(first).marks and not side.next_meta(second).marks
+    asked.status.name = "FINISHED_LENGTH_CAPPED"
+    assert side.finished(asked, [1, 2, 3, 4, 5, 6]) == (True, None)
+    meta = side.next_meta()
+    assert meta.marks == [MarkOrder("t1", 6, 6, (1, 2, 3, 4, 5, 6))]
+    assert [note.leases for note in meta.offers] == [(("t1", "epoch"),)]
+
+
+def test_late_marks_need_the_blocks_that_were_leased(side: SchedulerSide, link: Link) -> None:
+    asked = request(ID, landing(90, 6), 90)
+    side.allocated(asked, [], 0)
+    side.next_meta(step(ID, 0, 48, [1, 2, 3]))
+    loads = step(ID, 48, 42, [4, 5, 6])
+    loads.has_sync_kv_loads = True
+    side.next_meta(loads)
+    asked.status.name = "FINISHED_LENGTH_CAPPED"
+    delayed, told = side.finished(asked, [9, 2, 3, 4, 5, 6])
+    assert delayed and told is not None and link.revoked == ["t1"]
+    assert not side.next_meta().marks
+
+
 @pytest.mark.parametrize(
     ("params", "says"),
     [

@@ -110,6 +110,12 @@ def test_each_layer_is_marked_as_it_is_written(link: Link) -> None:
     assert len(link.marked) == 7
 
 
+def test_what_is_computed_already_is_told_as_the_step_begins(link: Link) -> None:
+    marks = marks_of(link)
+    run(marks, MarkOrder("t", 3, 3, (7, 8, 9)))
+    assert link.marked == [("t", Ready(3, 3, 0))] and link.got_blocks == [("t", (7, 8, 9))]
+
+
 def test_small_layers_are_marked_together(link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mark_pace, "MIN_MARK_BYTES", 1 << 20)
     run(marks_of(link), MarkOrder("t", 0, 5, ()))
