@@ -15,7 +15,8 @@ import pytest
 
 from tests.vllm.conftest import Split
 from tests.vllm.servers import Ask, Server, baton, eventually, post, proxy_server, running, vllm_server
-from tests.vllm.test_split import LENGTHS, by_source, nothing_held, prefill, prompt
+from tests.vllm.test_split import LENGTHS, by_source, nothing_held, prefill, prompt, used
+from tests.vllm.test_topologies import same_answers
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -138,6 +139,29 @@ def test_a_sidecar_that_dies_or_hangs_is_replaced(pushed: Split, whose: str, num
 
     assert eventually(right, 120)
     assert eventually(lambda: nothing_held(pushed), 60)
+
+
+def test_beside_a_prefix_tier_in_a_multi_connector(pushed: Split, model: Path, tmp_path: Path) -> None:
+    """What vLLM's ExampleConnector loads within a step is pushed once vLLM knows that it was loaded."""
+    tier = {
+        "kv_connector": "ExampleConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"shared_storage_path": str(tmp_path / "tier")},
+    }
+    several = {
+        "kv_connector": "MultiConnector",
+        "kv_role": "kv_producer",
+        "kv_connector_extra_config": {"connectors": [baton("kv_producer", contract="layerwise"), tier]},
+    }
+    prefiller = vllm_server("push-multi", model, tmp_path, several, "--no-enable-prefix-caching")
+    proxy = proxy_server([prefiller], [pushed.decoder], tmp_path, "--contract", "layerwise")
+    with running(prefiller), running(proxy):
+        same_answers(proxy, pushed.unsplit, 29_000)
+        before = by_source(prefiller, "external_kv_transfer")
+        post(pushed.decoder, "/reset_prefix_cache", {})
+        same_answers(proxy, pushed.unsplit, 29_000)
+        assert by_source(prefiller, "external_kv_transfer") > before  # the second time out of the tier
+        assert eventually(lambda: used(prefiller) == 0 and used(pushed.decoder) == 0)
 
 
 def test_small_pools_make_prompts_wait_and_none_is_lost(unsplit: Server, model: Path, tmp_path: Path) -> None:
