@@ -30,8 +30,11 @@ def pushed(model: Path, unsplit: Server, tmp_path_factory: pytest.TempPathFactor
     logs = tmp_path_factory.mktemp("logs")
     extra = {"contract": "layerwise", "push_timeout_s": PUSH_TIMEOUT_S, "log_level": "DEBUG"}
     chunks = ("--max-num-batched-tokens", str(CHUNK_TOKENS))
-    prefiller = vllm_server("push-prefiller", model, logs, baton("kv_producer", lease_s=20, **extra), *chunks)
-    decoder = vllm_server("push-decoder", model, logs, baton("kv_consumer", **extra))
+    producer, consumer = baton("kv_producer", lease_s=20, **extra), baton("kv_consumer", **extra)
+    prefiller = vllm_server("push-prefiller", model, logs, producer, *chunks, VLLM_SERVER_DEV_MODE="1")
+    decoder = vllm_server(
+        "push-decoder", model, logs, consumer, VLLM_SERVER_DEV_MODE="1"
+    )  # so that caches can be reset
     proxy = proxy_server([prefiller], [decoder], logs, "--contract", "layerwise")
     with running(prefiller, decoder), running(proxy):
         yield Split(prefiller, decoder, proxy, unsplit)
@@ -74,8 +77,23 @@ def test_what_either_half_has_in_its_cache_is_not_moved_or_not_computed(pushed: 
     longer = f"{text} {prompt(60, 22_001)}"
     assert Ask(longer).text(pushed.proxy) == Ask(longer).text(pushed.unsplit)
     assert 0 < loaded(pushed) - before < 150  # only what the decoder lacks
-    post(pushed.decoder, "/reset_prefix_cache", {})
+    assert post(pushed.decoder, "/reset_prefix_cache", {})[0] == 200
     assert Ask(longer).text(pushed.proxy) == Ask(longer).text(pushed.unsplit)  # out of the prefiller's cache
+    assert eventually(lambda: nothing_held(pushed))
+
+
+def test_a_prefill_that_is_preempted_is_pushed_again_from_its_other_blocks(pushed: Split) -> None:
+    before = pushed.prefiller.log.read_text().count("push_taken_back")
+    for number in range(6):
+        ask = Ask(prompt(1100, 22_500 + number))
+        want = ask.text(pushed.unsplit)
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(ask.text, pushed.proxy)
+            for _ in range(3):
+                time.sleep(0.05 * (number + 1))
+                post(pushed.prefiller, "/reset_prefix_cache?reset_running_requests=true", {})
+            assert answer.result() == want
+    assert pushed.prefiller.log.read_text().count("push_taken_back") > before
     assert eventually(lambda: nothing_held(pushed))
 
 
