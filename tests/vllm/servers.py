@@ -24,6 +24,8 @@ from tests.integration.deployment import free_port, is_up, metric
 ROOT = Path(__file__).resolve().parents[2]
 VLLM_VENV = os.environ.get("VLLM_VENV", "")
 START_TIMEOUT_S = 300.0
+PROBE_TIMEOUT_S = 15.0
+"""Of the proxy's probes: two cores have five vLLMs to run, and none of them is to be given up for slowness."""
 BLOCK_SIZE = 32
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -126,7 +128,7 @@ def baton(kv_role: str, **extra: Any) -> dict[str, Any]:
 def proxy_server(prefillers: list[Server], decoders: list[Server], directory: Path, *flags: str) -> Server:
     port = free_port()
     argv = [
-        str(Path(sys.executable).parent / "pd-proxy"), "--port", str(port),
+        str(Path(sys.executable).parent / "pd-proxy"), "--port", str(port), "--health-timeout-s", str(PROBE_TIMEOUT_S),
         "--prefiller-hosts", *["127.0.0.1"] * len(prefillers), "--prefiller-ports", *[str(p.port) for p in prefillers],
         "--decoder-hosts", *["127.0.0.1"] * len(decoders), "--decoder-ports", *[str(d.port) for d in decoders], *flags,
     ]  # fmt: skip
