@@ -201,8 +201,8 @@ class ClientConnection(asyncio.Protocol):
             rest = data[missing:]
         else:
             pieces, used = self._decoder.feed(data)
-            self._body += pieces
-            self._body_size += sum(map(len, pieces))
+            self._body.append(b"".join(pieces))  # not each by itself: one of two bytes takes 43 as an object
+            self._body_size += len(self._body[-1])
             if self._body_size > self._services.config.max_body_bytes:
                 raise TooLarge(self._services.config.max_body_bytes)
             if not self._decoder.complete:

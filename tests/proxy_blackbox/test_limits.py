@@ -138,6 +138,22 @@ def test_more_connections_than_the_limit(start_proxy: Start) -> None:
     eventually(lambda: not is_served(proxy.port), "still full")
 
 
+def test_a_body_in_tiny_chunks_takes_no_more_room_than_another(start_proxy: Start) -> None:
+    proxy = start_proxy()
+    assert is_served(proxy.port)
+    before = proxy.rss_bytes()
+    with connected(proxy.port) as sock:
+        sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for _ in range(20):
+            sock.sendall(b"2\r\n  \r\n" * 50_000)
+        for _ in range(5):  # what was sent last is read by now
+            assert is_served(proxy.port)
+        grown = proxy.rss_bytes() - before
+        assert grown < 20 << 20, f"{grown >> 20} MiB for 2 MB"
+        sock.sendall(b"%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY))
+        assert read_answer(sock).text == text_for(FIELDS)
+
+
 def test_clients_that_do_not_read_do_not_fill_the_proxy(start_proxy: Start, engines: Engines) -> None:
     """30 MB are on their way to each of eight; what the proxy holds of it is its limit, not theirs."""
     proxy = start_proxy("--max-continuation-bytes", "0")

@@ -88,6 +88,18 @@ def test_of_a_name_that_comes_twice_the_last_counts() -> None:
     assert call.fields == {"prompt": "2"} and orjson.loads(joined(one_token_body(call, None)))["prompt"] == "2"
 
 
+@pytest.mark.parametrize("first", [LONG + "1", "2"])
+@pytest.mark.parametrize("last", [LONG, "3"])
+@pytest.mark.parametrize("names", [("prompt", "prom\\u0070t"), ("prom\\u0070t", "prompt"), ("\\u0070rompt", "prom\\u0070t")])
+def test_both_legs_get_one_prompt_however_its_name_is_written(names: tuple[str, str], first: str, last: str) -> None:
+    """Or a decoder would keep KV of one prompt under the other's name, and serve it to whoever sends that one."""
+    body = ('{"%s":"%s","x":"%s","%s":"%s"}' % (names[0], first, LONG, names[1], last)).encode()
+    call = parse_call("completions", body)
+    prefill = orjson.loads(joined(one_token_body(call, KV)))
+    decode = orjson.loads(joined(spliced(call.body, call.fields, "kv_transfer_params", KV)))
+    assert prefill["prompt"] == decode["prompt"] == last
+
+
 @pytest.mark.parametrize("text", ['\\"' * MAX_STEPS * 2, "\\\\" * MAX_STEPS * 2 + '\\"', 'y","' * MAX_STEPS * 2])
 def test_a_body_made_to_be_slow_is_parsed_whole(text: str) -> None:
     body = b'{"prompt":["%b"],"stream":true}' % (text + LONG).encode()
