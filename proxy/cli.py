@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import uvloop
 
 from proxy.access_log import LogFormat
-from proxy.app import log_ready, run, run_worker
+from proxy.app import ProxyApp, log_ready, run, run_worker
 from proxy.config import ProxyConfig, load_config, nearest
 from proxy.errors import ConfigError, StartError
 from proxy.listening import listening_sockets
@@ -33,6 +33,9 @@ SINGULAR = {
 REPEATED = frozenset(("api_key", "admin_api_key"))  # given twice, both count
 # A request leaves no cycles behind, so collecting every 700 allocations (Python's default) is a search for nothing.
 GC_ALLOCATIONS = 50_000
+
+
+CHECK = "--check-config"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -55,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--version", action="version", version=f"pd-baton {importlib.metadata.version('pd-baton')}")
     made.add_argument("--config", type=Path, metavar="FILE.toml", help="configuration file; flags override it")
+    made.add_argument(CHECK, action="store_true", help="say whether flags and the files they name can be used, and end")
     for name, field in ProxyConfig.model_fields.items():
         flags = ["--" + name.replace("_", "-")]
         if name in SINGULAR:
@@ -79,15 +83,25 @@ def read_config(argv: Sequence[str]) -> ProxyConfig:
     """Raises ConfigError."""
     flags: dict[str, Any] = vars(parser().parse_args(argv))
     path = flags.pop("config")
+    del flags["check_config"]
     if "log_level" in flags:
         flags["log_level"] = flags["log_level"].upper()
     return load_config(path, flags)
+
+
+async def check(config: ProxyConfig) -> None:
+    """All is made that will serve, so what is named is there and fits. Raises ConfigError."""
+    ProxyApp(config, asyncio.get_running_loop())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
     try:
         config = read_config(words)
+        if CHECK in words:
+            asyncio.run(check(config))
+            print("pd-proxy: the configuration can be used")
+            return
     except ConfigError as error:
         print(f"pd-proxy: {error}", file=sys.stderr)
         sys.exit(2)

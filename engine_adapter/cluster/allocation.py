@@ -92,14 +92,16 @@ class Ledger:
         devices = list(devices)
         for address in addresses:
             taken, node = self._devices.setdefault(address, {}), self._node(address)
-            for device in devices:
-                if device in taken:
-                    reason = f"device {device} of {address} belongs to {taken[device]} already"
-                    self._refuse(key, devices, reason, "give each device to one instance")
-                elif node and device >= node.devices:
-                    reason = f"{address} has devices 0 to {node.devices - 1}"
-                    self._refuse(key, devices, reason, "count from 0, or correct node.devices")
-                taken[device] = owner
+            for other in dict.fromkeys(taken[device] for device in devices if device in taken):
+                theirs = [device for device in devices if taken.get(device) == other]
+                belong = "device {} of {} belongs" if len(theirs) == 1 else "devices {} of {} belong"
+                listed = ", ".join(map(str, theirs))
+                reason = f"{belong.format(listed, address)} to {other} already"
+                self._refuse(key, devices, reason, "give each device to one instance")
+            if node and any(device >= node.devices for device in devices):
+                reason = f"{address} has devices 0 to {node.devices - 1}"
+                self._refuse(key, devices, reason, "count from 0, or correct node.devices")
+            taken.update(dict.fromkeys(devices, owner))
 
     def choose_devices(self, address: str, num: int, owner: str, key: str) -> tuple[int, ...]:
         """The first free ones; fewer than `num`, and a conflict, if there are no more."""

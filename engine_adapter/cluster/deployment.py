@@ -8,13 +8,26 @@ Declared here once, frozen. What follows from it (ranks, devices, ports, engine 
 from __future__ import annotations
 
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from engine_adapter.cluster.errors import ClusterError, ConfigError
-from engine_adapter.cluster.toml_mistakes import line_of
+from engine_adapter.cluster.toml_mistakes import (
+    FLAG_PATTERN,
+    HOST_PATTERN,
+    NAME_PATTERN,
+    NIC_PATTERN,
+    PATH_PATTERN,
+    TEXT_PATTERN,
+    VARIABLE_PATTERN,
+    VERSION_PATTERN,
+    Where,
+    lines_of,
+    without,
+)
 
 RoleName = Literal["prefill", "decode"]
 EngineKind = Literal["vllm-ascend", "vllm", "torch"]
@@ -22,20 +35,20 @@ Hardware = Literal["A2", "A3", "gpu", "cpu"]
 
 ROLES: tuple[RoleName, ...] = ("prefill", "decode")
 
-Args = dict[Annotated[str, Field(pattern=r"^-{0,2}[A-Za-z0-9][A-Za-z0-9_-]*$")], JsonValue]
+Args = dict[Annotated[str, Field(pattern=FLAG_PATTERN)], JsonValue]
 """Flags of a command without their dashes, `{max-num-seqs = 8}`. true: the bare flag; false: not even the role's
 default; a list: several words; a table: JSON."""
 
 Json = dict[str, JsonValue]
 
-Env = dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str | int | Literal[False]]
+Env = dict[Annotated[str, Field(pattern=VARIABLE_PATTERN)], str | int | Literal[False]]
 """false: unset. `${NAME}` in a value is what NAME was before; where it was not set, a colon beside it goes, too."""
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 Count = Annotated[int, Field(ge=1, le=4096)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
-Host = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]*$|^[0-9A-Fa-f:.]+$", max_length=253)]
-Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00\n]*$")]
+Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=64)]
+Host = Annotated[str, Field(pattern=HOST_PATTERN, max_length=253)]
+Text = Annotated[str, Field(min_length=1, pattern=TEXT_PATTERN)]
 
 
 class Section(BaseModel):
@@ -44,7 +57,7 @@ class Section(BaseModel):
 
 class Node(Section):
     address: Host
-    nic: Annotated[str, Field(pattern=r"^[A-Za-z0-9._@:-]+$")] = "eth0"
+    nic: Annotated[str, Field(pattern=NIC_PATTERN)] = "eth0"
     devices: Count = 8
     """Chips: 8 of an A2 server, 16 of an A3 server."""
     hardware: Hardware = "A2"
@@ -123,7 +136,7 @@ class Connector(Section):
 
 class Engine(Section):
     kind: EngineKind
-    engine_version: Annotated[str, Field(pattern=r"^\d+\.\d+(\.\d+)?(rc\d+|\.post\d+)?$")]
+    engine_version: Annotated[str, Field(pattern=VERSION_PATTERN)]
     """Of vllm-ascend, vllm or pd-baton; it selects arguments, names and module paths, see `versions`."""
     env: Env = {}
     args: Args = {}
@@ -167,7 +180,7 @@ class Proxy(Section):
 class Request(Section):
     """What shows that it works; `model` is added."""
 
-    path: Annotated[str, Field(pattern=r"^/[A-Za-z0-9/_.-]+$")] = "/v1/completions"
+    path: Annotated[str, Field(pattern=PATH_PATTERN)] = "/v1/completions"
     body: Json = {"prompt": "Who are you?", "max_tokens": 100, "temperature": 0}
 
 
@@ -204,46 +217,55 @@ class Deployment(Section):
         return [("engine", self.engine), ("prefill", self.prefill), ("decode", self.decode), *instances]
 
 
+OWN_SECTIONS = ("nodes", "connector", "prefill", "decode")
+"""What no cluster on one machine has, nor a deployment without its nodes: `[[nodes]]` is a slip of the pen."""
+
+
 def is_deployment(text: str) -> bool:
     """Whether a file is one of these, and not a cluster on one machine (or no TOML, which its reader will say)."""
     try:
-        return "node" in tomllib.loads(text)
+        sections = tomllib.loads(text).keys()
     except tomllib.TOMLDecodeError:
         return False
+    return "node" in sections or ("cluster" not in sections and not sections.isdisjoint(OWN_SECTIONS))
 
 
-def read(text: str, source: str) -> tuple[Deployment, list[str]]:
-    """The deployment, and a line for each unknown key, which is left out of it. Raises ConfigError.
+@dataclass(frozen=True, slots=True)
+class Reading:
+    deployment: Deployment
+    lines: tuple[str, ...] = ()
+    """One for each unknown key and each wrong value; they are left out of the deployment."""
+    wrong: tuple[Where, ...] = ()
+    """Where the wrong values are: the deployment has defaults there that the file does not say."""
 
-    Unknown keys are not raised so that what else is wrong can be said at the same time.
-    """
+
+def read(text: str, source: str) -> Reading:
+    """Raises ConfigError where too much is wrong to say what else is."""
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{source}: not TOML: {error}") from error
     try:
-        return Deployment.model_validate(values), []
+        return Reading(Deployment.model_validate(values))
     except ValidationError as error:
-        lines = [f"{source}: {line_of(detail, Deployment)}" for detail in error.errors()]
-        unknown = [detail["loc"] for detail in error.errors() if detail["type"] == "extra_forbidden"]
-        if len(unknown) < len(lines):
-            raise ConfigError(*lines) from error
-    for where in unknown:
-        _remove(values, where)
-    return Deployment.model_validate(values), lines
+        details = error.errors()
+    lines = [f"{source}: {line}" for line in lines_of(values, details, Deployment)]
+    unknown = {detail["loc"] for detail in details if detail["type"] == "extra_forbidden"}
+    rest, places = without(values, details)
+    try:
+        deployment = Deployment.model_validate(rest)
+    except ValidationError:  # something that it cannot be without
+        raise ConfigError(*lines) from None
+    return Reading(deployment, tuple(lines), tuple(place for place in places if place not in unknown))
 
 
 def text_of(path: Path) -> str:
     """Raises ClusterError."""
     try:
         return path.read_text()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 (byte {error.start}); write it as UTF-8") from error
     except OSError as error:
         raise ClusterError(
             f"{path}: {error.strerror}; deployments are under configs/deployments/, local ones under configs/examples/"
         ) from error
-
-
-def _remove(values: Any, where: tuple[str | int, ...]) -> None:
-    for part in where[:-1]:
-        values = values[part]
-    del values[where[-1]]

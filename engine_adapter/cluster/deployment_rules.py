@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from engine_adapter.cluster import version_rules
@@ -17,6 +17,7 @@ from engine_adapter.cluster.engine_commands import (
 )
 from engine_adapter.cluster.errors import ConfigError, nearest
 from engine_adapter.cluster.parallel_rules import parallel_conflicts
+from engine_adapter.cluster.toml_mistakes import Where, key_of
 from engine_adapter.cluster.topology import topology
 
 HARDWARE = {"vllm-ascend": ("A2", "A3"), "vllm": ("gpu", "cpu"), "torch": ("A2", "A3", "gpu", "cpu")}
@@ -28,26 +29,30 @@ def load(path: Path) -> Deployment:
 
 
 def parse(text: str, source: str) -> Deployment:
-    deployment, lines = read(text, source)
-    lines += [f"{source}: {line}" for line in wrong_with(deployment)]
+    reading = read(text, source)
+    lines = [*reading.lines, *(f"{source}: {line}" for line in wrong_with(reading.deployment, reading.wrong))]
     if lines:
         raise ConfigError(*lines)
-    return deployment
+    return reading.deployment
 
 
-def wrong_with(deployment: Deployment) -> list[str]:
-    """One line each: `key = value: reason; remedy`."""
-    found = [*_conflicts(deployment)]
+def wrong_with(deployment: Deployment, unread: Sequence[Where] = ()) -> list[str]:
+    """One line each: `key = value: reason; remedy`. `unread` are places whose values are the file's in no way: nothing
+    is said that may follow from them."""
+    found = [*_conflicts(deployment)] if not unread else [*_beside(deployment, unread)]
     return list(dict.fromkeys(f"{it.key} = {it.value}: {it.reason}; {it.remedy}" for it in found))
 
 
+def _beside(deployment: Deployment, unread: Sequence[Where]) -> Iterator[Conflict]:
+    """What is wrong whatever those values are to be, by section."""
+    sections = {key_of(where[: 2 if where[0] in ("node", "instance") else 1]) for where in unread}
+    for conflict in (*_of_sections(deployment), *_unknown_nodes(deployment)):
+        if not any(conflict.key == section or conflict.key.startswith(f"{section}.") for section in sections):
+            yield conflict
+
+
 def _conflicts(deployment: Deployment) -> Iterator[Conflict]:
-    if "\\u0000" in deployment.model_dump_json():
-        yield Conflict("the file", "...", "it has a zero byte, which no command line takes", "remove \\u0000")
-    yield from _nodes(deployment)
-    yield from version_rules.version_conflicts(deployment)
-    yield from _computed(deployment)
-    yield from _store(deployment)
+    yield from _of_sections(deployment)
     unknown = list(_unknown_nodes(deployment))
     yield from unknown
     if unknown:  # what follows would only repeat it in other words
@@ -55,6 +60,16 @@ def _conflicts(deployment: Deployment) -> Iterator[Conflict]:
     where = topology(deployment)
     yield from parallel_conflicts(deployment, where.groups)
     yield from where.conflicts
+
+
+def _of_sections(deployment: Deployment) -> Iterator[Conflict]:
+    """What each section has wrong by itself, or with the engine's version."""
+    if "\\u0000" in deployment.model_dump_json():
+        yield Conflict("the file", "...", "it has a zero byte, which no command line takes", "remove \\u0000")
+    yield from _nodes(deployment)
+    yield from version_rules.version_conflicts(deployment)
+    yield from _computed(deployment)
+    yield from _store(deployment)
 
 
 def _nodes(deployment: Deployment) -> Iterator[Conflict]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,7 +60,21 @@ def problems(run: Run) -> list[str]:
         problem = machine.port_problem(host, port)
         if problem:
             found.append(f"port {port} on {host} for {owner} {problem}; stop what listens there, or give another")
-    return found + share_files.differing(run.share.files)
+    return found + _refused_by_proxy(run) + share_files.differing(run.share.files)
+
+
+def _refused_by_proxy(run: Run) -> list[str]:
+    """What pd-proxy has against its flags: it starts last, when the engines have been loading for long."""
+    found = []
+    for process in run.share.of_kind("proxy"):
+        program = shutil.which(process.argv[0], path=process.env.get("PATH"))
+        if program is not None:
+            command = [program, *process.argv[1:], "--check-config"]
+            done = subprocess.run(command, env=dict(process.env), capture_output=True, text=True, check=False)
+            if done.returncode:
+                reason = done.stderr.strip().rpartition("\n")[2]
+                found.append(f"{process.name}: {reason}; correct [proxy].args in {run.source}")
+    return found
 
 
 async def up(run: Run) -> None:

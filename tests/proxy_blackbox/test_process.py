@@ -56,6 +56,22 @@ def test_a_wrong_flag_is_one_line_that_names_it_and_exit_2(flags: list[str], nam
     assert named in one_line(ended.stderr) and nearest in ended.stderr
 
 
+def test_a_configuration_is_checked_without_being_used(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind((HOST, 0))
+        taken.listen()
+        ended = run("--host", HOST, "--port", str(taken.getsockname()[1]), "--check-config")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "pd-proxy: the configuration can be used\n", "")
+    for flags in (
+        ["--polcy", "a"],
+        ["--tls-cert", str(tmp_path / "none.pem"), "--tls-key", str(tmp_path / "none.pem")],
+        ["--api-key-file", str(tmp_path / "none")],
+        ["--metaserver-allow", "everybody"],
+    ):
+        ended = run("--check-config", *flags)
+        assert ended.returncode == 2 and flags[0] in one_line(ended.stderr) and not ended.stdout
+
+
 def test_a_wrong_key_in_the_file_is_named_with_the_nearest(tmp_path: Path) -> None:
     file = tmp_path / "proxy.toml"
     file.write_text('prefiller_host = ["a"]\n')

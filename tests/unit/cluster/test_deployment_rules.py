@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from engine_adapter.cluster.deployment import is_deployment
 from engine_adapter.cluster.deployment_rules import load, parse
 from engine_adapter.cluster.errors import ClusterError, ConfigError
 from tests.unit.cluster.deployments import FILES, NAMES, SMALL
@@ -173,7 +174,25 @@ WRONG = {
     ),
     "a name that is no variable": (
         ("[decode]\n", '[decode]\nenv = { "A B" = 1 }\n'),
-        "decode.env.A B.[key] = 'A B': string should match pattern '^[A-Za-z_][A-Za-z0-9_]*$'",
+        "decode.env.A B = 'A B': give a variable's name: letters, digits and underscores, first no digit",
+    ),
+    "a variable that is a list": (
+        ("[decode]\n", "[decode]\nenv = { A = [1] }\n"),
+        "decode.env.A = [1]: give text, a number or false",
+    ),
+    "a number in words": (("[decode]\ntp = 2", '[decode]\ntp = "two"'), "decode.tp = 'two': give a whole number"),
+    "an address with a blank": (
+        ('{ address = "10.0.0.2" }', '{ address = "10.0.0.2 " }'),
+        "node[1].address = '10.0.0.2 ': give a host's name or IP address, without port or blanks",
+    ),
+    "one node, and no list of them": (
+        ('node = [{ address = "10.0.0.1" }, { address = "10.0.0.2" }]', 'node = { address = "10.0.0.1" }'),
+        "node = {'address': '10.0.0.1'}: give a list; of a section, write its name as [[name]]",
+    ),
+    "several devices of another's": (
+        (PREFILL, PREFILL + "devices = [0, 1]\n" + DECODE.replace("10.0.0.2", "10.0.0.1") + "devices = [1, 0]\n"),
+        "instance[1].devices = [1, 0]: devices 1, 0 of 10.0.0.1 belong to prefill-0 already; "
+        "give each device to one instance",
     ),
 }  # fmt: skip
 
@@ -195,6 +214,32 @@ def test_every_mistake_is_said_at_once() -> None:
     wanted = ['unknown key "decode.nonsense"; known here: args, dp, dp_mode, env, ep, pp, tp', "engine.env.VLLM_USE_V1"]
     wanted += ["store.directory", "decode.tp", "instance[0].kv_port"]
     assert keys == wanted
+
+
+def test_a_value_that_cannot_be_read_hides_nothing_else() -> None:
+    """But what it may have to do with: tp and the sizes of the others, and devices for so many ranks."""
+    text = (
+        SMALL.replace("[decode]\ntp = 2", '[decode]\ntp = "four"\nenv = { HCCL_IF_IP = "1" }\nnonsense = 1')
+        .replace("[prefill]\ntp = 2", '[store]\nkind = "ucm"\n\n[prefill]\ntp = 16')
+        .replace('role = "prefill"\nnodes = ["10.0.0.1"]', 'role = "prefill"\nnodes = ["10.0.0.9"]')
+        .replace('{ address = "10.0.0.2" }', '{ address = "10.0.0.2", devices = 0, device_ips = ["1"] }')
+    )
+    keys = [line.split(" = ")[0] for line in refused(text)]
+    unknown = 'unknown key "decode.nonsense"; known here: args, dp, dp_mode, env, ep, pp, tp'
+    assert keys == ["node[1].devices", "decode.tp", unknown, "store.directory", "instance[0].nodes"]
+
+
+def test_a_slip_in_the_nodes_name_is_not_taken_for_a_cluster_on_this_machine() -> None:
+    text = SMALL.replace("node = [", "nodes = [")
+    assert is_deployment(text) and not is_deployment('[model]\npath = "/m"\n')
+    assert refused(text) == ['key "node" is missing', 'unknown key "nodes"; did you mean "node"?']
+
+
+def test_what_is_no_text_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "file.toml"
+    path.write_bytes(b"name = '\xff'\n")
+    with pytest.raises(ConfigError, match=r"file.toml: not UTF-8 \(byte 8\); write it as UTF-8"):
+        load(path)
 
 
 def test_keys_that_vllm_0_32_dropped() -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.cluster.conftest import wait_for
-from tests.unit.cluster.nodes import LIMIT_S, PD_CLUSTER, A, B, Nodes
+from tests.unit.cluster.nodes import LIMIT_S, PD_CLUSTER, TEXT, A, B, Nodes
 
 PROMPTS = ("--warm-up-prompts", "1")
 
@@ -223,3 +223,12 @@ def test_on_a_terminal_there_is_one_live_screen(nodes: Nodes) -> None:
         process.wait()
         reader.join()
         os.close(master)
+
+
+def test_what_the_proxy_does_not_understand_is_said_before_the_engines_load(tmp_path: Path) -> None:
+    nodes = Nodes(tmp_path, TEXT.replace("health-interval-s", "helth-interval-s"))
+    ended = nodes.run(A, "up", str(nodes.file), "--node", A)
+    wanted = (
+        "proxy: pd-proxy: unknown flag --helth-interval-s; did you mean --health-interval-s?; correct [proxy].args in"
+    )
+    assert ended.returncode == 1 and wanted in ended.stderr and not nodes.events("begin")

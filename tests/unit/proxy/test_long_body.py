@@ -90,10 +90,12 @@ def test_of_a_name_that_comes_twice_the_last_counts() -> None:
 
 @pytest.mark.parametrize("first", [LONG + "1", "2"])
 @pytest.mark.parametrize("last", [LONG, "3"])
-@pytest.mark.parametrize("names", [("prompt", "prom\\u0070t"), ("prom\\u0070t", "prompt"), ("\\u0070rompt", "prom\\u0070t")])
+@pytest.mark.parametrize(
+    "names", [("prompt", "prom\\u0070t"), ("prom\\u0070t", "prompt"), ("\\u0070rompt", "prom\\u0070t")]
+)
 def test_both_legs_get_one_prompt_however_its_name_is_written(names: tuple[str, str], first: str, last: str) -> None:
     """Or a decoder would keep KV of one prompt under the other's name, and serve it to whoever sends that one."""
-    body = ('{"%s":"%s","x":"%s","%s":"%s"}' % (names[0], first, LONG, names[1], last)).encode()
+    body = f'{{"{names[0]}":"{first}","x":"{LONG}","{names[1]}":"{last}"}}'.encode()
     call = parse_call("completions", body)
     prefill = orjson.loads(joined(one_token_body(call, KV)))
     decode = orjson.loads(joined(spliced(call.body, call.fields, "kv_transfer_params", KV)))
