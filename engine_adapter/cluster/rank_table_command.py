@@ -21,6 +21,7 @@ from engine_adapter.cluster.rank_table_exchange import exchanged
 from engine_adapter.cluster.topology import topology
 
 WHAT = "write LLMDataDist's rank table, from FILE or by gen_ranktable.sh's flags"
+COUNTS = ("prefill_device_cnt", "decode_device_cnt")
 DEFAULT_PORT = 6657
 """gen_ranktable.sh's MASTER_PORT."""
 
@@ -57,6 +58,10 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if (arguments.file is None) == (not arguments.ips):
         raise ConfigError("ranktable: give FILE, or --ips of all nodes, one of the two")
+    if arguments.file is not None:
+        for flag in ("local_device_ids", "local_host", "network_card_name", "hardware", *COUNTS):
+            if getattr(arguments, flag) not in (None, ""):
+                raise ConfigError(f"ranktable: --{flag.replace('_', '-')} goes with --ips; {arguments.file} says it")
     text = _from_file(arguments) if arguments.file else _from_flags(arguments)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")

@@ -43,6 +43,7 @@ def _names(deployment: Deployment) -> Iterator[tuple[str, NameKind, str, object]
         for name, said in section.env.items():
             yield f"{place}.env.{name}", "environment", name, said
         for flag, value in section.args.items():
+            yield f"{place}.args.{flag}", "argument", flag.strip("-").replace("_", "-"), value
             if flag.strip("-") == "additional-config" and isinstance(value, Mapping):
                 for name, inner in _with_inner(value):
                     yield f"{place}.args.{flag}.{name}", "additional-config", name, inner

@@ -1,8 +1,10 @@
-"""Which connector, module, environment variable and key belongs to which version: one table, read by `engine_version`.
+"""Which connector, module, argument, environment variable and key belongs to which version: one table, read by
+`engine_version`.
 
 Sources: vllm-ascend at its tags v0.9.1 to v0.25.1rc1 (`distributed/`, `envs.py`, `ascend_config.py`), vLLM at 0.9.1 to
-0.32 (`config/kv_transfer.py`, `envs.py`). A vllm-ascend version runs on the vLLM of the same number, so what is said
-of vLLM holds for it, too. A release candidate counts as its release.
+0.32 (`config/kv_transfer.py`, `envs.py`), and for arguments what 0.32 takes and vLLM's pull requests 21739, 29326 and
+29402. A vllm-ascend version runs on the vLLM of the same number, so what is said of vLLM holds for it, too. A release
+candidate counts as its release.
 """
 
 from __future__ import annotations
@@ -111,7 +113,7 @@ def connector_names(engine: str, version: Version) -> list[str]:
     return sorted({entry.name for entry in known if version in entry.span})
 
 
-NameKind = Literal["environment", "kv-transfer-config", "additional-config"]
+NameKind = Literal["argument", "environment", "kv-transfer-config", "additional-config"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +133,12 @@ _ASCEND_ONLY = ("vllm-ascend",)
 _LEAVE = "leave it out"
 
 NAMES: tuple[NameSpan, ...] = (
+    NameSpan("argument", "disable-log-requests", Span(until=(0, 12, 0)), "leave it out: it is what they do unasked"),
+    NameSpan("argument", "enable-log-requests", Span((0, 10, 1)), "leave it out: requests are logged unasked"),
+    NameSpan("argument", "swap-space", Span(until=(0, 18, 0)), _LEAVE),
+    NameSpan("argument", "task", Span(until=(0, 13, 0)), "write runner, and convert where it is no generation"),
+    NameSpan("argument", "guided-decoding-backend", Span(until=(0, 12, 0)), "write structured-outputs-config"),
+    NameSpan("argument", "enable-reasoning", Span(until=(0, 10, 0)), "leave it out: reasoning-parser is enough"),
     NameSpan("environment", "VLLM_USE_V1", Span(until=(0, 12, 0)), "leave it out: there is nothing but V1 any more"),
     NameSpan(
         "environment",

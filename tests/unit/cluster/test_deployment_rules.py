@@ -130,6 +130,11 @@ WRONG = {
         "engine.env.VLLM_USE_V1 = 1: vllm-ascend 0.13.0 does not know it, but versions before 0.12.0; "
         "leave it out: there is nothing but V1 any more",
     ),
+    "an argument of an older version": (
+        ('version = "0.11.0" }', 'version = "0.12.0", args = { disable_log_requests = true } }'),
+        "engine.args.disable_log_requests = True: vllm-ascend 0.12.0 does not know it, but versions before 0.12.0; "
+        "leave it out: it is what they do unasked",
+    ),
     "a key that means nothing": (
         ("[decode]\n", "[decode]\nargs = { additional-config = { lm_head_tensor_parallel_size = 2 } }\n"),
         "decode.args.additional-config.lm_head_tensor_parallel_size = 2: vllm-ascend 0.11.0 does not know it, "

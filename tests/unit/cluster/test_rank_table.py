@@ -199,6 +199,7 @@ NODES = ["--prefill-device-cnt", "1", "--decode-device-cnt", "1", "--ips"]
             "nothing came from 203.0.113.1 within 0.5 s; run the same command on every node at once",
         ),
         ([], "give FILE, or --ips of all nodes, one of the two"),
+        (["f.toml", "--local-device-ids", "0,1"], "--local-device-ids goes with --ips; f.toml says it"),
     ],
 )
 def test_a_wrong_call_is_answered(tools: Tools, words: list[str], said: str) -> None:
