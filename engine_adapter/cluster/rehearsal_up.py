@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -36,14 +37,14 @@ from engine_adapter.cluster.warmup import TIMEOUT_S
 
 NODE = "rehearsal"
 CHECKOUT = Path(__file__).parents[2]
-MODEL = MadeModel(family="qwen3", size="tiny")
 START_TIMEOUT_S = 300.0
 
 
 def rehearsal_run(deployment: Deployment, planned: DeploymentPlan, arguments: argparse.Namespace) -> Run:
     """Raises ClusterError where the engines asked for are not to be had."""
     engines = _engines(planned, arguments.engine or "auto")
-    model_dir = arguments.dir / "models" / f"{MODEL.family}-{MODEL.size}"
+    model = model_of(deployment)
+    model_dir = arguments.dir / "models" / f"{model.family}-{model.size}"
     env = dict(machine.environment())
     if engines == "mock":
         env["PYTHONPATH"] = os.pathsep.join([str(CHECKOUT), *filter(None, [env.get("PYTHONPATH")])])
@@ -67,9 +68,17 @@ def rehearsal_run(deployment: Deployment, planned: DeploymentPlan, arguments: ar
         num_prompts=arguments.warm_up_prompts,
         prompt_timeout_s=TIMEOUT_S,
         once=arguments.once,
-        notes=_notes(planned, engines, moved),
-        prepare=partial(_make_model, model_dir, run_dir) if engines == "torch" else None,
+        notes=_notes(planned, engines, moved, model),
+        prepare=partial(_make_model, model, model_dir, run_dir) if engines == "torch" else None,
     )
+
+
+def model_of(deployment: Deployment) -> MadeModel:
+    """A tiny one of the deployment's kind: with eyes where its request has an image, with experts where ep is said."""
+    if "image_url" in json.dumps(deployment.request.body):
+        return MadeModel(family="qwen2_5_vl", size="tiny")
+    sizes = [deployment.prefill.ep, deployment.decode.ep, *(one.ep for one in deployment.instance)]
+    return MadeModel(family="qwen3_moe" if any((ep or 1) > 1 for ep in sizes) else "qwen3", size="tiny")
 
 
 def _engines(planned: DeploymentPlan, asked: str) -> Engines:
@@ -100,10 +109,10 @@ def _moved(wanted: Sequence[Place]) -> dict[Place, int]:
     return moved
 
 
-def _notes(planned: DeploymentPlan, engines: Engines, moved: dict[Place, int]) -> list[str]:
+def _notes(planned: DeploymentPlan, engines: Engines, moved: dict[Place, int], model: MadeModel) -> list[str]:
     where = ", ".join(f"{node} is {alias}" for node, alias in aliases(planned).items())
     num, contract = len(instances(planned)), contract_of(planned)
-    what = f"torch_engine, {MODEL.size} {MODEL.family}" if engines == "torch" else "mock engines in one process"
+    what = f"torch_engine, {model.size} {model.family}" if engines == "torch" else "mock engines in one process"
     notes = [f"a rehearsal: {where}", f"{num} API servers are {what}; environment and engine flags are not tried"]
     if engines == "torch" and contract != "pull":
         notes.append(f"torch_engine hands KV over by contract pull; the plan's {contract} is not tried (--engine mock)")
@@ -112,6 +121,6 @@ def _notes(planned: DeploymentPlan, engines: Engines, moved: dict[Place, int]) -
     return notes + [f"port {port} of {host} is taken here: {other} instead" for (host, port), other in moved.items()]
 
 
-async def _make_model(model_dir: Path, log_dir: Path, guard: Guard, screen: Events) -> None:
+async def _make_model(model: MadeModel, model_dir: Path, log_dir: Path, guard: Guard, screen: Events) -> None:
     if not (model_dir / "config.json").is_file():
-        await make_model(("pd-engine",), model_dir, MODEL, log_dir, guard, screen)
+        await make_model(("pd-engine",), model_dir, model, log_dir, guard, screen)

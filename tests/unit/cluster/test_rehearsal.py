@@ -91,3 +91,16 @@ def test_mock_engines_are_in_a_checkout_only(monkeypatch: pytest.MonkeyPatch, tm
     with pytest.raises(ClusterError, match=r"rehearse from a checkout, or give --engine torch"):
         rehearsal_up._engines(plan, "auto")
     assert rehearsal_up._engines(plan, "torch") == "torch"
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("qwen2.5-vl-1p1d", "qwen2_5_vl"),
+        ("qwen3-30b-1p2d-llmdatadist", "qwen3_moe"),
+        ("qwq-32b-ucm-mooncake", "qwen3"),
+    ],
+)
+def test_the_tiny_model_is_of_the_deployments_kind(name: str, family: str) -> None:
+    """So that its own request, with an image, is answered in the rehearsal, too."""
+    assert rehearsal_up.model_of(load(DIRECTORY / f"{name}.toml")).family == family
