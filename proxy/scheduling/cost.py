@@ -17,6 +17,9 @@ STREAM_TOKENS = 256
 DECODE_STEP_TOKENS = 100_000
 UNKNOWN_OUTPUT_TOKENS = 256
 MAX_EXPECTED_OUTPUT_TOKENS = 1024  # clients ask for far more than they use
+# Prompts times choices that count. `n` is the client's word: what is counted must fit the load board's 64 bits whatever
+# it says, and an engine refuses more than a few thousand.
+MAX_COUNTED_STREAMS = 4096
 
 
 class Cost(NamedTuple):
@@ -29,7 +32,7 @@ class Cost(NamedTuple):
 def cost_of(call: ApiCall) -> Cost:
     prompt = call.num_prompt_tokens
     output = min(call.max_new_tokens or UNKNOWN_OUTPUT_TOKENS, MAX_EXPECTED_OUTPUT_TOKENS)
-    num_streams = call.num_prompts * call.num_choices
+    num_streams = min(call.num_prompts * call.num_choices, MAX_COUNTED_STREAMS)
     kv_tokens = prompt + num_streams * output
     return Cost(prompt + STEP_OVERHEAD_TOKENS, kv_tokens + num_streams * STREAM_TOKENS, kv_tokens)
 
