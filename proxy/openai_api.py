@@ -30,6 +30,8 @@ LIMITS: dict[str, tuple[str, ...]] = {
     "messages": ("max_tokens",),
 }
 INT64_MAX = 2**63 - 1
+MAX_JSON_VALUES = 1 << 22
+"""A body of nothing but `{}` takes 30 times its bytes when it is read. So many are 300 MB, and no prompt has more."""
 # What a leg that generates one forced token has no use for. None of it changes the prompt (tools, tool_choice,
 # documents, chat_template_kwargs and the like do, and stay). A grammar or a list of allowed tokens that leaves only the
 # end token has nothing to sample from when min_tokens forbids the end, and a grammar is compiled before the prefill
@@ -104,7 +106,14 @@ class ApiCall:
         return orjson.dumps(outline) if self.long is None else self.long.written(outline)
 
 
+def check_values(body: bytes) -> None:
+    """Raises BadRequest where a body would take far more room than it has bytes."""
+    if len(body) >= 2 * MAX_JSON_VALUES and sum(map(body.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
+        raise BadRequest(f"The request body has more than {MAX_JSON_VALUES} JSON values.", error_type=WRONG_TYPE)
+
+
 def _parsed(body: bytes) -> Any:
+    check_values(body)
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -114,6 +123,7 @@ def _parsed(body: bytes) -> Any:
 def _outlined(body: bytes) -> tuple[Any, LongStrings | None]:
     """The body parsed, its long strings left out where that is safe."""
     if (long := long_strings(body)) is not None:
+        check_values(long.outline)
         with contextlib.suppress(orjson.JSONDecodeError):  # said below, with the place in the client's own text
             outline = orjson.loads(long.outline)
             if type(outline) is dict and _UNUSUAL.isdisjoint(outline):

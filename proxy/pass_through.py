@@ -24,7 +24,7 @@ from yarl import URL
 from proxy.config import ProxyConfig
 from proxy.errors import BadRequest, ProxyError, TooLarge
 from proxy.instance import Fleet, Instance, Role
-from proxy.openai_api import BOOTSTRAP_FIELDS, BYTES_PER_TOKEN
+from proxy.openai_api import BOOTSTRAP_FIELDS, BYTES_PER_TOKEN, check_values
 from proxy.report import Reporter
 from proxy.request_fields import HOP_BY_HOP
 from proxy.route_memory import RouteMemory
@@ -300,6 +300,7 @@ def _refuse_own_kv(body: bytes) -> None:
         raise BadRequest("The request body is not UTF-8.")
     if b"\\u" not in body and not any(name in body for name in _OWN_KEYS):
         return
+    check_values(body)
     try:
         value = orjson.loads(body.removeprefix(b"\xef\xbb\xbf"))
     except orjson.JSONDecodeError as error:

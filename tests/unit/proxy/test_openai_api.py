@@ -113,6 +113,15 @@ def test_a_number_beyond_64_bits_is_the_engines_to_judge() -> None:
     assert one.max_new_tokens is not None and one.max_new_tokens > 10**29 and b"000000000000}" in one.body
 
 
+@pytest.mark.parametrize("value", [b"{},", b"[[[[]]]],", b"1,"])
+def test_a_body_that_takes_far_more_room_than_it_has_bytes_is_refused(value: bytes) -> None:
+    """15 MB of the first took 449 MB, and half a second of everybody's time."""
+    many = value * (5_000_000 // (value.count(b"[") + 1))
+    with pytest.raises(BadRequest, match="more than 4194304 JSON values"):
+        parse_call("completions", b'{"prompt":"x","y":[%b0]}' % many)
+    assert parse_call("completions", b'{"prompt":"%b"}' % (b"a" * len(many))).num_prompts == 1
+
+
 @pytest.mark.parametrize("empty", [None, {}])
 def test_empty_kv_transfer_params_are_taken_out(empty: Any) -> None:
     one = call(kv_transfer_params=empty, a=1)
