@@ -137,7 +137,7 @@ class Family:
         self._bodies = child_bodies(parent.call)
         for index in range(len(self._bodies)):
             child = Child(self, index)
-            child.flow = make_flow(child, head, f"{parent.request_id}-c{index}")
+            child.flow = make_flow(child, head, f"{parent.engine_id}-c{index}")
             child.flow.is_child = True
             self._children.append(child)
         self._num_left = len(self._children)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import secrets
 import uuid
 from time import monotonic
 
@@ -59,6 +60,8 @@ class Dispatcher:
         self._bearer_line = bearer_line
         self._ids = itertools.count(1)
         self._id_prefix = uuid.uuid4().hex[:20]
+        self._given_ids: set[str] = set()
+        """By clients, of requests that are open."""
         self.open: set[Flow] = set()
         self._out_of_time_flows: set[Flow] = set()
 
@@ -74,6 +77,12 @@ class Dispatcher:
         head.server_timing = self._timing[head.server_timing]
         flow = self._flow(client, head, request_id)
         task = self._start(flow, body)
+        if head.request_id:
+            if request_id in self._given_ids:  # engines find requests, and their KV, by it
+                flow.engine_id = f"{request_id}-{secrets.token_hex(8)}"
+            else:
+                self._given_ids.add(request_id)
+                task.add_done_callback(lambda _: self._given_ids.discard(request_id))
         if self._config.total_timeout_s:
             timer = self._loop.call_later(self._config.total_timeout_s, self._out_of_time, flow, task)
             task.add_done_callback(lambda _: timer.cancel())

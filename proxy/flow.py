@@ -43,6 +43,7 @@ class Flow:
         "decoder",
         "dispatched",
         "divided",
+        "engine_id",
         "entry",
         "first_event_at",
         "forwarded",
@@ -83,6 +84,8 @@ class Flow:
         """Where the call is sent; the client's, unless a continuation is a completion."""
         self.route = route
         self.request_id = request_id
+        self.engine_id = request_id
+        """What engines are told it is; another than the client's where that one is another request's at the time."""
         self.budget = budget
         self.arrived = arrived
         self.close = not head.keep_alive or head.version == "1.0"
@@ -143,7 +146,7 @@ class Flow:
         """The X-Request-Id of both legs. A prefill that is repeated gets a new one: the engine may know the old."""
         if self.leg_id:
             return self.leg_id
-        return self.request_id if self.prefill_attempts <= 1 else f"{self.request_id}-{self.prefill_attempts}"
+        return self.engine_id if self.prefill_attempts <= 1 else f"{self.engine_id}-{self.prefill_attempts}"
 
     @property
     def id_lines(self) -> bytes:

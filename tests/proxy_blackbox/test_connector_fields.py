@@ -17,6 +17,7 @@ from tests.proxy_blackbox.harness import (
     Proxy,
     body_of,
     connected,
+    eventually,
     raw_post,
     read_answer,
     request,
@@ -112,6 +113,27 @@ def test_heads(proxy: Proxy, engines: Engines) -> None:
         assert headers["traceparent"] == trace and headers["tracestate"] == "a=b" and headers["x-yours"] == "2"
         assert headers["x-request-id"] == "id-1"
     assert proxy.get("/health").headers["x-request-id"] and proxy.post(COMPLETIONS, body).headers["x-request-id"]
+
+
+@pytest.mark.parametrize("more", [{}, {"stream": True}, {"n": 2}])
+def test_engines_never_have_two_requests_of_one_id(proxy: Proxy, engines: Engines, more: dict[str, Any]) -> None:
+    """They find requests, and the KV of one that waits to be fetched, by it; the client sees its own all the same."""
+    slow, quick = (
+        body_of(COMPLETIONS, num_tokens=8, stream=True, mock={"interval_s": 0.1}),
+        body_of(COMPLETIONS, **more),
+    )
+    with connected(proxy.port) as sock:
+        sock.sendall(raw_post(COMPLETIONS, json.dumps(slow).encode(), "X-Request-Id: same"))
+        eventually(lambda: not engines.count("decode", "requests"), "not begun")
+        answer = proxy.post(COMPLETIONS, quick, X_Request_Id="same")
+        assert answer.status == 200 and answer.headers["x-request-id"] == "same" and b'"cmpl-same"' in answer.body
+        assert read_answer(sock).text == text_for(slow)
+    for role in ("prefill", "decode"):
+        seen = [str(one["headers"]["x-request-id"]) for one in engines.requests(role)]
+        assert len(set(seen)) == len(seen) > 1 and "same" in seen and all(one.startswith("same") for one in seen)
+    engines.reset()
+    assert proxy.post(COMPLETIONS, body_of(COMPLETIONS), X_Request_Id="same").status == 200
+    assert [one["headers"]["x-request-id"] for one in engines.requests("decode")] == ["same"]
 
 
 def test_an_id_that_names_addresses_is_not_used(proxy: Proxy, engines: Engines) -> None:
