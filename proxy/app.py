@@ -39,6 +39,7 @@ from proxy.keys import upstream_bearer_line
 from proxy.kv_ledger import KvLedger
 from proxy.legs import Legs
 from proxy.listening import is_loopback, listening_sockets, metaserver_url
+from proxy.load_board import LoadBoard
 from proxy.load_ledger import settle_speeds
 from proxy.membership import Membership
 from proxy.metaserver import Metaserver
@@ -52,7 +53,7 @@ from proxy.scheduling import make_policy
 from proxy.scheduling.prefix_affinity import PrefixAffinity
 from proxy.tls import load_certificate, server_context
 from proxy.upstream_pool import SWEEP_S
-from proxy.workers.accepting import Acceptor, Connections
+from proxy.workers.accepting import MAX_HANDSHAKES, Acceptor, Connections
 from proxy.workers.crew import Crew
 from proxy.workers.metrics import dump
 from proxy.workers.seat import Seat
@@ -208,7 +209,9 @@ class ProxyApp:
         )
         if crew is not None:
             self._services.connections = Connections(crew.row)
-        raise_descriptor_limit(self.config.max_connections_each)
+        elif self._tls is not None:
+            self._services.connections = Connections(LoadBoard(1).row(0))
+        raise_descriptor_limit(self.config.max_connections_each, MAX_HANDSHAKES if self._tls is not None else 0)
         for one in sockets:
             self.addresses.append(Address(*one.getsockname()[:2]))
             self._servers.append(await self._listen(one))
@@ -235,16 +238,10 @@ class ProxyApp:
 
     async def _listen(self, one: socket.socket) -> asyncio.Server | Acceptor:
         connections = self._services.connections
-        if self._crew is None or not isinstance(connections, Connections):
-            return await self._loop.create_server(
-                self._connection,
-                sock=one,
-                backlog=self.config.listen_backlog,
-                ssl=self._tls,
-                ssl_handshake_timeout=self.config.header_read_timeout_s if self._tls is not None else None,
-            )
+        if not isinstance(connections, Connections):
+            return await self._loop.create_server(self._connection, sock=one, backlog=self.config.listen_backlog)
         acceptor = Acceptor(
-            one, self._connection, connections, self._crew.row, self._loop, self._tls, self.config.header_read_timeout_s
+            one, self._connection, connections, self._loop, self._tls, self.config.header_read_timeout_s
         )
         acceptor.start()
         return acceptor

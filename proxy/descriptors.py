@@ -10,10 +10,10 @@ log = logging.getLogger(__name__)
 PER_CONNECTION = 2  # a client's, and one to an instance
 
 
-def raise_descriptor_limit(max_connections: int) -> None:
+def raise_descriptor_limit(max_connections: int, num_more: int = 0) -> None:
     """Raise the soft limit to what is needed, as far as the hard one allows, and say so where that is not enough."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = PER_CONNECTION * max_connections + 256
+    needed = PER_CONNECTION * max_connections + 256 + num_more
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
     raised = needed if hard == resource.RLIM_INFINITY else min(needed, hard)

@@ -3,6 +3,8 @@
 One socket, not one for each worker (SO_REUSEPORT): what waits on it is anybody's, so nothing is lost with a worker that
 dies, and nothing waits for one that is stuck. The kernel wakes all who wait, and whoever is first takes everything; so
 a worker that has more connections than another lets that one go first, for a moment.
+
+With TLS one worker takes its connections so, too: those who never end their handshake are bounded here.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ log = logging.getLogger(__name__)
 
 STEP_BACK_S = 0.002  # how long the others have; long beside the tens of microseconds that it takes one that is idle
 AGAIN_S = 0.1  # after there was no descriptor left
+MAX_HANDSHAKES = 1024  # TLS handshakes under way; who has been at his for longest makes room for a newer one
 AHEAD_SHIFT = 3  # an eighth more than another has is no reason to step back
 
 
@@ -28,7 +31,7 @@ class Connections(set[ClientConnection]):
 
     def __init__(self, row: BoardRow) -> None:
         super().__init__()
-        self._row = row
+        self.row = row
         self.num_beginning = 0
 
     @property
@@ -36,7 +39,7 @@ class Connections(set[ClientConnection]):
         return len(self) + self.num_beginning
 
     def note(self) -> None:
-        self._row.note(CONNECTIONS, self.num)
+        self.row.note(CONNECTIONS, self.num)
 
     def add(self, connection: ClientConnection) -> None:
         super().add(connection)
@@ -55,7 +58,6 @@ class Acceptor:
         listener: socket.socket,
         make_protocol: Callable[[], asyncio.Protocol],
         connections: Connections,
-        row: BoardRow,
         loop: asyncio.AbstractEventLoop,
         tls: ssl.SSLContext | None = None,
         handshake_timeout_s: float = 10.0,
@@ -63,13 +65,14 @@ class Acceptor:
         self._listener = listener
         self._make_protocol = make_protocol
         self._connections = connections
-        self._row = row
+        self._row = connections.row
         self._loop = loop
         self._tls = tls
         self._handshake_timeout_s = handshake_timeout_s if tls is not None else None
         self._handle: asyncio.TimerHandle | None = None
         self._stepped_back = False
-        self._beginning: set[asyncio.Task[None]] = set()
+        self._beginning: dict[asyncio.Task[None], None] = {}
+        """The oldest first."""
         self._closed = False
 
     def start(self) -> None:
@@ -104,8 +107,10 @@ class Acceptor:
         self._connections.num_beginning += 1
         self._connections.note()
         task = self._loop.create_task(self._begin(sock))
-        self._beginning.add(task)
+        self._beginning[task] = None
         task.add_done_callback(self._begun)
+        if self._tls is not None and len(self._beginning) > MAX_HANDSHAKES:
+            next(iter(self._beginning)).cancel()
 
     async def _begin(self, sock: socket.socket) -> None:
         sock.setblocking(False)
@@ -116,9 +121,12 @@ class Acceptor:
             )
         except OSError:
             sock.close()
+        except asyncio.CancelledError:
+            sock.close()
+            raise
 
     def _begun(self, task: asyncio.Task[None]) -> None:
-        self._beginning.discard(task)
+        del self._beginning[task]
         self._connections.num_beginning -= 1
         self._connections.note()
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from proxy.drain import wait_until
 from proxy.load_board import BEAT, CONNECTIONS, SERVING, LoadBoard
+from proxy.workers import accepting
 from proxy.workers.accepting import Acceptor, Connections
+from tests.proxy_blackbox.tls import Authority
 
 
 class Connection(asyncio.Protocol):
@@ -52,7 +56,7 @@ async def test_connections_go_where_there_are_fewest(listener: socket.socket) ->
     for row, mine in zip(rows, those, strict=True):
         row.note(SERVING, 1)
         row.beat()
-        acceptors.append(Acceptor(listener.dup(), lambda mine=mine: Connection(mine), mine, row, loop))  # type: ignore[misc]
+        acceptors.append(Acceptor(listener.dup(), lambda mine=mine: Connection(mine), mine, loop))  # type: ignore[misc]
     for one in acceptors:
         one.start()
     writers: list[asyncio.StreamWriter] = []
@@ -83,3 +87,28 @@ async def test_connections_go_where_there_are_fewest(listener: socket.socket) ->
             one.close()
             one.close()
         await close(writers)
+
+
+async def test_those_who_never_end_their_handshake_make_room_for_others(
+    listener: socket.socket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(accepting, "MAX_HANDSHAKES", 5)
+    authority = Authority(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*authority.issue("proxy", "IP:127.0.0.1"))
+    loop, those = asyncio.get_running_loop(), Connections(LoadBoard(1).row(0))
+    acceptor = Acceptor(listener.dup(), lambda: Connection(those), those, loop, context, handshake_timeout_s=60)
+    acceptor.start()
+    silent = [await asyncio.open_connection(*listener.getsockname()) for _ in range(12)]
+    try:
+        assert await wait_until(lambda: sum(reader.at_eof() for reader, _ in silent) == 7, 20)
+        assert [reader.at_eof() for reader, _ in silent] == [True] * 7 + [False] * 5
+        trusting = ssl.create_default_context(cafile=authority.ca)
+        _, writer = await asyncio.open_connection(*listener.getsockname(), ssl=trusting)
+        assert await wait_until(lambda: (len(those), those.num) == (1, 5), 20)
+        await close([writer])
+    finally:
+        acceptor.close()
+        for _, writer in silent:
+            writer.close()
+    assert await wait_until(lambda: those.num == 0, 20)
