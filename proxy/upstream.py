@@ -312,8 +312,12 @@ class UpstreamConnection(asyncio.Protocol):
 
     def close(self) -> None:
         self.pool.active.discard(self)
-        if self.transport is not None:
+        if self.transport is None:
+            return
+        if self.pool.tls is None:
             self.transport.abort()
+        else:  # not at once: uvloop, which may be in the middle of a record, would go on and log a bug
+            self.pool.loop.call_soon(self.transport.abort)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports have this interface and are not of this class

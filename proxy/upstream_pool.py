@@ -31,6 +31,7 @@ class UpstreamPool:
         """What the instance's certificate must be for."""
         self.idle: list[UpstreamConnection] = []
         self.active: set[UpstreamConnection] = set()
+        self._opening: set[asyncio.Task[UpstreamConnection]] = set()
         self.closed = False
         self.heard_at = 0.0
         """When any connection was last known to have received bytes, to the tick of `sweep`."""
@@ -48,16 +49,9 @@ class UpstreamPool:
 
     async def connect(self) -> UpstreamConnection:
         """A fresh connection. Raises UpstreamFailure (REFUSED or CONNECT_TIMEOUT): nothing was sent."""
-        host, port = self.address
         try:
             async with asyncio.timeout(self.config.connect_timeout_s):
-                _, connection = await self.loop.create_connection(
-                    lambda: UpstreamConnection(self),
-                    host,
-                    port,
-                    ssl=self.tls,
-                    server_hostname=self.server_name if self.tls is not None else None,
-                )
+                connection = await (self._opened() if self.tls is None else self._opened_in_peace())
         except TimeoutError:
             self.num_breaks += 1
             raise UpstreamFailure(Failure.CONNECT_TIMEOUT, f"{self.address}: no connection in time") from None
@@ -68,6 +62,34 @@ class UpstreamPool:
             raise UpstreamFailure(kind, f"{self.address}: {reason}") from None
         self.active.add(connection)
         return connection
+
+    async def _opened(self) -> UpstreamConnection:
+        host, port = self.address
+        _, connection = await self.loop.create_connection(
+            lambda: UpstreamConnection(self),
+            host,
+            port,
+            ssl=self.tls,
+            server_hostname=self.server_name if self.tls is not None else None,
+            ssl_handshake_timeout=self.config.connect_timeout_s if self.tls is not None else None,
+        )
+        return connection
+
+    async def _opened_in_peace(self) -> UpstreamConnection:
+        """uvloop goes on with a TLS handshake that is cancelled, and logs that as a bug. So it is ended, and what comes
+        of it kept for the next request."""
+        opening = self.loop.create_task(self._opened())
+        self._opening.add(opening)
+        opening.add_done_callback(self._opening.discard)
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(self._keep)
+            raise
+
+    def _keep(self, opening: asyncio.Task[UpstreamConnection]) -> None:
+        if not opening.cancelled() and opening.exception() is None:
+            self.put_back(opening.result())
 
     async def call(self, head: bytes, body: Body = b"", *, timeout_s: float) -> Answer:
         """A request on the control path, whole answer. `head` is all of the head but Host, Content-Length and the empty
