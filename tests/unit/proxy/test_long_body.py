@@ -98,7 +98,7 @@ def test_both_legs_get_one_prompt_however_its_name_is_written(names: tuple[str, 
     body = f'{{"{names[0]}":"{first}","x":"{LONG}","{names[1]}":"{last}"}}'.encode()
     call = parse_call("completions", body)
     prefill = orjson.loads(joined(one_token_body(call, KV)))
-    decode = orjson.loads(joined(spliced(call.body, call.fields, "kv_transfer_params", KV)))
+    decode = orjson.loads(joined(spliced(call, "kv_transfer_params", KV)))
     assert prefill["prompt"] == decode["prompt"] == last
 
 
