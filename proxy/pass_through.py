@@ -37,6 +37,7 @@ MAX_CONNECTIONS = 1000  # open at once to all instances together; beyond it requ
 _NOT_PASSED = frozenset(("content-length", "expect", "host", *(name.decode() for name in HOP_BY_HOP)))
 _OWN_NAMES = BOOTSTRAP_FIELDS | {"kv_transfer_params"}
 _OWN_KEYS = tuple(name.encode() for name in _OWN_NAMES)
+_BEFORE_JSON = re.compile(rb"[\xef\xbb\xbf\xff\xfe\x00 \t\r\n]+")
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 
 
@@ -146,14 +147,13 @@ class PassThrough:
             raise TooLarge(limit)
         given = request.headers.get(hdrs.CONTENT_TYPE)
         is_json = given is None or "json" in request.content_type
-        is_multipart = request.content_type.startswith("multipart/")
         hold = limit if is_json else min(HOLD_BYTES, limit)
         held = bytearray()
         try:
             async with asyncio.timeout(self._config.request_read_timeout_s):
                 while len(held) <= hold and not request.content.at_eof():
                     held += await request.content.readany()
-                    if not (is_json or is_multipart) and _may_be_json(held):  # whatever its sender calls it
+                    if not is_json and _may_be_json(held):  # whatever its sender calls it
                         is_json, hold = True, limit
         except TimeoutError:
             raise ProxyError(408, "The request did not arrive in time.") from None
@@ -291,7 +291,10 @@ def _names_an_object(body: bytes) -> bool:
 
 
 def _may_be_json(held: bytes | bytearray) -> bool:
-    return bytes(held[:64]).lstrip(b"\xef\xbb\xbf\xff\xfe\x00 \t\r\n")[:1] in (b"{", b"[")
+    """Or only blanks so far."""
+    begun = _BEFORE_JSON.match(held)
+    begin = begun.end() if begun is not None else 0
+    return held[begin : begin + 1] in (b"", b"{", b"[")
 
 
 def _refuse_own_kv(body: bytes) -> None:

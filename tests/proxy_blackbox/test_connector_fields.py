@@ -71,12 +71,13 @@ def test_bodies_by_another_name_or_in_another_writing(proxy: Proxy, engines: Eng
         "text/plain",
         "application/octet-stream",
         "audio/wav",
+        "multipart/form-data; boundary=a",
         "x/y+json",
         "",
         "a",
     ):
         for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"):
-            for blanks in ("", "\n \t"):
+            for blanks in ("", "\n \t", " " * 100):
                 body = (blanks + text).encode(encoding)
                 assert request(proxy.port, "POST", path, body, Content_Type=content_type).status == 400, (
                     content_type,
