@@ -21,6 +21,7 @@ from engine_adapter.torch_engine.flags import UsageParser, add_flags, read_flags
 from engine_adapter.torch_engine.server_config import ServerConfig
 from proxy.cli import read_config
 from tests.unit.cluster.deployments import DIRECTORY, FILES, NAMES, SMALL, made_up
+from tests.unit.engine_adapter.vllm_connector import fake_vllm
 
 SETTINGS = DIRECTORY.parents[1] / "engine_adapter" / "vllm_connector" / "settings.py"
 
@@ -65,7 +66,9 @@ def test_torch_engine_takes_its_flags() -> None:
 
 @pytest.fixture(scope="module")
 def connector_settings() -> ModuleType:
-    """By its path: the package it is in needs vLLM."""
+    """By its path; the package it is in needs vLLM, which is faked where no other test has done so."""
+    if "vllm" not in sys.modules:
+        fake_vllm.install((0, 32))
     spec = importlib.util.spec_from_file_location("connector_settings", SETTINGS)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
