@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
+from bench.mock_answers import scripts_of
 from bench.mock_engine import MockFleet
 from bench.mock_engine import parser as mock_options
 from bench.mock_faults import Fault
@@ -33,10 +34,15 @@ HOST = "127.0.0.1"
 SETTLE_S = 10.0
 KINDS = [
     *("status", "hang_before_head", "reset_before_head", "close_before_head", "garbage", "error_event"),
-    *("error_event_mid", "reset_mid", "close_mid", "hang_mid", "garbage_mid", "no_kv"),
+    *("error_event_mid", "reset_mid", "close_mid", "hang_mid", "garbage_mid", "no_kv", "recomputed"),
 ]
+SEVERAL: list[dict[str, Any]] = [{}, {}, {"n": 2}, {"prompt": ["one", "another", "third"]}]
 NUMBERS = st.integers(0, 3)  # two prefillers, two decoders
 SECONDS = st.sampled_from([0.0, 0.005, 0.03])
+
+
+def are_beginnings(said: dict[int, str], texts: dict[int, str]) -> bool:
+    return all(texts[index].startswith(text) for index, text in said.items())
 
 
 class World:
@@ -65,8 +71,12 @@ class World:
         self.asked: list[asyncio.Task[None]] = []
         self.wrong: list[str] = []
 
-    def ask(self, path: str, stream: bool, stays_s: float | None, shape: dict[str, float]) -> None:
+    def ask(
+        self, path: str, stream: bool, stays_s: float | None, several: dict[str, Any], shape: dict[str, float]
+    ) -> None:
         fields = body_of(path, f"number {len(self.asked)}", num_tokens=6, stream=stream, mock=shape)
+        if path == COMPLETIONS or "prompt" not in several:
+            fields.update(several)
         self.asked.append(asyncio.ensure_future(self._ask(path, fields, stays_s)))
 
     async def _ask(self, path: str, fields: dict[str, Any], stays_s: float | None) -> None:
@@ -82,18 +92,22 @@ class World:
             client.close()
 
     def _judge(self, fields: dict[str, Any], answer: Answer) -> None:
-        text = text_for(fields)
+        texts = {
+            number * fields.get("n", 1) + choice: script.text()
+            for number, script in enumerate(scripts_of(fields))
+            for choice in range(fields.get("n", 1))
+        }
         answer.body = answer.body.replace(b": keep-alive\n\n", b"")
         if answer.status != 200:
             ok = bool(answer.error["message"]) and answer.status in (429, 500, 502, 503, 504)
         elif not answer.complete:
-            ok = b"[DONE]" not in answer.body and (not fields.get("stream") or text.startswith(answer.text))
+            ok = b"[DONE]" not in answer.body and (not fields.get("stream") or are_beginnings(answer.texts, texts))
         elif b'data: {"error"' in answer.body:
-            ok = text.startswith(answer.text)
+            ok = are_beginnings(answer.texts, texts)
         else:
-            ok = answer.text == text and (not fields.get("stream") or answer.body.endswith(b"data: [DONE]\n\n"))
+            ok = answer.texts == texts and (not fields.get("stream") or answer.body.endswith(b"data: [DONE]\n\n"))
         if not ok:
-            self.wrong.append(f"{answer.status} {answer.body!r}, for {text!r}")
+            self.wrong.append(f"{answer.status} {answer.body!r}, for {fields} {texts!r}")
 
     async def change_members(self, verb: str, instance: MockInstance) -> None:
         fields = {"type": instance.role, "instances": [f"{HOST}:{instance.port}"]}
@@ -170,12 +184,15 @@ class Conservation(RuleBasedStateMachine):
         prefill_s=SECONDS,
         first_token_s=SECONDS,
         interval_s=st.sampled_from([0.0, 0.01]),
+        several=st.sampled_from(SEVERAL),
         number=st.integers(1, 4),
     )
-    def ask(self, path: str, stream: bool, stays_s: float | None, number: int, **shape: float) -> None:
+    def ask(
+        self, path: str, stream: bool, stays_s: float | None, several: dict[str, Any], number: int, **shape: float
+    ) -> None:
         async def some() -> None:
             for _ in range(number):
-                self.world.ask(path, stream, stays_s, shape)
+                self.world.ask(path, stream, stays_s, several, shape)
             await asyncio.sleep(0)
 
         self.runner.run(some())
@@ -243,6 +260,11 @@ class Sglang(Conservation):
     contract = "sglang"
 
 
+class P2pNccl(Conservation):
+    contract = "p2p-nccl"
+
+
 TestLayerwise, TestMooncake, TestSglang = Layerwise.TestCase, Mooncake.TestCase, Sglang.TestCase
-for case in (TestLayerwise, TestMooncake, TestSglang):
+TestP2pNccl = P2pNccl.TestCase
+for case in (TestLayerwise, TestMooncake, TestSglang, TestP2pNccl):
     case.settings = settings(Conservation.TestCase.settings, max_examples=6)
