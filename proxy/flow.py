@@ -21,6 +21,7 @@ from proxy.scheduling.session import session_key_of
 if TYPE_CHECKING:
     from proxy.client_stream import ClientStream
     from proxy.keep_alive import KeepAlive
+    from proxy.upstream import UpstreamConnection
 
 
 class Flow:
@@ -41,6 +42,7 @@ class Flow:
         "decode_load",
         "decode_reason",
         "decoder",
+        "decoding",
         "dispatched",
         "divided",
         "entry",
@@ -91,6 +93,8 @@ class Flow:
         self.forwarded = b""
         self.prefiller: Instance | None = None
         self.decoder: Instance | None = None
+        self.decoding: UpstreamConnection | None = None
+        """That of the decode leg, until its answer has come or begun."""
         self.prefill_load: Reservation | None = None
         self.decode_load: Reservation | None = None
         self.prefill_hold: Hold | None = None

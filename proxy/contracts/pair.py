@@ -47,11 +47,13 @@ class Meeting(NamedTuple):
 
 class PairContract(UnansweredContract):
     """`overlaps`: both legs are sent at once; else the decoder waits in the proxy for the prefill to end.
+    `prefill_waits`: the prefiller answers when the decoder has the KV, so that one which hangs keeps both waiting.
     `ranked`: `meet` needs an engine rank of the prefiller, asked of its bootstrap server.
     `decodes_alone`: whether a decoder serves a request that has no prefiller."""
 
     order = Order.TOGETHER
     overlaps = True
+    prefill_waits = False
     ranked = False
     decodes_alone = True
 

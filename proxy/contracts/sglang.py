@@ -18,6 +18,7 @@ ROOM_BITS = 63  # rooms are in [0, 2**63 - 1]
 class SglangContract(PairContract):
     name = "sglang"
     decodes_alone = False
+    prefill_waits = True
 
     def splits(self, call: ApiCall) -> bool:
         """Always: a decoder of SGLang has no prefill of its own."""

@@ -19,18 +19,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from bench.mock_answers import scripts_of
-from bench.mock_engine import MockFleet
-from bench.mock_engine import parser as mock_options
 from bench.mock_faults import Fault
 from bench.mock_instance import MockInstance
-from proxy.app import ProxyApp
-from proxy.config import ProxyConfig
 from proxy.drain import wait_until
-from proxy.kv_ledger import KvState
 from tests.proxy_blackbox.harness import body_of, text_for
+from tests.proxy_blackbox.in_process import HOST, InProcess
 from tests.unit.proxy.client import CHAT, COMPLETIONS, Answer, Client, request_bytes
 
-HOST = "127.0.0.1"
 SETTLE_S = 10.0
 KINDS = [
     *("status", "hang_before_head", "reset_before_head", "close_before_head", "garbage", "error_event"),
@@ -45,29 +40,14 @@ def are_beginnings(said: dict[int, str], texts: dict[int, str]) -> bool:
     return all(texts[index].startswith(text) for index, text in said.items())
 
 
-class World:
-    """The proxy, its engines, and those who ask."""
+class World(InProcess):
+    """A proxy, its engines, and those who ask."""
 
-    async def start(self, contract: str, max_streams: int, keepalive_interval: float) -> None:
-        flags = ["--contract", contract, "--prefill-ports", "0", "0", "--decode-ports", "0", "0"]
-        options = mock_options().parse_args(flags)
-        self.mocks = MockFleet(options)
-        self.instances: list[MockInstance] = self.mocks.instances
-        for instance in self.instances:
-            await instance.start()
-        ports = [instance.port for instance in self.instances]
-        short = dict.fromkeys(["connect_timeout_s", "prefill_timeout_s", "first_token_timeout_s"], 0.3)
-        config = ProxyConfig(
-            host=HOST, port=0, prefiller_hosts=(HOST,), prefiller_ports=tuple(ports[:2]), decoder_hosts=(HOST,),
-            decoder_ports=tuple(ports[2:]), between_tokens_timeout_s=0.3, health_interval_s=0.1,
-            health_retry_interval_s=0.05, health_timeout_s=0.3, reclaim_timeout_s=1, drain_timeout_s=1,
-            decoder_max_streams=max_streams, queue_timeout_s=0.5, waiting_retry_interval=0.1, contract=contract,
-            keepalive_interval=keepalive_interval, prefiller_bootstrap_ports=tuple(ports[:2]),
-            prefiller_kv_ports=tuple(ports[:2]), decoder_kv_ports=tuple(ports[2:]), **short,
+    async def start_for(self, contract: str, max_streams: int, keepalive_interval: float) -> None:
+        await self.start(
+            contract, timeout_s=0.3, decoder_max_streams=max_streams, keepalive_interval=keepalive_interval,
+            health_interval_s=0.1, queue_timeout_s=0.5, waiting_retry_interval=0.1,
         )  # fmt: skip
-        self.app = ProxyApp(config, asyncio.get_running_loop())
-        await self.app.start()
-        self.port = self.app.addresses[0].port
         self.asked: list[asyncio.Task[None]] = []
         self.wrong: list[str] = []
 
@@ -139,29 +119,7 @@ class World:
             assert (await client.post(CHAT, fields)).text == text_for(fields)
             client.close()
         finally:
-            await self.app.drain()
-            await self.app.stop()
-            for instance in self.instances:
-                await instance.stop()
-            await asyncio.sleep(0.01)
-
-    def left(self) -> list[str]:
-        app = self.app
-        found = [repr(one.load) for one in app.fleet.all if one.load.num_requests or one.load.num_tokens]
-        found += [f"{one.key}: KV reserved" for one in app.fleet.all if one.load.kv_tokens]
-        found += [f"{one.key}: active connection" for one in app.fleet.all if one.pool.active]
-        found += [f"KV of {entry.request_id} is {entry.state}" for entry in app.kv_ledger.open]
-        counts = {"waiting": app.num_waiting(), "open": app.num_in_flight(), "reclaims": app.reclaimer.num_open}
-        found += [f"{number} {name}" for name, number in counts.items() if number]
-        found += [f"{one.port}: running" for one in self.instances if one.running]
-        totals = app.kv_ledger.totals
-        ended = totals[KvState.CONSUMED] + totals[KvState.RECLAIMED] + totals[KvState.ORPHANED]
-        if totals[KvState.HELD] != ended:
-            found.append(f"KV handed out and ended: {totals}")
-        num_lost = totals[KvState.ORPHANED]  # those no decoder could be told of in time
-        if len(outstanding := self.mocks.ledger.outstanding()) > num_lost:
-            found.append(f"KV the prefillers still hold: {outstanding}, {num_lost} orphaned")
-        return found
+            await self.stop()
 
 
 class Conservation(RuleBasedStateMachine):
@@ -171,7 +129,7 @@ class Conservation(RuleBasedStateMachine):
     def begin(self, max_streams: int, keepalive_interval: float) -> None:
         self.runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
         self.world = World()
-        self.runner.run(self.world.start(self.contract, max_streams, keepalive_interval))
+        self.runner.run(self.world.start_for(self.contract, max_streams, keepalive_interval))
 
     async def _now(self, call: Any) -> None:
         call()
