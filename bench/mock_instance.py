@@ -186,6 +186,8 @@ class MockInstance:
     statuses: dict[str, int] = field(default_factory=dict)
     """By path: what a route beside the hot ones answers instead of 200."""
     _server: asyncio.Server | None = None
+    _claim: socket.socket | None = None
+    """Bound and never listening, so that the port is nobody else's while the instance is stopped."""
     _deaf: list[socket.socket] = field(default_factory=list)
     _loops: dict[float, StepLoop] = field(default_factory=dict)
 
@@ -196,14 +198,28 @@ class MockInstance:
             one.close()
         self._deaf.clear()
         loop = asyncio.get_running_loop()
-        listener = socket.socket(socket.AF_INET6 if ":" in self.host else socket.AF_INET, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((self.host, self.port))
-        self.port = listener.getsockname()[1]
+        if self._claim is None:
+            self._claim = self._bound()
+            self.port = self._claim.getsockname()[1]
+        listener = self._bound()
         self.epoch = f"e{next(_epochs)}"
         self._server = await loop.create_server(
             lambda: Connection(self.handle, self.connections, self.ledger.violation), sock=listener, backlog=BACKLOG
         )
+
+    def _bound(self) -> socket.socket:
+        one = socket.socket(socket.AF_INET6 if ":" in self.host else socket.AF_INET, socket.SOCK_STREAM)
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        one.bind((self.host, self.port))
+        return one
+
+    async def close(self) -> None:
+        """Stop for good."""
+        await self.stop()
+        for one in (*self._deaf, self._claim):
+            if one is not None:
+                one.close()
+        self._claim = None
 
     async def stop(self) -> None:
         """As `kill -9` looks from outside: no listener, every connection reset, the KV gone."""
@@ -219,9 +235,7 @@ class MockInstance:
     async def go_deaf(self) -> None:
         """Stop, and let nobody connect or be refused: as a machine without power looks to those who connect."""
         await self.stop()
-        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((self.host, self.port))
+        listener = self._bound()
         listener.listen(0)
         self._deaf.append(listener)
         for _ in range(4):  # fill the queue of those that nobody accepts; the kernel ignores who comes then

@@ -83,13 +83,14 @@ class ClientStream:
         """What the decoder said instead of going on ("recomputed", "error_event"). All from there is swallowed."""
         self.error = b""
         self.garbled = False
+        """The decoder's framing cannot be read on. All from there is swallowed."""
 
     # --- bytes in
 
     def begin(self, opening: bytes, first: bytes, chunked_in: bool) -> Callable[[bytes], None]:
         """Pass on `opening` (a head) and the first of a decoder's body. Returns the sink for the rest of it."""
         self._decoder, self._pending, self._chunked_in = None, b"", chunked_in
-        self.broken_by, self.error = "", b""
+        self.broken_by, self.error, self.garbled = "", b"", False
         self._opening = opening
         self._rename(first)
         tail = b""
@@ -210,7 +211,7 @@ class ClientStream:
     def feed_whole(self, opening: bytes, payload: bytes) -> None:
         """A stream that came whole before it was passed on, without its framing."""
         self._decoder, self._pending, self._chunked_in = None, b"", False
-        self.broken_by, self.error = "", b""
+        self.broken_by, self.error, self.garbled = "", b"", False
         self._opening = opening
         self._rename(payload)
         self.feed(payload)

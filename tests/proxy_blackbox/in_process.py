@@ -42,7 +42,7 @@ class InProcess:
         await self.app.drain()
         await self.app.stop()
         for instance in self.instances:
-            await instance.stop()
+            await instance.close()
         await asyncio.sleep(0.01)
 
     def left(self) -> list[str]:

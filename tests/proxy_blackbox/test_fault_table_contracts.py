@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -30,7 +31,8 @@ from tests.unit.proxy.client import Answer, ask
 
 OTHERS = [one for one in CONTRACTS if one != "pull"]
 PATHS = {"completion": COMPLETIONS, "chat": CHAT}
-TIMEOUT_S = 1.5  # of a leg that is well there is nothing like it, however busy the machine
+TIMEOUT_S = 2.0
+LATE_S = TIMEOUT_S / 4  # a cell in which this process stood still for so long is no evidence, and is tried again
 SETTLE_S = 15.0
 Cell = tuple[str, Leg, str, bool, str]
 
@@ -45,29 +47,51 @@ class Seen:
     prefills: list[int]
     """How many requests each prefiller has read."""
     decodes: list[int]
-    left: list[str] = field(default_factory=list)
-    violations: list[str] = field(default_factory=list)
+    left: list[str]
+    violations: list[str]
+    late_s: float
+
+
+class Lateness:
+    """How late the event loop has been at most since `worst_s` was set."""
+
+    worst_s = 0.0
+
+    async def watch(self) -> None:
+        while True:
+            due = monotonic() + 0.05
+            await asyncio.sleep(0.05)
+            self.worst_s = max(self.worst_s, monotonic() - due)
 
 
 class World(InProcess):
     async def run(self, contract: str, leg: Leg, stream: bool, path: str, found: dict[Cell, Seen]) -> None:
         never = 10_000  # no cell is evidence in the next
         await self.start(
-            contract, TIMEOUT_S, health_max_failures=never, health_max_request_failures=never, health_interval_s=0.2
-        )
+            contract, TIMEOUT_S, connect_timeout_s=TIMEOUT_S / 2, health_interval_s=0.2,
+            health_max_failures=never, health_max_request_failures=never,
+        )  # fmt: skip
         for instance in self.instances:
             if isinstance(instance, P2pNcclInstance):
                 instance.evicts_after_s = 1.0
+        self.lateness = Lateness()
+        watching = asyncio.create_task(self.lateness.watch())
         try:
             for fault in CAUSES:
                 fields = body_of(PATHS[path], num_tokens=9, stream=stream, mock={"interval_s": 0.005})
-                found[contract, leg, fault, stream, path] = await self._cell(leg, fault, fields)
+                for _ in range(5):
+                    seen = found[contract, leg, fault, stream, path] = await self._cell(leg, fault, fields)
+                    if seen.late_s < LATE_S:
+                        break
         finally:
+            watching.cancel()
             await self.stop()
 
     async def _cell(self, leg: Leg, fault: str, fields: dict[str, Any]) -> Seen:
         role = [one for one in self.instances if one.role == leg.value]
         path = CHAT if "messages" in fields else COMPLETIONS
+        self.lateness.worst_s = 0.0
+        self.mocks.ledger.violations.clear()
         for turn in range(8):  # one that is down is met when it is its turn
             await self._break(role, fault, turn // 4)
             failures = Counter(self.app.metrics.retries)
@@ -79,7 +103,10 @@ class World(InProcess):
             if seen:
                 break
         reads = [one.counts["requests"] - self._num_reclaims(one) for one in self.instances]
-        told = Seen(answer, fields, seen, reads[:2], reads[2:], self.left(), list(self.mocks.ledger.violations))
+        told = Seen(
+            answer, fields, seen, reads[:2], reads[2:], self.left(), list(self.mocks.ledger.violations),
+            self.lateness.worst_s,
+        )  # fmt: skip
         for instance in self.instances:
             instance.faults.clear()
             instance.recorded.clear()
@@ -139,7 +166,7 @@ def test_cell(found: dict[Cell, Seen], contract: str, leg: Leg, fault: str, stre
     assert seen_leg == leg.value
     assert Failure(failure) in ((MID_CAUSES[fault],) if mid else CAUSES[fault])
     row = TABLE[leg, Failure(failure)]
-    assert action == row.action.value and len(seen.failures) == 1, seen.failures
+    assert action == row.action.value and len(seen.failures) == 1, (seen.failures, seen.late_s)
     check_client(row.action, seen)
     check_places(row.action, seen, contract, fault)
 
