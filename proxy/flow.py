@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from proxy.continuation import Continuation
@@ -34,6 +35,7 @@ class Flow:
         "budget",
         "cached_tokens",
         "call",
+        "children",
         "client",
         "close",
         "continuation",
@@ -120,6 +122,7 @@ class Flow:
         self.keep_alive: KeepAlive | None = None
         """Who tells the client that its stream will come; None if nobody does, or when the stream has begun."""
         self.is_child = False
+        self.children: Sequence[Flow] = ()
         self.stream = False
         self.status = 0
         self.outcome = "error"
