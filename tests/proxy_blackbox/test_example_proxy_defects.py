@@ -52,7 +52,7 @@ def test_a_failed_second_prefill_does_not_release_the_old_decoder_twice(
     start_proxy: StartProxy, engines: Engines, stream: bool
 ) -> None:
     """There the decoder's load goes negative, and it attracts traffic."""
-    proxy = start_proxy("--first-token-timeout-s", "0.7")
+    proxy = start_proxy("--first-token-timeout-s", "1.5")
     engines.fault("decode", "hang_before_head", shared=True)
     with ThreadPoolExecutor(1) as beside:
         answering = beside.submit(proxy.post, CHAT, body_of(CHAT, stream=stream))
@@ -188,8 +188,8 @@ def test_kv_whose_decoder_never_came_is_given_back(proxy: Proxy, engines: Engine
     before = proxy.get("/instances").json["kv_ledger"]["totals"]
     engines.fault("decode", "status", status=403, count=100)
     assert proxy.post(CHAT, body_of(CHAT, stream=stream)).status == 403
-    eventually(lambda: engines.state()["kv"]["outstanding"], "KV is still held", 1.0)
-    eventually(proxy.wrong, "the proxy is not idle", 1.0)
+    eventually(lambda: engines.state()["kv"]["outstanding"], "KV is still held")
+    eventually(proxy.wrong, "the proxy is not idle")
     after = proxy.get("/instances").json["kv_ledger"]["totals"]
     assert engines.state()["kv"]["counts"]["released"] == after["reclaimed"] - before["reclaimed"] == 1
     assert after["orphaned"] == before["orphaned"]
