@@ -188,7 +188,9 @@ class Legs:
 
     def _late_answer(self, flow: Flow, instance: Instance, answer: Answer, promised: dict[str, object] | None) -> None:
         try:
-            kv = promised or self.kv_of(answer, instance) if answer.status < 300 else None
+            if answer.status >= 300:
+                return
+            kv = self.kv_of(answer, instance) if promised is None else promised
         except UpstreamFailure:
             return
         if kv is not None:

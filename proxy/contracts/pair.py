@@ -42,7 +42,7 @@ class Meeting(NamedTuple):
     request_id: str = ""
     """The X-Request-Id of both legs, where the contract needs one of its own."""
     kv: dict[str, Any] | None = None
-    """By what another decoder could take the KV, once the prefill has ended; None where there is no way."""
+    """Where the KV is once the prefill has ended; None where it is not handed out before a decoder has it."""
 
 
 class PairContract(UnansweredContract):
