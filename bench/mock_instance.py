@@ -35,6 +35,7 @@ from bench.mock_http import (
     json_response,
 )
 from bench.mock_ledger import KvLedger, KvRefused
+from bench.mock_port import Port
 from bench.mock_several import ManyTemplates, is_plain, scores_prompt, whole_answer_of_all
 
 BACKLOG = 4096
@@ -186,8 +187,7 @@ class MockInstance:
     statuses: dict[str, int] = field(default_factory=dict)
     """By path: what a route beside the hot ones answers instead of 200."""
     _server: asyncio.Server | None = None
-    _claim: socket.socket | None = None
-    """Bound and never listening, so that the port is nobody else's while the instance is stopped."""
+    _claim: Port | None = None
     _deaf: list[socket.socket] = field(default_factory=list)
     _loops: dict[float, StepLoop] = field(default_factory=dict)
 
@@ -199,19 +199,13 @@ class MockInstance:
         self._deaf.clear()
         loop = asyncio.get_running_loop()
         if self._claim is None:
-            self._claim = self._bound()
-            self.port = self._claim.getsockname()[1]
-        listener = self._bound()
+            self._claim = Port(self.host, self.port)
+            self.port = self._claim.number
+        listener = self._claim.bound()
         self.epoch = f"e{next(_epochs)}"
         self._server = await loop.create_server(
             lambda: Connection(self.handle, self.connections, self.ledger.violation), sock=listener, backlog=BACKLOG
         )
-
-    def _bound(self) -> socket.socket:
-        one = socket.socket(socket.AF_INET6 if ":" in self.host else socket.AF_INET, socket.SOCK_STREAM)
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        one.bind((self.host, self.port))
-        return one
 
     async def close(self) -> None:
         """Stop for good."""
@@ -235,7 +229,8 @@ class MockInstance:
     async def go_deaf(self) -> None:
         """Stop, and let nobody connect or be refused: as a machine without power looks to those who connect."""
         await self.stop()
-        listener = self._bound()
+        assert self._claim is not None
+        listener = self._claim.bound()
         listener.listen(0)
         self._deaf.append(listener)
         for _ in range(4):  # fill the queue of those that nobody accepts; the kernel ignores who comes then
