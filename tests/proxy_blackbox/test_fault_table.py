@@ -20,7 +20,7 @@ from tests.proxy_blackbox.harness import CHAT, COMPLETIONS, Engines, Proxy, body
 
 TIMEOUT_S = {"hasty": "1", "patient": "10"}  # of legs; the latter where nothing hangs: no busy machine is in a cell
 FLAGS = (
-    *("--health-retry-interval-s", "0.05"),
+    *("--health-retry-interval-s", "0.05", "--policy", "round_robin"),  # so that each instance has its turn
     *("--health-max-failures", "1000", "--health-max-request-failures", "1000"),  # no cell is evidence in the next
 )
 MID = Failure.LOST_MID_ANSWER, Failure.SILENT_MID_ANSWER, Failure.GARBAGE_MID_ANSWER

@@ -68,7 +68,7 @@ class World(InProcess):
     async def run(self, contract: str, leg: Leg, stream: bool, path: str, found: dict[Cell, Seen]) -> None:
         never = 10_000  # no cell is evidence in the next
         await self.start(
-            contract, TIMEOUT_S, connect_timeout_s=TIMEOUT_S / 2, health_interval_s=0.2,
+            contract, TIMEOUT_S, connect_timeout_s=TIMEOUT_S / 2, health_interval_s=0.2, policy="round_robin",
             health_max_failures=never, health_max_request_failures=never,
         )  # fmt: skip
         for instance in self.instances:
