@@ -95,7 +95,7 @@ class MockFleet:
                 if self.options.no_record:
                     self.ledger.forget_ended()
         for instance in [*self.instances, self.control]:
-            await instance.stop()
+            await instance.close()
 
     def _control(self, connection: Connection, request: Request) -> None:
         instance = next((i for i in self.instances if connection in i.connections), self.control)

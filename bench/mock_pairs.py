@@ -291,6 +291,7 @@ class SglangInstance(PairInstance):
 @dataclass(eq=False)
 class P2pNcclInstance(PairInstance):
     evicts_after_s = 2.0
+    choices_have_kv = True  # their ids are derived alike on both legs
 
     def handle(self, connection: Connection, request: Request) -> None:
         if request.path == "/server_info":

@@ -114,7 +114,7 @@ async def query(endpoint: Endpoint, config: ProxyConfig, loop: asyncio.AbstractE
     """The body of `GET /query`. Raises UpstreamFailure."""
     pool = UpstreamPool(Address(endpoint.host, endpoint.port), config, loop)
     try:
-        async with asyncio.timeout(config.health_timeout_s):
+        async with asyncio.timeout(config.connect_timeout_s + config.health_timeout_s):  # to connect has its own
             answer = await pool.call(b"GET /query HTTP/1.1\r\n", timeout_s=config.health_timeout_s)
     except TimeoutError:
         raise UpstreamFailure(Failure.TIMEOUT, f"the bootstrap server at {endpoint} does not answer") from None

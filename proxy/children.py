@@ -141,6 +141,7 @@ class Family:
             child.flow.is_child = True
             self._children.append(child)
         self._num_left = len(self._children)
+        parent.children = [child.flow for child in self._children]
         self._num_choices = parent.call.num_choices
         names = [child.flow.request_id for child in self._children]
         self._joiner = StreamJoiner(names, self._num_choices, parent.request_id)

@@ -27,6 +27,7 @@ _FINISH = b'"finish_reason":null'
 _EVENT_AND_CHUNK_END = b"\n\n\r\n"
 _STREAM_END = _EVENT_AND_CHUNK_END + http1.LAST_CHUNK
 _MAX_TAIL_BYTES = 256
+_MAX_LAST_READS = 4  # the last token, the usage, and [DONE]
 
 
 def token_tail(read: bytes) -> bytes:
@@ -71,6 +72,7 @@ class ClientStream:
         self._renaming: tuple[bytes, bytes] | None = None
         self._reframes = False
         self._ended_well = False
+        self._usage_read = b""  # where nothing is kept
         self.ids = ("", "")
         """The decode leg's and the request's, of which the first is to be replaced by the second."""
         self.is_finished = False
@@ -83,13 +85,14 @@ class ClientStream:
         """What the decoder said instead of going on ("recomputed", "error_event"). All from there is swallowed."""
         self.error = b""
         self.garbled = False
+        """The decoder's framing cannot be read on. All from there is swallowed."""
 
     # --- bytes in
 
     def begin(self, opening: bytes, first: bytes, chunked_in: bool) -> Callable[[bytes], None]:
         """Pass on `opening` (a head) and the first of a decoder's body. Returns the sink for the rest of it."""
         self._decoder, self._pending, self._chunked_in = None, b"", chunked_in
-        self.broken_by, self.error = "", b""
+        self.broken_by, self.error, self.garbled = "", b"", False
         self._opening = opening
         self._rename(first)
         tail = b""
@@ -164,6 +167,8 @@ class ClientStream:
         """Events as they become whole. Returns whether the next read goes on within a chunk or an event."""
         if self.garbled or self._ended_well:
             return True
+        if self._room < 0 and USAGE in data:
+            self._usage_read = data
         if self._decoder is None and self._is_plain(data):
             data = self._named(data)
             self._keep(data)
@@ -210,7 +215,7 @@ class ClientStream:
     def feed_whole(self, opening: bytes, payload: bytes) -> None:
         """A stream that came whole before it was passed on, without its framing."""
         self._decoder, self._pending, self._chunked_in = None, b"", False
-        self.broken_by, self.error = "", b""
+        self.broken_by, self.error, self.garbled = "", b"", False
         self._opening = opening
         self._rename(payload)
         self.feed(payload)
@@ -306,6 +311,11 @@ class ClientStream:
     def is_whole_events(self) -> bool:
         """Whether the client stands between two events, so that one more can be added."""
         return not self._torn
+
+    @property
+    def last_reads(self) -> bytes:
+        """Of what was passed on, where a usage is if there is one."""
+        return b"".join(self._kept[-_MAX_LAST_READS:]) or self._usage_read
 
     def delivered(self) -> Delivered | None:
         """What the client has, parsed now; None if it was too much to be kept. Raises NotExact."""

@@ -91,7 +91,7 @@ class ProxyConfig(BaseModel):
     connect_timeout_s: Seconds = Field(5, description="to connect to an instance")
     prefill_timeout_s: Seconds = Field(600, description="from sending a prefill to its whole answer")
     first_token_timeout_s: Seconds = Field(
-        600, description="from sending a decode to its first event (or whole answer)"
+        600, description="from sending a decode, or the end of the prefill it waits for, to its first event"
     )
     between_tokens_timeout_s: Seconds = Field(300, description="silence in the middle of a stream")
     total_timeout_s: float = Field(

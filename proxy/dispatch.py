@@ -174,6 +174,8 @@ class Dispatcher:
         elif call.indivisible or call.max_new_tokens == 0:
             self._alone(flow, call.indivisible or "nothing_to_decode")
         elif call.num_prompts * call.num_choices > self._config.max_children:
+            if not self._contract.decodes_alone:
+                raise BadRequest(f"'n' and 'prompt' make more than {self._config.max_children} answers.", "n")
             self._alone(flow, "too_many_children")
         else:
             flow.divided = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from proxy.continuation import Continuation
@@ -21,6 +22,7 @@ from proxy.scheduling.session import session_key_of
 if TYPE_CHECKING:
     from proxy.client_stream import ClientStream
     from proxy.keep_alive import KeepAlive
+    from proxy.upstream import UpstreamConnection
 
 
 class Flow:
@@ -33,6 +35,7 @@ class Flow:
         "budget",
         "cached_tokens",
         "call",
+        "children",
         "client",
         "close",
         "continuation",
@@ -41,6 +44,7 @@ class Flow:
         "decode_load",
         "decode_reason",
         "decoder",
+        "decoding",
         "dispatched",
         "divided",
         "engine_id",
@@ -94,6 +98,8 @@ class Flow:
         self.forwarded = b""
         self.prefiller: Instance | None = None
         self.decoder: Instance | None = None
+        self.decoding: UpstreamConnection | None = None
+        """That of the decode leg, until its answer has come or begun."""
         self.prefill_load: Reservation | None = None
         self.decode_load: Reservation | None = None
         self.prefill_hold: Hold | None = None
@@ -119,6 +125,7 @@ class Flow:
         self.keep_alive: KeepAlive | None = None
         """Who tells the client that its stream will come; None if nobody does, or when the stream has begun."""
         self.is_child = False
+        self.children: Sequence[Flow] = ()
         self.stream = False
         self.status = 0
         self.outcome = "error"

@@ -87,10 +87,17 @@ class Legs:
             prefill.exception()
 
     async def exchange(
-        self, flow: Flow, instance: Instance, body: Body, leg: Leg, fresh: bool, lines: bytes = b""
+        self,
+        flow: Flow,
+        instance: Instance,
+        body: Body,
+        leg: Leg,
+        fresh: bool,
+        lines: bytes = b"",
+        more_s: float = 0.0,
     ) -> Answer:
-        """One request to one instance; `lines` are header lines for it. Returns its 2xx answer; anything else raises
-        UpstreamFailure."""
+        """One request to one instance; `lines` are header lines for it, and it has `more_s` longer than its leg's
+        time-out says. Returns its 2xx answer; anything else raises UpstreamFailure."""
         pool = instance.pool
         connection = (None if fresh else pool.take_idle()) or await pool.connect()
         if leg is Leg.DECODE:
@@ -109,7 +116,9 @@ class Legs:
         config = self.config
         timeout_s = config.prefill_timeout_s if leg is Leg.PREFILL else config.first_token_timeout_s
         streams = leg is Leg.DECODE and flow.call.stream
-        waiter = connection.send(head, body, first_event_only=streams, now=monotonic(), timeout_s=timeout_s)
+        waiter = connection.send(head, body, first_event_only=streams, now=monotonic(), timeout_s=timeout_s + more_s)
+        if leg is Leg.DECODE:
+            flow.decoding = connection
         try:
             answer = await waiter
         except asyncio.CancelledError:
@@ -119,6 +128,9 @@ class Legs:
             if failure.failure in (Failure.TIMEOUT, Failure.INSTANCE_OUT):
                 self._leave(flow, instance, connection, waiter, leg)
             raise
+        finally:
+            if leg is Leg.DECODE:
+                flow.decoding = None
         status = answer.head.status
         if instance.health.doubted and status < 500:
             self._answered(instance)
@@ -138,6 +150,16 @@ class Legs:
             if leg_id is not flow.request_id and answer.complete:
                 return answer.with_body(renamed(answer.body, leg_id, flow.request_id))
         return answer
+
+    @property
+    def prefill_s(self) -> float:
+        """The longest that one attempt at a prefill may take."""
+        return self.config.connect_timeout_s + self.config.prefill_timeout_s
+
+    def decoder_waits(self, flow: Flow, more_s: float = 0.0) -> None:
+        """The decode leg under way has its time-out, and `more_s`, from now on: it waits for a prefill, or no more."""
+        if flow.decoding is not None:
+            flow.decoding.deadline = monotonic() + self.config.first_token_timeout_s + more_s
 
     def _leave(
         self,
@@ -166,7 +188,9 @@ class Legs:
 
     def _late_answer(self, flow: Flow, instance: Instance, answer: Answer, promised: dict[str, object] | None) -> None:
         try:
-            kv = promised or self.kv_of(answer, instance) if answer.status < 300 else None
+            if answer.status >= 300:
+                return
+            kv = self.kv_of(answer, instance) if promised is None else promised
         except UpstreamFailure:
             return
         if kv is not None:

@@ -13,20 +13,27 @@ from collections.abc import Callable, Iterable
 UNKNOWN_SPEED = 5000.0
 SPEED_MEMORY = 0.95  # of what was measured is left after the next measurement: the last ~20 dominate
 SPEED_SPREAD = 4.0  # an instance counts as at most this many times slower or faster than its fleet's mean
+# So much slower or faster than the mean, equal engines look for no lasting reason (a neighbour, a cold start, whose
+# streams were measured); `even_speed` leaves it out. One of four that is 1.4 times as slow as the others is beyond it.
+# In bench/policy_simulator.py up to 1.25 costs nothing, 1.35 costs 2 ms of p99 TPOT.
+SPEED_NOISE = 1.25
 
 
 class InstanceLoad:
     """Open work of one instance. `num_tokens`, `num_requests`, `kv_tokens` are zero when nothing is open.
 
     `max_streams` and `max_kv_tokens` say how much it can hold (0: unknown); `on_release` is told of work that ended.
-    What is open is counted for this process. `others_*` is what other worker processes have open there, as last read
-    from the load board: always zero with one.
+    `speed` is in tokens per second; `even_speed` is that of the fleet where `speed` differs from it by no more than
+    SPEED_NOISE. What is open is counted for this process. `others_*` is what other worker processes have open there, as
+    last read from the load board: always zero with one.
     """
 
     __slots__ = (
         "_last_end",
         "_seconds",
         "_tokens",
+        "even_speed",
+        "fleet_speed",
         "kv_tokens",
         "last_pick",
         "max_kv_tokens",
@@ -58,7 +65,8 @@ class InstanceLoad:
         self.total_requests = 0
         self.last_pick = 0
         self.policy_load = 0  # what a policy holds in a measure of its own
-        self.speed = UNKNOWN_SPEED
+        self.speed = self.even_speed = UNKNOWN_SPEED
+        self.fleet_speed = 0.0  # the mean, as of the latest `settle_speeds`
         self.measured = False
         self._tokens = 0.0
         self._seconds = 0.0
@@ -101,7 +109,7 @@ class InstanceLoad:
         """
         self._tokens = self._tokens * SPEED_MEMORY + num_tokens
         self._seconds = self._seconds * SPEED_MEMORY + seconds
-        self.speed = self._tokens / max(self._seconds, 1e-6)
+        self._show(self._tokens / max(self._seconds, 1e-6))
         self.measured = True
 
     def observe_queue(self, num_tokens: float, began: float, now: float) -> None:
@@ -117,8 +125,18 @@ class InstanceLoad:
 
     def set_speed(self, speed: float) -> None:
         """Go on as if it had shown `speed`."""
-        self.speed = speed
+        self._show(speed)
         self._seconds = self._tokens / speed
+
+    def _show(self, speed: float) -> None:
+        self.speed = speed
+        mean = self.fleet_speed or speed
+        if speed > mean * SPEED_NOISE:
+            self.even_speed = speed / SPEED_NOISE
+        elif speed * SPEED_NOISE < mean:
+            self.even_speed = speed * SPEED_NOISE
+        else:
+            self.even_speed = mean
 
     def __repr__(self) -> str:
         return f"<InstanceLoad {self.num_requests} requests, {self.num_tokens} tokens, {self.speed:.0f} tokens/s>"
@@ -178,10 +196,9 @@ def settle_speeds(loads: Iterable[InstanceLoad], drift: float) -> None:
         return
     mean = sum(known) / len(known)
     for load in fleet:
+        load.fleet_speed = mean
         if not load.measured:
-            load.speed = mean
+            load.speed = load.even_speed = mean
             continue
         drifted = load.speed if load.num_requests else load.speed + drift * (mean - load.speed)
-        bounded = min(max(drifted, mean / SPEED_SPREAD), mean * SPEED_SPREAD)
-        if bounded != load.speed:
-            load.set_speed(bounded)
+        load.set_speed(min(max(drifted, mean / SPEED_SPREAD), mean * SPEED_SPREAD))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
 
 from proxy.access_log import AccessLog
 from proxy.answer import Answer
+from proxy.continuation import Delivered, NotExact, delivered_in
 from proxy.errors import Failure, UpstreamFailure
 from proxy.flow import Flow
 from proxy.instance import Instance
@@ -69,7 +71,7 @@ class Reporter:
                 flow.status,
                 flow.outcome,
                 flow.prompt_tokens or (call.num_prompt_tokens if call is not None else None),
-                flow.num_chunks or flow.num_output_tokens,
+                num_output_tokens_of(flow),
                 sent - arrived if sent else None,
                 prefilled - sent if prefilled else None,
                 first - prefilled if stream and first and prefilled else None,
@@ -88,7 +90,9 @@ class Reporter:
         """The answer came whole and is about to be sent."""
         if self._access_log.enabled:
             raw = answer.raw
-            flow.num_output_tokens = raw.count(b"\n\n") if answer.head.event_stream else output_tokens_of(raw)
+            flow.num_output_tokens = output_tokens_of(raw)
+            if flow.num_output_tokens is None and answer.head.event_stream:
+                flow.num_output_tokens = num_ids_of(flow, lambda: delivered_in(answer.body)) or raw.count(b"\n\n")
 
     def refused(self, status: int, request_id: str | None) -> None:
         """A request that could not be read."""
@@ -144,6 +148,31 @@ class Reporter:
             "event=instance_out role=%s instance=%s reason=%r",
             instance.role.value, instance.key, instance.health.last_error,
         )  # fmt: skip
+
+
+def num_output_tokens_of(flow: Flow) -> int | None:
+    """Of a stream by the usage at its end, the ids in its events, or the number of its events: the first that it has.
+    Of one that was divided the sum of its children's."""
+    if flow.children:
+        return sum(num_output_tokens_of(child) or 0 for child in flow.children) or None
+    if flow.relayed is None:
+        return flow.num_output_tokens
+    told = output_tokens_of(flow.relayed.last_reads)
+    if told is not None:
+        return told
+    return num_ids_of(flow, flow.relayed.delivered) or flow.num_chunks or flow.num_output_tokens
+
+
+def num_ids_of(flow: Flow, deliver: Callable[[], Delivered | None]) -> int:
+    """How many token ids came, where the client asked for them; 0 where that is not known."""
+    call = getattr(flow, "call", None)
+    if call is None or not call.fields.get("return_token_ids"):
+        return 0
+    try:
+        delivered = deliver()
+    except NotExact:
+        return 0
+    return delivered.num_tokens if delivered is not None and delivered.is_counted else 0
 
 
 def output_tokens_of(answer: bytes) -> int | None:

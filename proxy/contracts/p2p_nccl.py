@@ -2,7 +2,8 @@
 
 The request id, the same on both legs, names the KV sockets of both; there are no kv_transfer_params. Prefill ends
 first: a decoder's worker waits for the KV inside its step, with every request of its batch. Children (several prompts
-or choices) get ids the engines derive alike on both legs, so such a request is sent as it is.
+or choices) get ids the engines derive alike on both legs, so such a request is sent as it is. KV is pushed into the
+decoder, which drops it with the request, and has no way to be told of one that never comes: that is counted.
 """
 
 from __future__ import annotations
@@ -25,4 +26,4 @@ class P2pNcclContract(PairContract):
     ) -> Meeting:
         body = one_token_body(call, None, every_choice=True)
         request_id = f"___prefill_addr_{prefiller}___decode_addr_{decoder}_{number:032x}"
-        return Meeting(body, call.body, request_id=request_id)
+        return Meeting(body, call.body, request_id=request_id, kv={"pushed_to": str(decoder)})

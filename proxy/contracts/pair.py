@@ -42,16 +42,18 @@ class Meeting(NamedTuple):
     request_id: str = ""
     """The X-Request-Id of both legs, where the contract needs one of its own."""
     kv: dict[str, Any] | None = None
-    """By what another decoder could take the KV, once the prefill has ended; None where there is no way."""
+    """Where the KV is once the prefill has ended; None where it is not handed out before a decoder has it."""
 
 
 class PairContract(UnansweredContract):
     """`overlaps`: both legs are sent at once; else the decoder waits in the proxy for the prefill to end.
+    `prefill_waits`: the prefiller answers when the decoder has the KV, so that one which hangs keeps both waiting.
     `ranked`: `meet` needs an engine rank of the prefiller, asked of its bootstrap server.
     `decodes_alone`: whether a decoder serves a request that has no prefiller."""
 
     order = Order.TOGETHER
     overlaps = True
+    prefill_waits = False
     ranked = False
     decodes_alone = True
 

@@ -45,7 +45,7 @@ def fixed_tokens(role: str) -> int:
 def expected_wait(role: str, load: InstanceLoad, num_tokens: int = 0) -> float:
     """Seconds until the instance is through with what is open on it and `num_tokens` more (prefill), or that a step
     over all of that takes (decode)."""
-    return (load.num_tokens + num_tokens + fixed_tokens(role)) / load.speed
+    return (load.num_tokens + num_tokens) / load.speed + fixed_tokens(role) / load.even_speed
 
 
 def step_tokens(load: InstanceLoad, reservation: Reservation) -> float:

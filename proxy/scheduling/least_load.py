@@ -10,21 +10,21 @@ from proxy.scheduling.cost import fixed_tokens
 from proxy.scheduling.policy import Ask, Policy
 
 # Scores this close count as equal and the least recently picked wins: estimates are not better than that, and idle
-# instances should take turns. From bench/policy_simulator.py: at high load a prefill tolerance of 1.25 costs 9 % of
-# p99 TTFT (12 seeds), a decode tolerance of 1.25 costs 4 ms of p99 TPOT. Decode's is wider than the simulator asks for:
-# speeds that real engines show differ by that much for no lasting reason, and a step's fixed cost would send all of a
-# light load to one decoder.
-PREFILL_TOLERANCE = 1.05
-DECODE_TOLERANCE = 1.15
+# instances should take turns. From bench/policy_simulator.py: at high load 1.25 costs 9 % of p99 TTFT for prefill (12
+# seeds), and 1.15 costs 2 ms of p99 TPOT for decode (6 seeds).
+TOLERANCE = 1.05
 
 
 class LeastLoad(Policy):
-    """score [s] = (fixed [tokens] + work open on the instance [tokens] + the request's own [tokens]) / speed [tokens/s]
+    """score [s] = (work open on the instance [tokens] + the request's own [tokens]) / speed [tokens/s]
+                 + fixed [tokens] / even speed [tokens/s]
 
     For prefill: the seconds until this prompt would be done, were the open prompts done first; nothing is fixed. For
     decode: the seconds a step over all open streams and their KV would take with this one added; a step's own cost is
     fixed, or a busy decoder would pass for a fast one. Lower is better. Speed is what `InstanceLoad.observe` has seen;
-    an instance nobody has measured is taken to be as fast as the mean of its fleet.
+    an instance nobody has measured is taken to be as fast as the mean of its fleet. The fixed part is all there is to
+    a light load, and weighs the same whatever an instance is given: what small differences in speed make of it never
+    evens out, so it is counted at the even speed, which is without them.
     """
 
     name = "least_load"
@@ -32,17 +32,18 @@ class LeastLoad(Policy):
     def __init__(self, role: str, seed: int | None = None) -> None:
         super().__init__(role, seed)
         self._fixed_tokens = fixed_tokens(role)
-        self._tolerance = DECODE_TOLERANCE if role == "decode" else PREFILL_TOLERANCE
         self._scores: list[float] = []
 
     def pick(self, candidates: Sequence[CandidateT], num_tokens: int, ask: Ask) -> CandidateT:
         if len(candidates) == 1:
             return candidates[0]
-        own = num_tokens + self._fixed_tokens
+        fixed = self._fixed_tokens
         self._scores = scores = [
-            (one.load.num_tokens + one.load.others_tokens + own) / one.load.speed for one in candidates
+            (load.num_tokens + load.others_tokens + num_tokens) / load.speed + fixed / load.even_speed
+            for one in candidates
+            for load in (one.load,)
         ]
-        bound = min(scores) * self._tolerance
+        bound = min(scores) * TOLERANCE
         close = [one for one, score in zip(candidates, scores, strict=True) if score <= bound]
         return close[0] if len(close) == 1 else min(close, key=_last_pick)
 
@@ -51,7 +52,8 @@ class LeastLoad(Policy):
 
     def score(self, load: InstanceLoad, num_tokens: int) -> float:
         """Of one instance, for the policies that compare a few."""
-        return (load.num_tokens + load.others_tokens + num_tokens + self._fixed_tokens) / load.speed
+        work = load.num_tokens + load.others_tokens + num_tokens
+        return work / load.speed + self._fixed_tokens / load.even_speed
 
 
 def _last_pick(one: Candidate) -> int:

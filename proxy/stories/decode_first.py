@@ -84,6 +84,7 @@ async def _prefill(flow: Flow, legs: Legs, contract: LayerwiseContract, posted: 
     fresh = False
     while True:
         instance, load = legs.reserve_prefiller(flow, fresh)
+        legs.decoder_waits(flow, legs.prefill_s)
         began = monotonic()
         try:
             answer = await legs.exchange(flow, instance, body, Leg.PREFILL, fresh)
@@ -98,6 +99,7 @@ async def _prefill(flow: Flow, legs: Legs, contract: LayerwiseContract, posted: 
         finally:
             load.release()
         now = legs.prefilled(instance, load, began)
+        legs.decoder_waits(flow)
         legs.note_usage(flow, answer.body)
         if not flow.first_event_at:
             flow.prefilled_at = now

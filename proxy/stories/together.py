@@ -10,7 +10,7 @@ from time import monotonic
 from proxy.answer import Answer
 from proxy.bootstrap import RankReservation
 from proxy.contracts.pair import Meeting, PairContract
-from proxy.errors import UpstreamFailure
+from proxy.errors import Failure, UpstreamFailure
 from proxy.flow import Flow
 from proxy.instance import Instance
 from proxy.kv_ledger import KvState
@@ -87,7 +87,10 @@ class _Attempt:
             if not self._contract.overlaps:
                 await asyncio.wait({prefill})
             if not prefill.done() or prefill.exception() is None:
-                exchange = legs.exchange(flow, decoder, meeting.decode_body, Leg.DECODE, False)
+                more_s = (
+                    legs.prefill_s if self._contract.overlaps else 0.0
+                )  # or a slow prefill were the decoder's fault
+                exchange = legs.exchange(flow, decoder, meeting.decode_body, Leg.DECODE, False, more_s=more_s)
                 decode = asyncio.create_task(exchange)
                 await asyncio.wait({prefill, decode}, return_when=asyncio.FIRST_COMPLETED)
                 if not decode.done() and prefill.exception() is None:
@@ -126,6 +129,7 @@ class _Attempt:
             if rank is not None:
                 rank.release()
         now = legs.prefilled(instance, load, began)
+        legs.decoder_waits(flow)
         legs.note_usage(flow, answer.body)
         if not self._decoded:
             flow.prefilled_at = now
@@ -154,6 +158,9 @@ class _Attempt:
             legs.bootstrap.forget(flow.prefiller)  # whatever happened, it may be another engine by now
         action = await legs.after(leg, failure, instance, flow)
         self.again = leg is Leg.PREFILL and action is Action.SAME_INSTANCE
+        if leg is Leg.PREFILL and failure.failure is Failure.TIMEOUT and self._contract.prefill_waits and flow.decoder:
+            flow.avoid.add(flow.decoder)  # either may be the one that hangs
+            legs.let_go_of_decoder(flow)
         if leg is Leg.DECODE:
             legs.let_go_of_decoder(flow)
         legs.give_kv_back(flow)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import struct
 from typing import Any
 
-from tests.proxy_blackbox.harness import HOST, Engines, Proxy, raw_post
+from tests.proxy_blackbox.harness import HOST, Engines, Proxy, eventually, raw_post
 
 CONTRACTS = ("pull", "layerwise", "mooncake", "sglang", "p2p-nccl")
 SHORT_TIMEOUTS = (
@@ -32,6 +33,21 @@ def begun(proxy: Proxy, path: str, fields: dict[str, Any]) -> socket.socket:
     sock = socket.create_connection((HOST, proxy.port), timeout=10)
     sock.sendall(raw_post(path, json.dumps(fields).encode()))
     return sock
+
+
+def called_off(proxy: Proxy, engines: Engines, *roles: str) -> None:
+    """The legs on instances of these roles are aborted soon, and not because their time was up."""
+
+    def num_timeouts() -> int:
+        found = re.findall(
+            rb'^pd_proxy_retries_total\{.*failure="timeout".*\} (\S+)$', proxy.get("/metrics").body, re.M
+        )
+        return sum(int(float(one)) for one in found)
+
+    before = num_timeouts()
+    for role in roles:
+        eventually(lambda of=role: not engines.count(of, "aborted"), f"the {role} was not aborted")
+    assert num_timeouts() == before
 
 
 def leave(sock: socket.socket) -> None:

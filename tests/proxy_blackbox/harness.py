@@ -268,10 +268,14 @@ class Proxy:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Where nobody listens, until this process ends: bound without listening it is given to nobody who asks for any,
+    and is refused to none who asks for it by number, with SO_REUSEADDR as servers do."""
+    probe = socket.socket()
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    probe.bind((HOST, 0))
+    port: int = probe.getsockname()[1]
+    probe.detach()
+    return port
 
 
 def settled(proxy: Proxy, engines: Engines) -> None:

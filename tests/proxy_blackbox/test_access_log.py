@@ -72,6 +72,44 @@ def test_one_line_a_request(form: str, start_proxy: Callable[..., Proxy], engine
     assert whole["handoff_s"] == whole["ttft_s"] == third["model"] == passed["prefiller"] == none["e2e_s"] == missing
 
 
+USAGE = {"stream_options": {"include_usage": True}}
+
+
+@pytest.mark.parametrize("flags", [[], ["--max-continuations", "0"], ["--max-continuation-bytes", "600"]])
+@pytest.mark.parametrize("interval_s", [0, 0.01], ids=["at once", "paced"])
+def test_output_tokens_of_a_stream_are_those_the_engine_counts(
+    start_proxy: Callable[..., Proxy], engines: Engines, flags: list[str], interval_s: float
+) -> None:
+    proxy = start_proxy("--access-log", "json", *flags)
+    mock = {"interval_s": interval_s}
+    for path in (CHAT, COMPLETIONS):
+        proxy.post(path, body_of(path, num_tokens=13, stream=True, mock=mock, **USAGE))
+    proxy.post("/v1/messages", {**body_of(CHAT, num_tokens=13, stream=True)})
+    proxy.post("/v1/responses", {"model": "mock", "input": "Say it", "max_output_tokens": 13, "stream": True})
+    assert [line["output_tokens"] for line in lines_of(proxy, 4)] == [13] * 4
+
+
+def test_output_tokens_where_no_usage_is_asked_for(start_proxy: Callable[..., Proxy], engines: Engines) -> None:
+    proxy = start_proxy("--access-log", "json")
+    mock = {"interval_s": 0.005}
+    proxy.post(COMPLETIONS, body_of(COMPLETIONS, num_tokens=13, stream=True, mock=mock, return_token_ids=True))
+    proxy.post(COMPLETIONS, body_of(COMPLETIONS, num_tokens=13, stream=True, return_token_ids=True))
+    proxy.post(COMPLETIONS, body_of(COMPLETIONS, num_tokens=13, stream=True, mock=mock))
+    counted, at_once, events = (line["output_tokens"] for line in lines_of(proxy, 3))
+    assert (counted, at_once) == (13, 13) and 8 <= events <= 20
+
+
+def test_output_tokens_of_what_was_gone_on_with_or_divided(start_proxy: Callable[..., Proxy], engines: Engines) -> None:
+    proxy = start_proxy("--access-log", "json")
+    engines.fault("decode", "reset_mid", shared=True, after=3)
+    proxy.post(CHAT, body_of(CHAT, num_tokens=13, stream=True, mock={"interval_s": 0.01}, **USAGE))
+    proxy.post(CHAT, body_of(CHAT, num_tokens=13, n=2, stream=True, **USAGE))
+    proxy.post(CHAT, body_of(CHAT, num_tokens=13, n=2))
+    lines = lines_of(proxy, 7)
+    assert [line["output_tokens"] for line in lines if line["route"] == "chat"] == [13, 26, 26]
+    assert [line["output_tokens"] for line in lines if line["route"] == "child"] == [13] * 4
+
+
 def test_retries_and_what_is_left_of_a_failure(start_proxy: Callable[..., Proxy], engines: Engines) -> None:
     proxy = start_proxy("--access-log", "json", "--policy", "round_robin")
     engines.fault("prefill", "status", status=500)  # one of each prefiller

@@ -153,9 +153,9 @@ def test_many_streams_at_once(proxy: Proxy) -> None:
 
 def test_idle_connections_are_closed(start_proxy: Callable[..., Proxy]) -> None:
     proxy = start_proxy("--client-keepalive-s", "0.3", "--request-read-timeout-s", "0.3")
-    with connected(proxy.port, timeout=3) as sock:
+    with connected(proxy.port) as sock:
         assert sock.recv(1) == b""
-    with connected(proxy.port, timeout=3) as sock:
+    with connected(proxy.port) as sock:
         sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")
         assert read_answer(sock).status == 408
 

@@ -18,55 +18,45 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from bench.mock_engine import MockFleet
-from bench.mock_engine import parser as mock_options
+from bench.mock_answers import scripts_of
 from bench.mock_faults import Fault
 from bench.mock_instance import MockInstance
-from proxy.app import ProxyApp
-from proxy.config import ProxyConfig
 from proxy.drain import wait_until
-from proxy.kv_ledger import KvState
 from tests.proxy_blackbox.harness import body_of, text_for
+from tests.proxy_blackbox.in_process import HOST, InProcess
 from tests.unit.proxy.client import CHAT, COMPLETIONS, Answer, Client, request_bytes
 
-HOST = "127.0.0.1"
 SETTLE_S = 10.0
 KINDS = [
     *("status", "hang_before_head", "reset_before_head", "close_before_head", "garbage", "error_event"),
-    *("error_event_mid", "reset_mid", "close_mid", "hang_mid", "garbage_mid", "no_kv"),
+    *("error_event_mid", "reset_mid", "close_mid", "hang_mid", "garbage_mid", "no_kv", "recomputed"),
 ]
+SEVERAL: list[dict[str, Any]] = [{}, {}, {"n": 2}, {"prompt": ["one", "another", "third"]}]
 NUMBERS = st.integers(0, 3)  # two prefillers, two decoders
 SECONDS = st.sampled_from([0.0, 0.005, 0.03])
 
 
-class World:
-    """The proxy, its engines, and those who ask."""
+def are_beginnings(said: dict[int, str], texts: dict[int, str]) -> bool:
+    return all(texts[index].startswith(text) for index, text in said.items())
 
-    async def start(self, contract: str, max_streams: int, keepalive_interval: float) -> None:
-        flags = ["--contract", contract, "--prefill-ports", "0", "0", "--decode-ports", "0", "0"]
-        options = mock_options().parse_args(flags)
-        self.mocks = MockFleet(options)
-        self.instances: list[MockInstance] = self.mocks.instances
-        for instance in self.instances:
-            await instance.start()
-        ports = [instance.port for instance in self.instances]
-        short = dict.fromkeys(["connect_timeout_s", "prefill_timeout_s", "first_token_timeout_s"], 0.3)
-        config = ProxyConfig(
-            host=HOST, port=0, prefiller_hosts=(HOST,), prefiller_ports=tuple(ports[:2]), decoder_hosts=(HOST,),
-            decoder_ports=tuple(ports[2:]), between_tokens_timeout_s=0.3, health_interval_s=0.1,
-            health_retry_interval_s=0.05, health_timeout_s=0.3, reclaim_timeout_s=1, drain_timeout_s=1,
-            decoder_max_streams=max_streams, queue_timeout_s=0.5, waiting_retry_interval=0.1, contract=contract,
-            keepalive_interval=keepalive_interval, prefiller_bootstrap_ports=tuple(ports[:2]),
-            prefiller_kv_ports=tuple(ports[:2]), decoder_kv_ports=tuple(ports[2:]), **short,
+
+class World(InProcess):
+    """A proxy, its engines, and those who ask."""
+
+    async def start_for(self, contract: str, max_streams: int, keepalive_interval: float) -> None:
+        await self.start(
+            contract, timeout_s=0.3, decoder_max_streams=max_streams, keepalive_interval=keepalive_interval,
+            health_interval_s=0.1, queue_timeout_s=0.5, waiting_retry_interval=0.1,
         )  # fmt: skip
-        self.app = ProxyApp(config, asyncio.get_running_loop())
-        await self.app.start()
-        self.port = self.app.addresses[0].port
         self.asked: list[asyncio.Task[None]] = []
         self.wrong: list[str] = []
 
-    def ask(self, path: str, stream: bool, stays_s: float | None, shape: dict[str, float]) -> None:
+    def ask(
+        self, path: str, stream: bool, stays_s: float | None, several: dict[str, Any], shape: dict[str, float]
+    ) -> None:
         fields = body_of(path, f"number {len(self.asked)}", num_tokens=6, stream=stream, mock=shape)
+        if path == COMPLETIONS or "prompt" not in several:
+            fields.update(several)
         self.asked.append(asyncio.ensure_future(self._ask(path, fields, stays_s)))
 
     async def _ask(self, path: str, fields: dict[str, Any], stays_s: float | None) -> None:
@@ -82,18 +72,22 @@ class World:
             client.close()
 
     def _judge(self, fields: dict[str, Any], answer: Answer) -> None:
-        text = text_for(fields)
+        texts = {
+            number * fields.get("n", 1) + choice: script.text()
+            for number, script in enumerate(scripts_of(fields))
+            for choice in range(fields.get("n", 1))
+        }
         answer.body = answer.body.replace(b": keep-alive\n\n", b"")
         if answer.status != 200:
             ok = bool(answer.error["message"]) and answer.status in (429, 500, 502, 503, 504)
         elif not answer.complete:
-            ok = b"[DONE]" not in answer.body and (not fields.get("stream") or text.startswith(answer.text))
+            ok = b"[DONE]" not in answer.body and (not fields.get("stream") or are_beginnings(answer.texts, texts))
         elif b'data: {"error"' in answer.body:
-            ok = text.startswith(answer.text)
+            ok = are_beginnings(answer.texts, texts)
         else:
-            ok = answer.text == text and (not fields.get("stream") or answer.body.endswith(b"data: [DONE]\n\n"))
+            ok = answer.texts == texts and (not fields.get("stream") or answer.body.endswith(b"data: [DONE]\n\n"))
         if not ok:
-            self.wrong.append(f"{answer.status} {answer.body!r}, for {text!r}")
+            self.wrong.append(f"{answer.status} {answer.body!r}, for {fields} {texts!r}")
 
     async def change_members(self, verb: str, instance: MockInstance) -> None:
         fields = {"type": instance.role, "instances": [f"{HOST}:{instance.port}"]}
@@ -125,29 +119,7 @@ class World:
             assert (await client.post(CHAT, fields)).text == text_for(fields)
             client.close()
         finally:
-            await self.app.drain()
-            await self.app.stop()
-            for instance in self.instances:
-                await instance.stop()
-            await asyncio.sleep(0.01)
-
-    def left(self) -> list[str]:
-        app = self.app
-        found = [repr(one.load) for one in app.fleet.all if one.load.num_requests or one.load.num_tokens]
-        found += [f"{one.key}: KV reserved" for one in app.fleet.all if one.load.kv_tokens]
-        found += [f"{one.key}: active connection" for one in app.fleet.all if one.pool.active]
-        found += [f"KV of {entry.request_id} is {entry.state}" for entry in app.kv_ledger.open]
-        counts = {"waiting": app.num_waiting(), "open": app.num_in_flight(), "reclaims": app.reclaimer.num_open}
-        found += [f"{number} {name}" for name, number in counts.items() if number]
-        found += [f"{one.port}: running" for one in self.instances if one.running]
-        totals = app.kv_ledger.totals
-        ended = totals[KvState.CONSUMED] + totals[KvState.RECLAIMED] + totals[KvState.ORPHANED]
-        if totals[KvState.HELD] != ended:
-            found.append(f"KV handed out and ended: {totals}")
-        num_lost = totals[KvState.ORPHANED]  # those no decoder could be told of in time
-        if len(outstanding := self.mocks.ledger.outstanding()) > num_lost:
-            found.append(f"KV the prefillers still hold: {outstanding}, {num_lost} orphaned")
-        return found
+            await self.stop()
 
 
 class Conservation(RuleBasedStateMachine):
@@ -157,7 +129,7 @@ class Conservation(RuleBasedStateMachine):
     def begin(self, max_streams: int, keepalive_interval: float) -> None:
         self.runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
         self.world = World()
-        self.runner.run(self.world.start(self.contract, max_streams, keepalive_interval))
+        self.runner.run(self.world.start_for(self.contract, max_streams, keepalive_interval))
 
     async def _now(self, call: Any) -> None:
         call()
@@ -170,12 +142,15 @@ class Conservation(RuleBasedStateMachine):
         prefill_s=SECONDS,
         first_token_s=SECONDS,
         interval_s=st.sampled_from([0.0, 0.01]),
+        several=st.sampled_from(SEVERAL),
         number=st.integers(1, 4),
     )
-    def ask(self, path: str, stream: bool, stays_s: float | None, number: int, **shape: float) -> None:
+    def ask(
+        self, path: str, stream: bool, stays_s: float | None, several: dict[str, Any], number: int, **shape: float
+    ) -> None:
         async def some() -> None:
             for _ in range(number):
-                self.world.ask(path, stream, stays_s, shape)
+                self.world.ask(path, stream, stays_s, several, shape)
             await asyncio.sleep(0)
 
         self.runner.run(some())
@@ -243,6 +218,11 @@ class Sglang(Conservation):
     contract = "sglang"
 
 
+class P2pNccl(Conservation):
+    contract = "p2p-nccl"
+
+
 TestLayerwise, TestMooncake, TestSglang = Layerwise.TestCase, Mooncake.TestCase, Sglang.TestCase
-for case in (TestLayerwise, TestMooncake, TestSglang):
+TestP2pNccl = P2pNccl.TestCase
+for case in (TestLayerwise, TestMooncake, TestSglang, TestP2pNccl):
     case.settings = settings(Conservation.TestCase.settings, max_examples=6)

@@ -20,7 +20,7 @@ LOSSES = ["reset_mid", "close_mid", "hang_mid", "error_event_mid", "recomputed"]
 
 @pytest.fixture(scope="module")
 def _impatient(fleet: Engines) -> Iterator[Proxy]:
-    started = Proxy(fleet, "--between-tokens-timeout-s", "0.5", "--health-retry-interval-s", "0.1")
+    started = Proxy(fleet, "--between-tokens-timeout-s", "1", "--health-retry-interval-s", "0.1")
     yield started
     started.stop()
 
@@ -98,6 +98,18 @@ def test_a_completion_without_a_limit_has_sixteen_tokens_in_all(impatient: Proxy
     engines.fault("decode", "recomputed", shared=True, after=4)
     fields = {"model": "mock", "prompt": "unlimited", "stream": True}
     assert impatient.post(COMPLETIONS, fields).text == text_for(fields)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_chat_without_a_limit_gets_none(impatient: Proxy, engines: Engines, stream: bool) -> None:
+    """Warning sign in ascend-proxy.md 2.1: there 16 is taken for the limit, and the answer is cut off."""
+    engines.fault("decode", "recomputed", shared=True, after=4)
+    fields = {key: value for key, value in body_of(CHAT, stream=stream).items() if key != "max_tokens"}
+    answer = impatient.post(CHAT, fields)
+    assert answer.status == 200 and answer.text.startswith(text_for({**fields, "max_tokens": 16}))
+    bodies = [one["body"] for one in engines.requests("decode")]
+    assert sorted(len(body["messages"]) for body in bodies) == [1, 2]
+    assert not any("max_tokens" in body or "max_completion_tokens" in body for body in bodies)
 
 
 def test_a_prompt_of_token_ids_is_continued_by_token_ids(impatient: Proxy, engines: Engines) -> None:

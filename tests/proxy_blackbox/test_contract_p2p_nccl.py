@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from tests.proxy_blackbox.harness import CHAT, PROXY, Engines, Proxy, body_of, text_for
+from tests.proxy_blackbox.harness import CHAT, PROXY, Engines, Proxy, body_of, eventually, text_for
 
 CONTRACT = "p2p-nccl"
 
@@ -38,6 +38,23 @@ def test_a_pair_is_tried_again_under_another_id(proxy: Proxy, engines: Engines) 
     assert proxy.post(CHAT, fields).text == text_for(fields)
     ids = [one["headers"]["x-request-id"] for one in engines.requests("decode")]
     assert len(set(ids)) == 2 and engines.count("prefill", "prefills") == 2
+
+
+def test_kv_that_no_decoder_came_for_is_counted(proxy: Proxy, engines: Engines) -> None:
+    """The decoder has it and can't be told: there is no way to give it back."""
+
+    def totals() -> dict[str, int]:
+        found: dict[str, int] = proxy.get("/instances").json["kv_ledger"]["totals"]
+        return found
+
+    before = totals()
+    assert proxy.post(CHAT, body_of(CHAT)).status == 200
+    assert totals() == {**before, "held": before["held"] + 1, "consumed": before["consumed"] + 1}
+    before = totals()
+    engines.fault("decode", "status", status=403, shared=True)
+    assert proxy.post(CHAT, body_of(CHAT)).status == 403
+    eventually(proxy.wrong, "the proxy is not idle")
+    assert totals() == {**before, "held": before["held"] + 1, "orphaned": before["orphaned"] + 1}
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
+from tests.proxy_blackbox.contracts import ports_flags
 from tests.proxy_blackbox.harness import CHAT, COMPLETIONS, HOST, Engines, Proxy, body_of, text_for
 
 CONTRACT = "sglang"
@@ -31,6 +34,28 @@ def test_a_prefill_that_answers_after_the_decoder_is_read_to_its_end(proxy: Prox
         assert proxy.post(CHAT, fields).text == text_for(fields)
     assert engines.count("prefill", "aborted") == 0
     assert engines.count("prefill", "finished") == 6
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("more", [{}, {"prompt": ["a", "b"]}])
+def test_several_choices_are_given_a_room_each(
+    proxy: Proxy, engines: Engines, stream: bool, more: dict[str, object]
+) -> None:
+    """SGLang gives all of them the one room of the request, where all but the first wait in vain."""
+    fields = {**body_of(COMPLETIONS, stream=stream, n=3), **more}
+    answer = proxy.post(COMPLETIONS, fields)
+    assert (answer.status, answer.text) == (200, text_for(fields))
+    sent = [one["body"] for one in engines.requests("decode")]
+    assert len({one["bootstrap_room"] for one in sent}) == len(sent) == 3 * len(fields["prompt"] if more else "a")
+    assert {one["n"] for one in sent} == {1}
+
+
+def test_more_choices_than_can_be_divided_are_refused(start_proxy: Callable[..., Proxy], engines: Engines) -> None:
+    """No decoder of SGLang has a prefill of its own, to which they could be left."""
+    proxy = start_proxy("--contract", "sglang", *ports_flags(engines), "--max-children", "2")
+    answer = proxy.post(CHAT, body_of(CHAT, n=3))
+    assert (answer.status, answer.error["param"]) == (400, "n")
+    assert proxy.post(CHAT, body_of(CHAT, n=2)).status == 200
 
 
 def test_a_list_of_prompts_is_sent_as_it_is(proxy: Proxy, engines: Engines) -> None:

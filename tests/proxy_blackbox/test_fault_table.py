@@ -18,14 +18,14 @@ from proxy.errors import Failure
 from proxy.retry import TABLE, Action, Leg
 from tests.proxy_blackbox.harness import CHAT, COMPLETIONS, Engines, Proxy, body_of, eventually, settled, text_for
 
-TIMEOUT_S = "0.4"
+TIMEOUT_S = {"hasty": "1", "patient": "10"}  # of legs; the latter where nothing hangs: no busy machine is in a cell
 FLAGS = (
-    *("--connect-timeout-s", TIMEOUT_S, "--prefill-timeout-s", TIMEOUT_S, "--first-token-timeout-s", TIMEOUT_S),
-    *("--between-tokens-timeout-s", TIMEOUT_S, "--health-retry-interval-s", "0.05"),
+    *("--health-retry-interval-s", "0.05", "--policy", "round_robin"),  # so that each instance has its turn
     *("--health-max-failures", "1000", "--health-max-request-failures", "1000"),  # no cell is evidence in the next
 )
 MID = Failure.LOST_MID_ANSWER, Failure.SILENT_MID_ANSWER, Failure.GARBAGE_MID_ANSWER
 DOWN = {"refused", "connect_timeout"}
+HANGS = {"connect_timeout", "hang_before_head", "hang_mid"}
 # What is done to an instance, and what the proxy may take it for where no byte has reached the client. A connection
 # that is reused may have been closed by a healthy engine: STALE.
 CAUSES: dict[str, tuple[Failure, ...]] = {
@@ -45,18 +45,24 @@ MID_CAUSES = dict(zip(("reset_mid", "hang_mid", "garbage_mid"), MID, strict=True
 
 
 @pytest.fixture(scope="module")
-def _steady(fleet: Engines) -> Iterator[Proxy]:
-    started = Proxy(fleet, *FLAGS)
+def _steady(fleet: Engines) -> Iterator[dict[str, Proxy]]:
+    names = ("connect", "prefill", "first-token", "between-tokens")
+    started = {
+        kind: Proxy(fleet, *FLAGS, *(word for name in names for word in (f"--{name}-timeout-s", seconds)))
+        for kind, seconds in TIMEOUT_S.items()
+    }
     yield started
-    started.stop()
+    for one in started.values():
+        one.stop()
 
 
 @pytest.fixture
-def steady(_steady: Proxy, engines: Engines) -> Iterator[Proxy]:
+def steady(_steady: dict[str, Proxy], engines: Engines, fault: str) -> Iterator[Proxy]:
     """A proxy that never takes an instance out; all are well before a test, and nothing is open after it."""
-    eventually(lambda: [one for one in _steady.get("/instances").json["instances"] if not one["healthy"]], "not well")
-    yield _steady
-    settled(_steady, engines)
+    proxy = _steady["hasty" if fault in HANGS else "patient"]
+    eventually(lambda: [one for one in proxy.get("/instances").json["instances"] if not one["healthy"]], "not well")
+    yield proxy
+    settled(proxy, engines)
 
 
 def failures_seen(proxy: Proxy) -> dict[tuple[str, str, str], int]:

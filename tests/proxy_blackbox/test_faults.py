@@ -8,17 +8,33 @@ loads and both KV ledgers are back to nothing within 5 seconds.
 from __future__ import annotations
 
 import http.client
+import json
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.proxy_blackbox.harness import CHAT, COMPLETIONS, Answer, Engines, Proxy, body_of, settled, text_for
+from tests.proxy_blackbox.harness import (
+    CHAT,
+    COMPLETIONS,
+    Answer,
+    Engines,
+    Proxy,
+    body_of,
+    connected,
+    eventually,
+    raw_post,
+    read_answer,
+    settled,
+    text_for,
+)
 
 BOTH_ENDS = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 SHORT_TIMEOUTS = (
-    *("--connect-timeout-s", "1", "--prefill-timeout-s", "0.5", "--first-token-timeout-s", "0.5"),
-    *("--between-tokens-timeout-s", "0.5", "--health-retry-interval-s", "0.1"),
+    *("--connect-timeout-s", "1", "--prefill-timeout-s", "1", "--first-token-timeout-s", "1"),
+    *("--between-tokens-timeout-s", "1", "--health-retry-interval-s", "0.1"),
     *("--health-max-request-failures", "1000"),  # the faults of one test are no evidence in the next
 )
 
@@ -209,6 +225,23 @@ def test_an_engine_restarted_on_its_port_is_used_at_once(impatient: Proxy, engin
         engines.start(port)
     for number in range(4):
         retried(impatient, CHAT, bool(number % 2))
+
+
+def test_a_proxy_that_stood_still_reads_what_came_before_it_gives_up(
+    start_proxy: Callable[..., Proxy], engines: Engines
+) -> None:
+    """A machine that was suspended, or a container out of its share: what came meanwhile is not late."""
+    proxy = start_proxy("--prefill-timeout-s", "1", "--first-token-timeout-s", "1")
+    fields = body_of(CHAT, mock={"prefill_s": 0.5})
+    with connected(proxy.port) as sock:
+        sock.sendall(raw_post(CHAT, json.dumps(fields).encode()))
+        eventually(lambda: not engines.count("prefill", "prefills"), "no prefill began")
+        os.kill(proxy.process.popen.pid, signal.SIGSTOP)
+        time.sleep(2)
+        os.kill(proxy.process.popen.pid, signal.SIGCONT)
+        answer = read_answer(sock)
+    assert (answer.status, answer.text) == (200, text_for(fields))
+    assert engines.count("prefill", "prefills") == 1 and b"pd_proxy_retries_total{" not in proxy.get("/metrics").body
 
 
 def test_without_leases_kv_is_never_used_twice(start_proxy: Callable[..., Proxy], engines: Engines) -> None:

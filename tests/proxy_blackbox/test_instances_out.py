@@ -84,7 +84,7 @@ def test_an_instance_that_is_slow_at_probes_and_sends_bytes_is_alive(start_proxy
     """Under heavy load a probe may go unanswered: no healthy request must die of it."""
     proxy = start_proxy(*PROBES)
     busy = engines.decode[1]
-    asked = [body_of(COMPLETIONS, f"{n}", num_tokens=60, stream=True, mock={"interval_s": 0.05}) for n in range(4)]
+    asked = [body_of(COMPLETIONS, f"{n}", num_tokens=100, stream=True, mock={"interval_s": 0.05}) for n in range(4)]
     with ThreadPoolExecutor(1) as beside:
         running = beside.submit(at_once, proxy, COMPLETIONS, asked)
         eventually(lambda: engines.count("decode", "decodes") < 4, "not all streams began")

@@ -107,7 +107,7 @@ def test_the_proxys_own_error_is_an_event_and_the_connection_goes_on(
     chatty: Callable[..., Proxy], engines: Engines, num_choices: int
 ) -> None:
     engines.fault("prefill", "hang_before_head", count=9)
-    proxy = chatty("--prefill-timeout-s", "0.3", "--max-retries", "1")
+    proxy = chatty("--prefill-timeout-s", "1", "--max-retries", "1")
     with connected(proxy.port) as sock:
         fields = body_of(CHAT, stream=True, n=num_choices)
         sock.sendall(raw_post(CHAT, json.dumps(fields).encode()))
@@ -122,7 +122,7 @@ def test_the_proxys_own_error_is_an_event_and_the_connection_goes_on(
 
 def test_the_requests_own_limit_is_told_in_an_event(chatty: Callable[..., Proxy]) -> None:
     fields = body_of(CHAT, stream=True, mock={"prefill_s": 5})
-    answer = chatty("--total-timeout-s", "0.4").post(CHAT, fields)
+    answer = chatty("--total-timeout-s", "1").post(CHAT, fields)
     after_comments(answer)
     assert answer.events[0]["error"]["code"] == 504
 

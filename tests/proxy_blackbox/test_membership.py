@@ -121,7 +121,7 @@ def test_a_drain_has_a_deadline(start_proxy: StartProxy, engines: Engines) -> No
         fields = body_of(CHAT, num_tokens=90_000, stream=True, mock={"interval_s": 0.05})
         sock.sendall(raw_post(CHAT, _encoded(fields)))
         assert sock.recv(1000)
-        change(proxy, "remove", type="decode", instances=at(port), drain_timeout_s=0.5)
+        change(proxy, "remove", type="decode", instances=at(port), drain_timeout_s=2)
         assert state(proxy, "decode", port) == "draining"
         becomes(proxy, "decode", port, None)
     eventually(lambda: "drained=False" not in proxy.process.output, "not logged")
@@ -199,7 +199,7 @@ def test_one_that_hangs_is_given_up_too(start_proxy: StartProxy) -> None:
     with socket.create_server((HOST, 0)) as silent:
         change(proxy, "add", type="decode", instances=at(silent.getsockname()[1]))
         eventually(lambda: "no answer in time" not in proxy.process.output, "still asked")
-        assert not _waiting(proxy)
+        eventually(lambda: _waiting(proxy), "still waits")
 
 
 def test_localhost_means_the_same_instance(start_proxy: StartProxy, engines: Engines) -> None:

@@ -99,7 +99,7 @@ def test_a_decoder_that_is_lost_in_mid_stream_is_told_of(
 ) -> None:
     """These streams are not continued: what was said can't be put behind the input exactly."""
     engines.fault("decode", kind, after=2)
-    proxy = start_proxy("--between-tokens-timeout-s", "0.5")
+    proxy = start_proxy("--between-tokens-timeout-s", "1")
     fields = body_of(path, stream=True)
     answer = proxy.post(path, fields, X_Request_Id="r-1")
     given = b"".join(events(api_of(path), script_of(fields), "r-1", "mock")[:4])

@@ -27,10 +27,23 @@ class Answer:
     @property
     def text(self) -> str:
         """The text of the answer, streamed or not."""
+        return "".join(map(_text_of, self._choices))
+
+    @property
+    def texts(self) -> dict[int, str]:
+        """That of each choice, by its index."""
+        found: dict[int, str] = {}
+        for choice in self._choices:
+            found[choice["index"]] = found.get(choice["index"], "") + _text_of(choice)
+        return found
+
+    @property
+    def _choices(self) -> list[dict[str, Any]]:
         if not self.headers["content-type"].startswith("text/event-stream"):
-            return "".join(map(_text_of, json.loads(self.body)["choices"]))
+            whole: list[dict[str, Any]] = json.loads(self.body)["choices"]
+            return whole
         events = [line[6:] for line in self.body.decode().split("\n\n") if line.startswith("data: {")]
-        return "".join(_text_of(choice) for one in events for choice in json.loads(one).get("choices", []))
+        return [choice for one in events for choice in json.loads(one).get("choices", [])]
 
 
 def _text_of(choice: dict[str, Any]) -> str:

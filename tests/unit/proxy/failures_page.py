@@ -10,7 +10,8 @@ WHAT = {
     Failure.CONNECT_TIMEOUT: "No connection within `--connect-timeout-s`, or the host cannot be reached",
     Failure.STALE: "A kept connection turns out to be closed (a restarted engine, mostly)",
     Failure.RESET: "The connection ends before the answer is whole, or before the first event of a stream",
-    Failure.TIMEOUT: "No answer within `--prefill-timeout-s`; no first event within `--first-token-timeout-s`",
+    Failure.TIMEOUT: "No answer within `--prefill-timeout-s`; no first event within `--first-token-timeout-s`, "
+    "a prefill it waits for not counted",
     Failure.INSTANCE_OUT: "Silence, and the probes have taken the instance out meanwhile",
     Failure.GARBAGE: "What comes is not HTTP, or not what the contract promises",
     Failure.CLIENT_ERROR: "4xx, as a status or as the first event",

@@ -221,6 +221,28 @@ def test_nothing_is_kept_where_nothing_may_be() -> None:
 LEG = b'"id":"cmpl-r-0123456789abcdef"'
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["relayed", "whole"])
+def test_a_stream_whose_framing_broke_goes_on_wherever_reads_are_cut(whole: bool) -> None:
+    call = parse_call("completions", b'{"prompt":"p","max_tokens":5,"stream":true}')
+    body = b"".join(map(http1.chunk, map(token, "ab"))) + b"no length of a chunk\r\n"
+    for cut in range(len(body) + 1):
+        client = Client()
+        client.get([body[:cut], body[cut:]])
+        assert client.stream.garbled
+        delivered = client.stream.delivered()
+        assert delivered is not None and "ab".startswith(delivered.text)
+        client.stream.continuation = Continuation(call, delivered, 3)
+        rest = [*map(token, "abcde"[len(delivered.text) :]), DONE]
+        if whole:
+            client.stream.feed_whole(b"", b"".join(rest))
+        else:
+            client.stream.begin(b"", body_of(rest), True)
+        client.stream.end()
+        assert not client.stream.garbled and client.is_complete
+        texts = [orjson.loads(one[6:])["choices"][0]["text"] for one in client.payload.split(b"\n\n")[:-2]]
+        assert "".join(texts) == "abcde" and client.payload.endswith(DONE)
+
+
 @pytest.mark.parametrize("room", [-1, 1 << 20])
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize("own", ["r", "r" * 40])

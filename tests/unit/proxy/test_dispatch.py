@@ -161,7 +161,8 @@ async def test_a_failure_before_the_first_event(
 @pytest.mark.parametrize("act", ["reset", "garbage", "status:500", "hang"])
 @pytest.mark.parametrize("leg", ["prefill", "decode"])
 async def test_when_attempts_run_out(start: Start, leg: str, act: str, stream: bool) -> None:
-    setup = await start(max_retries=2, prefill_timeout_s=0.2, first_token_timeout_s=0.2)
+    name = "prefill_timeout_s" if leg == "prefill" else "first_token_timeout_s"
+    setup = await start(max_retries=2, **{name: 0.2 if act == "hang" else 10.0})
     engine = setup.p if leg == "prefill" else setup.d
     engine.script = [act] * 9
     answer = await ask(setup.port, CHAT, fields_of(CHAT, stream=stream))
