@@ -22,6 +22,7 @@ import psutil
 
 from bench.mock_answers import scripts_of
 from tests.forked import popen
+from tests.ports import free_port as free_port
 
 HOST = "127.0.0.1"
 ROOT = Path(__file__).parents[2]
@@ -265,17 +266,6 @@ class Proxy:
 
     def stop(self) -> int:
         return self.process.stop()
-
-
-def free_port() -> int:
-    """Where nobody listens, until this process ends: bound without listening it is given to nobody who asks for any,
-    and is refused to none who asks for it by number, with SO_REUSEADDR as servers do."""
-    probe = socket.socket()
-    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    probe.bind((HOST, 0))
-    port: int = probe.getsockname()[1]
-    probe.detach()
-    return port
 
 
 def settled(proxy: Proxy, engines: Engines) -> None:
