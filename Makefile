@@ -31,7 +31,7 @@ demo: $(STAMP) ## one prefiller, one decoder and the proxy, and an answer; MODEL
 	@$(VENV)/bin/pd-cluster demo $(DEMO) $(if $(MODEL),--model $(MODEL)) $(if $(PORT),--port $(PORT)) $(DEMO_ARGS)
 
 test: $(STAMP) ## every test; PYTEST_ARGS="-k proxy"
-	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	@$(VENV)/bin/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-vllm: $(STAMP) vllm-venv $(AIS_BENCH_VENV)/.installed ## real vLLM, split by our connector, and the benchmark recipes (CPU wheel in .venv-vllm, 20 minutes); VLLM_VENV=DIR
 	@VLLM_VENV=$(abspath $(VLLM_VENV)) AIS_BENCH_VENV=$(abspath $(AIS_BENCH_VENV)) $(VENV)/bin/python -m pytest tests/vllm $(PYTEST_ARGS)

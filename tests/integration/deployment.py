@@ -167,7 +167,8 @@ class Deployment:
         for role, count in (("prefill", self.num_prefill), ("decode", self.num_decode)):
             self.instances += [self._instance(role, index) for index in range(count)]
         self.proxy = self._proxy()
-        for batch in ([i.sidecar for i in self.instances], [i.engine for i in self.instances] + [self.proxy]):
+        sidecars = [command for command in self.commands if command.name.startswith("sidecar-")]
+        for batch in (sidecars, [command for command in self.commands if command not in sidecars]):
             for command in batch:
                 command.start()
             for command in batch:
