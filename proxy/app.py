@@ -31,6 +31,7 @@ from proxy.dispatch import Dispatcher
 from proxy.drain import wait_until
 from proxy.errors import ConfigError, StartError
 from proxy.fan_out import FanOut
+from proxy.freed_memory import FreedMemory
 from proxy.frontend import LINGER_S, ClientConnection, Services
 from proxy.health_probe import Prober
 from proxy.instance import Fleet, Role
@@ -147,6 +148,7 @@ class ProxyApp:
         self._services: Services
         self._servers: list[asyncio.Server | Acceptor] = []
         self._ticker: asyncio.Task[None] | None = None
+        self._freed_memory = FreedMemory()
         self.addresses: list[Address] = []
 
     def _join(self, crew: Crew, instances: InstancesApi) -> None:
@@ -269,6 +271,7 @@ class ProxyApp:
             self.admission.tick()
             self.access.follow()
             self._access_log.flush()
+            self._freed_memory.tick(now)
             if self._crew is not None:
                 self._crew.row.beat()
 

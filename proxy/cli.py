@@ -19,8 +19,8 @@ from proxy.access_log import LogFormat
 from proxy.app import ProxyApp, log_ready, run, run_worker
 from proxy.config import ProxyConfig, load_config, nearest
 from proxy.errors import ConfigError, StartError
+from proxy.freed_memory import FreedMemory
 from proxy.listening import listening_sockets
-from proxy.long_body import keep_freed_memory
 from proxy.workers.supervisor import Supervisor
 
 # The seeds write these in the singular too.
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=config.log_level, handlers=[handler])
     for foreign in ("aiohttp", "asyncio"):
         logging.getLogger(foreign).setLevel(max(logging.WARNING, logging.getLogger().level))
-    keep_freed_memory()
+    FreedMemory().keep()
     gc.freeze()
     gc.set_threshold(GC_ALLOCATIONS, 20, 50)
     try:

@@ -7,7 +7,6 @@ stand-ins, and sent with the client's own bytes in their places.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 from typing import Any
@@ -22,9 +21,6 @@ MAX_STEPS = 20_000
 _QUOTE, _BACKSLASH = b'"', ord("\\")
 _TOKEN = os.urandom(12).hex().encode()  # no client knows it
 _STAND_IN = re.compile(b"%b([0-9]+)\\." % _TOKEN)
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-KEPT_BYTES = 64 << 20
 
 
 class LongBody:
@@ -109,12 +105,3 @@ def _num_backslashes(body: bytes, begin: int, end: int) -> int:
         if others or end - size <= begin:
             return len(before) - others
         size *= 16
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep what large bodies leave free: pages taken from the kernel anew for each of their copies
-    cost as much as the copies. Does nothing where there is no mallopt."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, KEPT_BYTES // 2)
-        mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES)
