@@ -57,4 +57,4 @@ def test_a_tick_costs_next_to_nothing() -> None:
     begun = time.process_time()
     for _ in range(1000):
         memory.tick(0.0)
-    assert (time.process_time() - begun) / 1000 < 200e-6
+    assert (time.process_time() - begun) / 1000 < 5e-3, "once a second, in a process with a large heap too"
