@@ -27,6 +27,7 @@ _FINISH = b'"finish_reason":null'
 _EVENT_AND_CHUNK_END = b"\n\n\r\n"
 _STREAM_END = _EVENT_AND_CHUNK_END + http1.LAST_CHUNK
 _MAX_TAIL_BYTES = 256
+_MAX_USAGE_BYTES = 4096
 _MAX_LAST_READS = 4  # the last token, the usage, and [DONE]
 
 
@@ -167,8 +168,11 @@ class ClientStream:
         """Events as they become whole. Returns whether the next read goes on within a chunk or an event."""
         if self.garbled or self._ended_well:
             return True
-        if self._room < 0 and USAGE in data:
-            self._usage_read = data
+        if self._room < 0:
+            if USAGE in data:
+                self._usage_read = data
+            elif self._usage_read:  # it may go on here
+                self._usage_read = self._usage_read[-_MAX_USAGE_BYTES:] + data
         if self._decoder is None and self._is_plain(data):
             data = self._named(data)
             self._keep(data)

@@ -166,7 +166,7 @@ def num_output_tokens_of(flow: Flow) -> int | None:
 def num_ids_of(flow: Flow, deliver: Callable[[], Delivered | None]) -> int:
     """How many token ids came, where the client asked for them; 0 where that is not known."""
     call = getattr(flow, "call", None)
-    if call is None or not call.fields.get("return_token_ids"):
+    if call is None or not call.outline.get("return_token_ids"):
         return 0
     try:
         delivered = deliver()

@@ -7,9 +7,11 @@ import orjson
 import pytest
 
 from proxy import http1
+from proxy.client_stream import USAGE as USAGE_MARK
 from proxy.client_stream import ClientStream, token_tail
 from proxy.continuation import Continuation, NotExact
 from proxy.openai_api import parse_call
+from proxy.report import output_tokens_of
 
 ENDS = [b"\n\n", b"\r\n\r\n"]
 
@@ -270,3 +272,12 @@ def test_read_by_read_an_id_is_replaced_by_one_as_long() -> None:
     assert client.raw == b"HEAD" + b"".join(reads).replace(LEG, b'"id":"cmpl-r"'.ljust(len(LEG)))
     found = client.stream.delivered()
     assert found is not None and (found.first["id"], found.text) == ("cmpl-r", "abcd")
+
+
+@pytest.mark.parametrize("room", [10, 1 << 20], ids=["nothing kept", "all kept"])
+def test_a_usage_is_found_wherever_its_event_is_torn(room: int) -> None:
+    told = http1.chunk(token("a") * 40 + event(None, usage=USAGE))
+    for cut in range(told.index(USAGE_MARK) + len(USAGE_MARK), len(told)):
+        client = Client(room=room)
+        client.get([http1.chunk(token("b") * 3), told[:cut], told[cut:], http1.chunk(DONE) + http1.LAST_CHUNK])
+        assert output_tokens_of(client.stream.last_reads) == 3, told[:cut]
