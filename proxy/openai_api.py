@@ -328,15 +328,13 @@ def one_token_body(call: ApiCall, kv_transfer_params: dict[str, Any] | None, *, 
     return call.written(one_token(call, kv_transfer_params, every_choice=every_choice))
 
 
-def spliced(call: ApiCall, key: str, value: Any) -> Body:
-    """The call's body with a member added, without serialising the rest again. `key` needs no escaping.
+def spliced(call: ApiCall, members: dict[str, Any]) -> Body:
+    """The call's body with `members` added, without serialising the rest again.
 
     A key that is there already has to be replaced, which means serialising anew."""
-    if key in call.outline:
-        return call.written({**call.outline, key: value})
+    if not members.keys().isdisjoint(call.outline):
+        return call.written({**call.outline, **members})
     body = call.body
     end = body.rfind(b"}")
-    comma = b"," if call.outline else b""
-    if len(body) >= LONG_BYTES:
-        return LongBody(memoryview(body)[:end], b'%b"%b":%b}' % (comma, key.encode(), orjson.dumps(value)))
-    return b'%b%b"%b":%b}' % (body[:end], comma, key.encode(), orjson.dumps(value))
+    added = b"," * bool(call.outline) + orjson.dumps(members)[1:]
+    return body[:end] + added if len(body) < LONG_BYTES else LongBody(memoryview(body)[:end], added)

@@ -41,7 +41,7 @@ class LayerwiseContract(UnansweredContract):
         params: dict[str, Any] = {"do_remote_decode": False, "do_remote_prefill": True, "metaserver": metaserver}
         if call.route == "completions" and call.num_prompts > 1:
             params["num_children"] = call.num_prompts
-        return spliced(call, "kv_transfer_params", params)
+        return spliced(call, {"kv_transfer_params": params})
 
     def push_body(self, call: ApiCall, posted: dict[str, dict[str, Any]]) -> Body:
         """The prefiller's. `posted` has what each child posted, verbatim, in the order of the prompts."""

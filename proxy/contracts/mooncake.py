@@ -41,7 +41,7 @@ class MooncakeContract(PairContract):
         }
         return Meeting(
             one_token_body(call, asked),
-            spliced(call, "kv_transfer_params", kv),
+            spliced(call, {"kv_transfer_params": kv}),
             b"X-data-parallel-rank: %d\r\n" % rank.rank,
             kv=kv,
         )

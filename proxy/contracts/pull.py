@@ -54,7 +54,7 @@ class PullContract:
         return params or None
 
     def decode_body(self, call: ApiCall, kv: dict[str, Any] | None) -> Body:
-        return call.body if kv is None else spliced(call, "kv_transfer_params", kv)
+        return call.body if kv is None else spliced(call, {"kv_transfer_params": kv})
 
     def may_reclaim(self, kv: dict[str, Any], dispatched: bool) -> bool:
         """Our engine drops a lease once, however often it is told to. A stock engine takes a second request with the

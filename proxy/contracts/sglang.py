@@ -7,10 +7,8 @@ prompt are not, and would meet in one room (sglang 24223, 30723), so they are di
 
 from __future__ import annotations
 
-import orjson
-
 from proxy.contracts.pair import Endpoint, EngineRank, Meeting, PairContract
-from proxy.openai_api import ApiCall
+from proxy.openai_api import ApiCall, spliced
 
 ROOM_BITS = 63  # rooms are in [0, 2**63 - 1]
 
@@ -35,8 +33,5 @@ class SglangContract(PairContract):
             "bootstrap_port": prefiller.port,
             "bootstrap_room": number & ((1 << ROOM_BITS) - 1),
         }
-        if call.outline.keys() & room.keys():  # a client's own would lead to another's KV
-            body = call.written({**call.outline, **room})
-        else:
-            body = call.body[: call.body.rfind(b"}")] + b"," * bool(call.outline) + orjson.dumps(room)[1:]
+        body = spliced(call, room)  # a client's own are replaced: they would lead to another's KV
         return Meeting(body, body)

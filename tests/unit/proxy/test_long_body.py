@@ -70,8 +70,8 @@ def test_a_long_body_is_rewritten_as_a_short_one_is(route: str, more: dict[str, 
     body = one_token_body(call, KV)
     assert len(body) == len(joined(body)) and isinstance(body, LongBody) is (call.long is not None)
     assert orjson.loads(joined(body)) == one_token(plain, KV)
-    assert orjson.loads(joined(spliced(call, "kv_transfer_params", KV))) == {**sent, "kv_transfer_params": KV}
-    assert orjson.loads(joined(spliced(call, "model", "other"))) == {**sent, "model": "other"}
+    assert orjson.loads(joined(spliced(call, {"kv_transfer_params": KV}))) == {**sent, "kv_transfer_params": KV}
+    assert orjson.loads(joined(spliced(call, {"model": "other"}))) == {**sent, "model": "other"}
     assert call.fields == sent and call.outline.keys() == sent.keys()
 
 
@@ -98,7 +98,7 @@ def test_both_legs_get_one_prompt_however_its_name_is_written(names: tuple[str, 
     body = f'{{"{names[0]}":"{first}","x":"{LONG}","{names[1]}":"{last}"}}'.encode()
     call = parse_call("completions", body)
     prefill = orjson.loads(joined(one_token_body(call, KV)))
-    decode = orjson.loads(joined(spliced(call, "kv_transfer_params", KV)))
+    decode = orjson.loads(joined(spliced(call, {"kv_transfer_params": KV})))
     assert prefill["prompt"] == decode["prompt"] == last
 
 

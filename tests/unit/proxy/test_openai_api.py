@@ -75,7 +75,7 @@ def test_chat_takes_the_newer_limit_first() -> None:
 )
 def test_splicing_keeps_the_original_bytes(body: bytes) -> None:
     fields = orjson.loads(body)
-    made = spliced(ApiCall("chat", body, fields, False, 1, None, 1), "kv", {"x": [1]})
+    made = spliced(ApiCall("chat", body, fields, False, 1, None, 1), {"kv": {"x": [1]}})
     assert isinstance(made, bytes)
     assert orjson.loads(made) == {**fields, "kv": {"x": [1]}}
     assert made.startswith(body[: body.rfind(b"}")])
@@ -83,7 +83,7 @@ def test_splicing_keeps_the_original_bytes(body: bytes) -> None:
 
 def test_splicing_replaces_a_key_that_is_there() -> None:
     body = b'{"kv":null,"a":1}'
-    made = spliced(ApiCall("chat", body, orjson.loads(body), False, 1, None, 1), "kv", 2)
+    made = spliced(ApiCall("chat", body, orjson.loads(body), False, 1, None, 1), {"kv": 2})
     assert isinstance(made, bytes) and orjson.loads(made) == {"kv": 2, "a": 1}
 
 
