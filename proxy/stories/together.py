@@ -87,9 +87,8 @@ class _Attempt:
             if not self._contract.overlaps:
                 await asyncio.wait({prefill})
             if not prefill.done() or prefill.exception() is None:
-                more_s = (
-                    legs.prefill_s if self._contract.overlaps else 0.0
-                )  # or a slow prefill were the decoder's fault
+                # or a slow prefill were the decoder's fault
+                more_s = legs.prefill_s if self._contract.overlaps else 0.0
                 exchange = legs.exchange(flow, decoder, meeting.decode_body, Leg.DECODE, False, more_s=more_s)
                 decode = asyncio.create_task(exchange)
                 await asyncio.wait({prefill, decode}, return_when=asyncio.FIRST_COMPLETED)
