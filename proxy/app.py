@@ -222,9 +222,9 @@ class ProxyApp:
         self.metaserver.url = metaserver_url(self.config, self.addresses[0].port)
         if crew is not None:
             self.metaserver.url += f"/{crew.worker}"
-        if self.config.relay_thread != "off":
-            self._relay_thread = RelayThread.start(self._loop)
-            self.dispatcher.relay_by(self._relay_thread)
+        if self.config.relay_thread != "off" and (thread := RelayThread.start(self._loop)) is not None:
+            self._relay_thread = thread
+            self.dispatcher.relay_by(thread)
         self.contract_finder.start()
         self.prober.follow()
         self.admission.tick()
