@@ -20,7 +20,7 @@ from proxy.relay_library import MAX_ID_BYTES, MAX_TAIL_BYTES, KeptBlocks, librar
 
 log = logging.getLogger(__name__)
 
-NAP_US = 300
+NAP_US = 500
 """Between two rounds of the thread when many streams are ready at once: their next tokens go on together."""
 
 

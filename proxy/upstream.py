@@ -326,10 +326,9 @@ class UpstreamConnection(asyncio.Protocol):
         self.pool.active.discard(self)
         if self.transport is None:
             return
-        if self.pool.tls is None:
-            self.transport.abort()
-        else:  # not at once: uvloop, which may be in the middle of a record, would go on and log a bug
-            self.pool.loop.call_soon(self.transport.abort)
+        abort = self.transport.abort
+        # not at once with TLS: uvloop, which may be in the middle of a record, would go on and log a bug
+        abort() if self.pool.tls is None else self.pool.loop.call_soon(abort)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports have this interface and are not of this class
@@ -354,7 +353,7 @@ class UpstreamConnection(asyncio.Protocol):
         return None if self._head.close_delimited else Failure.LOST_MID_ANSWER
 
     def check_deadline(self, now: float, between_tokens_s: float) -> None:
-        """Called now and then for a connection in use; one coarse scan instead of a timer a request."""
+        """For a connection in use; one coarse scan instead of a timer a request."""
         if self.heard:
             self._heard = False
             self.pool.heard_at = now

@@ -23,28 +23,22 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "framing.h"
+#include "kept.h"
+
 enum {
     READ_BYTES = 1 << 16,     /* of one recv, and the most of a chunk that is waited for */
     MAX_TAIL_BYTES = 256,     /* as proxy/client_stream.py has it */
     MAX_ID_BYTES = 256,
     MAX_EVENTS = 256,
-    MAX_SIZE_DIGITS = 6,      /* of a chunk: beyond READ_BYTES it goes back anyway */
     STREAMS_A_BLOCK = 256,
     MAX_BLOCKS = 4096,
-    BLOCK_BYTES = 8192,
     BUSY_EVENTS = 4,          /* in one wait: more come while these are passed on */
 };
 
 struct bytes {
     char *at;
     uint64_t size;
-};
-
-/* Of what is kept: blocks of one size, which leave no holes in the heap as buffers do that grow. */
-struct block {
-    struct block *next;
-    uint64_t size;
-    char bytes[BLOCK_BYTES - 16];
 };
 
 /* What Python sees of a stream, as ctypes has it in proxy/relay_thread.py. The numbers may be read at any time, the
@@ -110,71 +104,20 @@ static void drop(struct bytes *some)
     some->size = 0;
 }
 
-/* Also for whoever has taken the stream and made `kept` its own, by setting it to 0. */
-void relay_forget(struct block *block)
-{
-    for (struct block *next; block; block = next) {
-        next = block->next;
-        free(block);
-    }
-}
-
-static struct block *more_room(struct stream *stream)
-{
-    struct block *block = malloc(sizeof *block);
-    if (!block) return 0;
-    block->next = 0;
-    block->size = 0;
-    *(stream->shown.kept ? &stream->last_kept->next : &stream->shown.kept) = block;
-    return stream->last_kept = block;
-}
-
-static void keep(struct stream *stream, const char *data, uint64_t size)
+static void keep_passed(struct stream *stream, const char *data, uint64_t size)
 {
     struct shown *shown = &stream->shown;
     if (shown->forgot) return;
-    shown->forgot = size > stream->room;
-    stream->room -= size;
-    while (size && !shown->forgot) {
-        struct block *block = shown->kept ? stream->last_kept : 0;
-        if ((!block || block->size == sizeof block->bytes) && !(block = more_room(stream))) shown->forgot = 1;
-        if (shown->forgot) break;
-        uint64_t fits = sizeof block->bytes - block->size;
-        if (fits > size) fits = size;
-        memcpy(block->bytes + block->size, data, fits);
-        block->size += fits;
-        data += fits;
-        size -= fits;
+    if (size <= stream->room && !keep(&shown->kept, &stream->last_kept, data, size)) {
+        stream->room -= size;
+        return;
     }
-    if (!shown->forgot) return;
     relay_forget(shown->kept);
     shown->kept = 0;
+    shown->forgot = 1;
 }
 
-/* --- framing */
-
-/* The size in bytes of the whole chunk that `data` begins with; 0 if more must come first, -1 if it is not one that is
- * passed on: bad framing, an extension, the last one, too large. */
-static int64_t whole_chunk(const char *data, uint64_t size)
-{
-    uint64_t length = 0, digits = 0;
-    for (; digits < size; digits++) {
-        char c = data[digits];
-        int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10
-                  : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
-        if (digit < 0) break;
-        if (digits == MAX_SIZE_DIGITS) return -1;
-        length = length * 16 + digit;
-    }
-    if (digits == size) return 0;
-    if (!digits || data[digits] != '\r') return -1;
-    if (digits + 1 == size) return 0;
-    if (data[digits + 1] != '\n' || !length) return -1;
-    uint64_t whole = digits + 2 + length + 2;
-    if (whole > READ_BYTES / 2) return -1;
-    if (whole > size) return 0;
-    return data[whole - 2] == '\r' && data[whole - 1] == '\n' ? (int64_t)whole : -1;
-}
+/* --- what is passed on */
 
 static void rename_ids(struct stream *stream, char *data, uint64_t size)
 {
@@ -207,7 +150,7 @@ static uint64_t pass_on(struct stream *stream, char *data, uint64_t size, int *j
 {
     uint64_t passed = 0, num_chunks = 0;
     int64_t whole;
-    while ((whole = whole_chunk(data + passed, size - passed)) > 0) {
+    while ((whole = whole_chunk(data + passed, size - passed, READ_BYTES / 2)) > 0) {
         char *end = data + passed + whole;
         if (whole < (int64_t)stream->tail_size || memcmp(end - stream->tail_size, stream->tail, stream->tail_size)) {
             whole = -1;
@@ -218,7 +161,7 @@ static uint64_t pass_on(struct stream *stream, char *data, uint64_t size, int *j
     }
     if (whole < 0) *judge = 1;
     if (!passed) return 0;
-    keep(stream, data, passed);
+    keep_passed(stream, data, passed);
     rename_ids(stream, data, passed);
     ssize_t sent = send(stream->to, data, passed, MSG_DONTWAIT | MSG_NOSIGNAL);
     if (sent < 0) sent = 0; /* a client that is gone is told of by its own connection */
