@@ -43,7 +43,8 @@ from proxy.scheduling.cost import cost_of, step_tokens
 from proxy.stories import Story
 from proxy.upstream import UpstreamConnection
 
-MIN_LENT_CHUNKS = 8  # a stream that comes back sooner is not worth lending
+MIN_LENT_CHUNKS = 8  # a stream that comes back sooner is not lent again
+MIN_LENT_TOKENS = 16  # what a shorter answer saves is about what lending takes
 MIN_MEASURED_CHUNKS = 8  # a shorter stream says little about the time of a decode step
 NAMED = ("messages", "responses")  # routes whose events have names
 GAVE_UP = "recomputed"
@@ -150,7 +151,8 @@ class Relayer:
                 ended.set_result(failure)
 
         flow.client.relay_from(connection)
-        stream.lend = None if self._thread is None else lender(self._thread, flow.client, connection, stream)
+        if self._thread is not None and (flow.call.max_new_tokens or MIN_LENT_TOKENS) >= MIN_LENT_TOKENS:
+            stream.lend = lender(self._thread, flow.client, connection, stream)
         began = monotonic()
         try:
             connection.relay(
