@@ -48,6 +48,7 @@ from proxy.metrics import ProxyMetrics, Readings
 from proxy.pass_through import PassThrough
 from proxy.prefix_board import SharedPrefixes
 from proxy.reclaim import Reclaimer
+from proxy.relay_thread import RelayThread
 from proxy.reload import reload
 from proxy.report import Reporter
 from proxy.scheduling import make_policy
@@ -149,6 +150,7 @@ class ProxyApp:
         self._servers: list[asyncio.Server | Acceptor] = []
         self._ticker: asyncio.Task[None] | None = None
         self._freed_memory = FreedMemory()
+        self._relay_thread: RelayThread | None = None
         self.addresses: list[Address] = []
 
     def _join(self, crew: Crew, instances: InstancesApi) -> None:
@@ -220,6 +222,9 @@ class ProxyApp:
         self.metaserver.url = metaserver_url(self.config, self.addresses[0].port)
         if crew is not None:
             self.metaserver.url += f"/{crew.worker}"
+        if self.config.relay_thread != "off" and (thread := RelayThread.start(self._loop)) is not None:
+            self._relay_thread = thread
+            self.dispatcher.relay_by(thread)
         self.contract_finder.start()
         self.prober.follow()
         self.admission.tick()
@@ -307,6 +312,8 @@ class ProxyApp:
         for instance in self.fleet.all:
             instance.pool.close()
         await asyncio.sleep(0)
+        if self._relay_thread is not None:
+            self._relay_thread.stop()
         self._access_log.flush()
 
 

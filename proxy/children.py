@@ -75,6 +75,9 @@ class Child(asyncio.WriteTransport):
             self._pieces.clear()
             self._family.heard(self, events)
 
+    def lendable(self) -> int | None:
+        return None
+
     def relay_from(self, upstream: Relayed | None) -> None:
         self._upstream = upstream
         if self._family.paused:

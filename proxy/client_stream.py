@@ -17,6 +17,7 @@ from proxy.answer_id import renaming
 from proxy.chunked_body import ChunkDecoder
 from proxy.continuation import RECOMPUTED, Continuation, Delivered, delivered_in, is_recomputed, parsed_object
 from proxy.errors import BadHead
+from proxy.lending import Kept, Terms
 from proxy.prompt_facts import with_cached_tokens
 from proxy.sse import EVENT_END, data_of, error_of
 
@@ -63,7 +64,7 @@ class ClientStream:
         self._is_named = is_named
         self._error_marks = NAMED_ERRORS if is_named else ERROR
         self._max_event_bytes = max_event_bytes
-        self._kept: list[bytes] = []
+        self._kept: list[bytes | Kept] = []
         self._room = max_kept_bytes
         self._decoder: ChunkDecoder | None = None
         self._chunked_in = True
@@ -85,6 +86,9 @@ class ClientStream:
         self.broken_by = ""
         """What the decoder said instead of going on ("recomputed", "error_event"). All from there is swallowed."""
         self.error = b""
+        self.lend: Callable[[bytes, bytes], bool] | None = None
+        """Called with the end of a token event, and with bytes for the client that end so. True: they were sent, and
+        what follows will be without the sink, until something else comes."""
         self.garbled = False
         """The decoder's framing cannot be read on. All from there is swallowed."""
 
@@ -99,10 +103,19 @@ class ClientStream:
         tail = b""
         if self._one_choice and self._chunked and chunked_in and self.continuation is None and not self._reframes:
             tail = token_tail(first)
-        self.feed(first)
-        if self._opening:
-            self._send(b"")
+        if tail and self._is_plain(first):
+            self._begin_passing(tail, self._named(first))
+        else:
+            self.feed(first)
+            if self._opening:
+                self._send(b"")
         return self._passing(tail) if tail else self._feeding
+
+    def _begin_passing(self, tail: bytes, first: bytes) -> None:
+        opening, self._opening = self._opening, b""
+        self._keep(first)
+        if self.lend is None or not self.lend(tail, opening + first):
+            self._write(opening + first)
 
     def _rename(self, first: bytes) -> None:
         """An id is replaced by one as long, with the blanks that JSON allows behind it: no chunk changes its size."""
@@ -112,45 +125,42 @@ class ClientStream:
             self._renaming = old, new.ljust(len(old))
             self._reframes = len(new) > len(old)
 
-    def _named(self, data: bytes) -> bytes:
-        return data.replace(*self._renaming) if self._renaming is not None else data
-
     def _passing(self, tail: bytes) -> Callable[[bytes], None]:
-        """The hot path: two calls and a comparison a token."""
-        write, keep, feed = self._renamer(), self._kept.append, self.feed
-        room = self._room
+        """The hot path, where the stream is not lent: two calls and a comparison a token."""
+        write, feed, kept = self._renamer(), self.feed, self._kept
         midway = self._decoder is not None
-        if room < 0:
-            return self._passing_only(tail, write, midway)
-
-        def sink(data: bytes) -> None:
-            nonlocal room, midway
-            if midway or not data.endswith(tail):
-                self._room = room
-                midway = feed(data)
-                room = self._room
-                return
-            if room >= 0:
-                room -= len(data)
-                if room < 0:
-                    self._forget()
-                else:
-                    keep(data)
-            write(data)
-
-        return sink
-
-    def _passing_only(self, tail: bytes, write: Callable[[bytes], None], midway: bool) -> Callable[[bytes], None]:
-        feed = self.feed
 
         def sink(data: bytes) -> None:
             nonlocal midway
             if midway or not data.endswith(tail):
                 midway = feed(data)
-            else:
+                return
+            if self._room >= 0:
+                self._room -= len(data)
+                if self._room < 0:
+                    self._forget()
+                else:
+                    kept.append(data)
+            if self.lend is None or not self.lend(tail, self._named(data)):
                 write(data)
 
         return sink
+
+    def terms(self, tail: bytes) -> Terms:
+        """Under which the stream can be lent between two events."""
+        return Terms(tail, *(self._renaming or (b"", b"")), self._room)
+
+    def _named(self, data: bytes) -> bytes:
+        """As the client is sent it."""
+        return data.replace(*self._renaming) if self._renaming is not None else data
+
+    def lent_passed(self, kept: Kept | None) -> None:
+        """What went to the client while the stream was lent; None if it was too much to be kept."""
+        self._room -= kept.num_bytes if kept is not None else self._room + 1
+        if self._room < 0:
+            self._forget()
+        elif kept is not None:
+            self._kept.append(kept)
 
     def _renamer(self) -> Callable[[bytes], None]:
         write = self._write
@@ -318,12 +328,13 @@ class ClientStream:
 
     @property
     def last_reads(self) -> bytes:
-        """Of what was passed on, where a usage is if there is one."""
-        return b"".join(self._kept[-_MAX_LAST_READS:]) or self._usage_read
+        """Of what was passed on, where a usage is if there is one: not in what was lent."""
+        last = [read for read in self._kept[-_MAX_LAST_READS:] if isinstance(read, bytes)]
+        return b"".join(last) or self._usage_read
 
     def delivered(self) -> Delivered | None:
         """What the client has, parsed now; None if it was too much to be kept. Raises NotExact."""
         if self._room < 0 or self._torn:
             return None
-        kept = b"".join(self._kept)
+        kept = b"".join(read if isinstance(read, bytes) else read.copied() for read in self._kept)
         return delivered_in(http1.dechunk(kept) if self._chunked else kept)

@@ -86,6 +86,9 @@ class ProxyConfig(BaseModel):
     max_head_bytes: Bytes = Field(64 << 10, description="largest request head; beyond it 431")
     max_answer_bytes: Bytes = Field(256 << 20, description="largest answer that is held before it is passed on")
     max_first_event_bytes: Bytes = Field(4 << 20, description="largest first event of a stream that is waited for")
+    relay_thread: Literal["auto", "off"] = Field(
+        "auto", description="pass token events on in a thread without Python where it was built, or never"
+    )
     listen_backlog: int = Field(4096, ge=1, le=65535, description="connections the kernel may queue")
 
     connect_timeout_s: Seconds = Field(5, description="to connect to an instance")

@@ -1,4 +1,4 @@
-"""As many file descriptors as the system lets the process have: a client's connection needs one, an instance's too."""
+"""As many file descriptors as the system lets the process have."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import resource
 
 log = logging.getLogger(__name__)
 
-PER_CONNECTION = 2  # a client's, and one to an instance
+PER_CONNECTION = 4  # a client's, and one to an instance; each once more while the relay thread has the stream
 
 
 def raise_descriptor_limit(max_connections: int, num_more: int = 0) -> None:

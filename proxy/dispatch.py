@@ -29,6 +29,7 @@ from proxy.keep_alive import KeepAlive
 from proxy.legs import Legs, PassOn
 from proxy.openai_api import ROUTES, parse_call
 from proxy.prompt_facts import with_cached_tokens, with_scored_prompt
+from proxy.relay_thread import RelayThread
 from proxy.relaying import Relayer
 from proxy.report import Reporter
 from proxy.retry import Budget
@@ -55,6 +56,7 @@ class Dispatcher:
         self._tell = STORIES[legs.contract.order]
         self._reporter = reporter
         self._relayer = Relayer(config, legs, self._tell, reporter)
+        self._relay_thread: RelayThread | None = None
         self._loop = loop
         self._timing = server_timing.levels(config.server_timing, config.server_timing_instances)
         self._bearer_line = bearer_line
@@ -70,7 +72,12 @@ class Dispatcher:
         self._legs = self._legs.speaking(contract)
         self._contract = contract
         self._tell = STORIES[contract.order]
-        self._relayer = Relayer(self._config, self._legs, self._tell, self._reporter)
+        self.relay_by(self._relay_thread)
+
+    def relay_by(self, thread: RelayThread | None) -> None:
+        """Lend the streams that begin from now on to `thread`."""
+        self._relay_thread = thread
+        self._relayer = Relayer(self._config, self._legs, self._tell, self._reporter, thread)
 
     def serve(self, client: ClientConnection, head: RequestHead, body: bytes) -> asyncio.Task[None]:
         request_id = head.request_id or f"{self._id_prefix}-{next(self._ids):x}"

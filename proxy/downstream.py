@@ -30,6 +30,11 @@ class Downstream(Protocol):
 
     def write(self, data: bytes) -> None: ...
 
+    def lendable(self) -> int | None:
+        """A descriptor to which others may write while nobody calls `write`; None where there is none, or where some of
+        what was written still waits."""
+        ...
+
     def relay_from(self, upstream: Relayed | None) -> None: ...
 
     def end_relay(self, failure: Failure) -> bool:

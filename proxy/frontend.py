@@ -273,6 +273,13 @@ class ClientConnection(asyncio.Protocol):
         if not self.transport.is_closing():
             self.transport.write(data)
 
+    def lendable(self) -> int | None:
+        transport = self.transport
+        if transport.is_closing() or transport.get_write_buffer_size() or transport.get_extra_info("sslcontext"):
+            return None
+        descriptor: int = transport.get_extra_info("socket").fileno()
+        return descriptor
+
     def relay_from(self, upstream: Relayed | None) -> None:
         """From now on the client's pace slows `upstream` down, and its leaving ends it."""
         self._relayed = upstream

@@ -8,6 +8,7 @@ an error event and an honest end. A whole answer has not been seen by its client
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
@@ -28,17 +29,22 @@ from proxy.continuation import (
     parsed_object,
 )
 from proxy.contracts import Order
+from proxy.downstream import Downstream
 from proxy.errors import Failure, ProxyError, UpstreamFailure
 from proxy.flow import Flow
 from proxy.http1 import ResponseHead
 from proxy.legs import Legs, PassOn
+from proxy.lending import Returned
 from proxy.openai_api import ApiCall
+from proxy.relay_thread import RelayThread
 from proxy.report import Reporter
 from proxy.retry import TABLE, Action, Budget, Leg
 from proxy.scheduling.cost import cost_of, step_tokens
 from proxy.stories import Story
 from proxy.upstream import UpstreamConnection
 
+MIN_LENT_CHUNKS = 8  # a stream that comes back sooner is not lent again
+MIN_LENT_TOKENS = 16  # what a shorter answer saves is about what lending takes
 MIN_MEASURED_CHUNKS = 8  # a shorter stream says little about the time of a decode step
 NAMED = ("messages", "responses")  # routes whose events have names
 GAVE_UP = "recomputed"
@@ -51,8 +57,11 @@ BROKEN = {
 
 
 class Relayer:
-    def __init__(self, config: ProxyConfig, legs: Legs, tell: Story, reporter: Reporter) -> None:
+    def __init__(
+        self, config: ProxyConfig, legs: Legs, tell: Story, reporter: Reporter, thread: RelayThread | None = None
+    ) -> None:
         self._config = config
+        self._thread = thread
         self._legs = legs
         self._tell = tell
         self._reporter = reporter
@@ -142,6 +151,8 @@ class Relayer:
                 ended.set_result(failure)
 
         flow.client.relay_from(connection)
+        if self._thread is not None and (flow.call.max_new_tokens or MIN_LENT_TOKENS) >= MIN_LENT_TOKENS:
+            stream.lend = lender(self._thread, flow.client, connection, stream)
         began = monotonic()
         try:
             connection.relay(
@@ -149,6 +160,7 @@ class Relayer:
             )
             return await ended
         finally:
+            stream.lend = None
             flow.client.relay_from(None)
             _measure_decode(flow, connection.num_chunks, began)
 
@@ -290,6 +302,25 @@ class Relayer:
             flow.client.answered(close=True)
         else:
             flow.client.break_off()
+
+
+def lender(
+    thread: RelayThread, client: Downstream, connection: UpstreamConnection, stream: ClientStream
+) -> Callable[[bytes, bytes], bool]:
+    """What lends `stream` to `thread` wherever that can be."""
+
+    def settle(returned: Returned) -> None:
+        stream.lent_passed(returned.kept)
+        if returned.unsent:
+            client.write(returned.unsent)
+        if returned.num_chunks < MIN_LENT_CHUNKS:
+            stream.lend = None
+
+    def lend(tail: bytes, first: bytes) -> bool:
+        descriptor = client.lendable()
+        return descriptor is not None and connection.lend(thread, descriptor, stream.terms(tail), first, settle)
+
+    return lend
 
 
 def may_continue(reason: str) -> bool:

@@ -20,47 +20,28 @@ from proxy import http1, sse
 from proxy.answer import Answer
 from proxy.errors import BadHead, Failure, UpstreamFailure
 from proxy.http1 import HEAD_END, ResponseHead
+from proxy.late_acks import acknowledge_late
+from proxy.lending import Returned, Terms
 from proxy.long_body import Body, LongBody
+from proxy.relay_thread import Loan, RelayThread
 
 if TYPE_CHECKING:
     from proxy.upstream_pool import UpstreamPool
 
 GATHER_WHOLE, GATHER_FIRST_EVENT = False, True
-_QUICKACK: int | None = getattr(socket, "TCP_QUICKACK", None)  # Linux only
 _NOT_HTTP = (httptools.HttpParserError, httptools.HttpParserUpgrade)  # nobody was asked for another protocol
 GRACE_S = 1.0  # for whoever waited in vain to close the connection
 
 
 class UpstreamConnection(asyncio.Protocol):
-    """States: idle (no `waiter`, no `sink`), gathering (`waiter` set), relaying (`sink` set), closed."""
+    """States: idle (no `waiter`, no `sink`), gathering (`waiter` set), relaying (`sink` set; lent or not), closed."""
 
     __slots__ = (
-        "_chunks",
-        "_complete",
-        "_feed",
-        "_first_chunk",
-        "_first_event_only",
-        "_head",
-        "_head_end",
-        "_heard",
-        "_num_interim",
-        "_on_end",
-        "_overrun",
-        "_parser",
-        "_paused",
-        "_raw",
-        "_reused",
-        "_sink",
-        "_socket",
-        "deadline",
-        "idle_since",
-        "lingers",
-        "on_chunk_complete",
-        "pool",
-        "sent_at",
-        "transport",
-        "waiter",
-    )
+        "_chunks", "_complete", "_feed", "_first_chunk", "_first_event_only", "_head", "_head_end", "_heard", "_loan",
+        "_num_interim", "_num_lent_chunks", "_on_end", "_overrun", "_parser", "_paused", "_raw", "_reused",
+        "_sink", "_socket", "deadline", "idle_since", "lingers", "on_chunk_complete", "pool", "sent_at",
+        "transport", "waiter",
+    )  # fmt: skip
 
     def __init__(self, pool: UpstreamPool) -> None:
         self.pool = pool
@@ -84,6 +65,8 @@ class UpstreamConnection(asyncio.Protocol):
         self._heard = False
         self._paused = False
         self._socket: socket.socket | None = None
+        self._loan: Loan | None = None
+        self._num_lent_chunks = 0
         self.lingers = False
         self.deadline = 0.0
         self.sent_at = 0.0
@@ -235,11 +218,12 @@ class UpstreamConnection(asyncio.Protocol):
         self._raw = b""
         self.waiter = None
         self._first_chunk = next(self._chunks)
+        self._num_lent_chunks = 0
         self._heard = True
         self._on_end = on_end
         self.deadline = monotonic() + timeout_s
         if self.transport is not None and not self.transport.is_closing():
-            self._acknowledge_late()
+            acknowledge_late(self._socket)
         try:
             self._sink = begin(first)
         except RuntimeError:
@@ -254,10 +238,37 @@ class UpstreamConnection(asyncio.Protocol):
     def stop_relay(self) -> None:
         """The client is gone: what still comes is for nobody. `on_end` is not called. Does nothing if there is none."""
         if self._sink is not None:
+            self._take_back()
             self._sink = self._on_end = None
             self.close()
 
+    def lend(
+        self, thread: RelayThread, client: int, terms: Terms, first: bytes, settle: Callable[[Returned], None]
+    ) -> bool:
+        """Let `thread` write `first`, and what follows it from the end of a chunk on, to the descriptor `client`.
+        `settle` is told what became of that before anything else comes. False if nothing was done."""
+        if self.transport is not None and self.pool.tls is None and not self._paused:
+            self._loan = thread.lend(self.transport, client, terms, first, self._came_back, settle)
+        return self._loan is not None
+
+    def _came_back(self) -> None:
+        """With something that is not a token event, or because the client takes no more."""
+        rest = self._take_back()
+        if rest and self._sink is not None:
+            self.data_received(rest)
+
+    def _take_back(self) -> bytes:
+        """What was lent and not passed on, as if it had just been read."""
+        loan, self._loan = self._loan, None
+        if loan is None:
+            return b""
+        returned = loan.end()
+        self._heard = True
+        self._num_lent_chunks += returned.num_chunks
+        return returned.rest
+
     def _ended(self, failure: Failure | None) -> None:
+        self._take_back()
         on_end, self._on_end = self._on_end, None
         self._sink = None
         if failure is None:
@@ -268,7 +279,7 @@ class UpstreamConnection(asyncio.Protocol):
             on_end(failure)
 
     def pause(self) -> None:
-        if self.transport is not None and not self.transport.is_closing():
+        if self.transport is not None and self._loan is None and not self.transport.is_closing():
             self._paused = True
             self.transport.pause_reading()
 
@@ -311,25 +322,19 @@ class UpstreamConnection(asyncio.Protocol):
             self.transport.write_eof()
 
     def close(self) -> None:
+        self._take_back()
         self.pool.active.discard(self)
         if self.transport is None:
             return
-        if self.pool.tls is None:
-            self.transport.abort()
-        else:  # not at once: uvloop, which may be in the middle of a record, would go on and log a bug
-            self.pool.loop.call_soon(self.transport.abort)
+        abort = self.transport.abort
+        # not at once with TLS: uvloop, which may be in the middle of a record, would go on and log a bug
+        abort() if self.pool.tls is None else self.pool.loop.call_soon(abort)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports have this interface and are not of this class
         self.transport = transport = cast(asyncio.Transport, transport)
         self._socket = transport.get_extra_info("socket")
-        self._acknowledge_late()
-
-    def _acknowledge_late(self) -> None:
-        """Let acknowledgements ride on what is sent or be joined, where the system can: a packet for every token read
-        would be a sixth of what a paced stream costs. The kernel forgets it when it has waited in vain (tcp(7))."""
-        if _QUICKACK is not None and self._socket is not None:
-            self._socket.setsockopt(socket.IPPROTO_TCP, _QUICKACK, 0)
+        acknowledge_late(self._socket)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.pool.forget(self)
@@ -348,13 +353,13 @@ class UpstreamConnection(asyncio.Protocol):
         return None if self._head.close_delimited else Failure.LOST_MID_ANSWER
 
     def check_deadline(self, now: float, between_tokens_s: float) -> None:
-        """Called now and then for a connection in use; one coarse scan instead of a timer a request."""
-        if self._heard:
+        """For a connection in use; one coarse scan instead of a timer a request."""
+        if self.heard:
             self._heard = False
             self.pool.heard_at = now
             if self._sink is not None:
                 self.deadline = now + between_tokens_s
-                self._acknowledge_late()
+                acknowledge_late(self._socket)
         if self._sink is not None and self._paused:
             self.deadline = now + between_tokens_s
         elif now > self.deadline:
@@ -384,9 +389,11 @@ class UpstreamConnection(asyncio.Protocol):
     @property
     def heard(self) -> bool:
         """Whether bytes came since the last `check_deadline`."""
+        if self._loan is not None and self._loan.has_moved():
+            self._heard = True
         return self._heard
 
     @property
     def num_chunks(self) -> int:
         """How many chunks have come since `relay` (asking counts as one, so ask once)."""
-        return next(self._chunks) - self._first_chunk - 1
+        return next(self._chunks) - self._first_chunk - 1 + self._num_lent_chunks

@@ -2,9 +2,10 @@
 
     python3 -I engine_adapter/cluster/install.py --venv .venv --stamp .venv/.installed
 
-Four steps, each said when it begins: system libraries (Mooncake's wheel needs three; by apt, as root or with a sudo
-that asks nothing, otherwise it says what is missing), the virtual environment, the packages, Mooncake's wheel. Without
-Mooncake the shared-memory transport does the work, so its absence is said and is no error.
+Four steps, each said when it begins: system libraries (Mooncake's wheel needs three, the proxy's relay thread a C
+compiler; by apt, as root or with a sudo that asks nothing, otherwise it says what is missing), the virtual environment,
+the packages, Mooncake's wheel. Without Mooncake the shared-memory transport does the work, and without a compiler
+Python passes tokens on, so their absence is said and is no error.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,8 @@ MOONCAKE_LIBRARIES = {
 }
 """What `mooncake.engine` links and its wheel does not bring, and the packages that have it: the name of newer Debian
 and Ubuntu first."""
+COMPILER = ("gcc", "libc6-dev")
+"""For the proxy's relay thread (proxy/native)."""
 MOONCAKE_MACHINES = ("x86_64", "aarch64")
 LOUD_DOWNLOAD = " MB)"
 """How pip ends the line of a download worth mentioning."""
@@ -93,9 +97,17 @@ def venv_package() -> str | None:
     return f"python{sys.version_info.major}.{sys.version_info.minor}-venv"
 
 
+def has_compiler() -> bool:
+    """Whether setuptools will find the one that it uses."""
+    named = os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc"
+    return shutil.which(str(named).split()[0]) is not None
+
+
 def install_system_packages() -> None:
     missing = missing_libraries() if platform.machine() in MOONCAKE_MACHINES else []
     packages = [package for package in (venv_package(),) if package]
+    if sys.platform == "linux" and not has_compiler():
+        packages += COMPILER
     if not missing and not packages:
         say("    all there")
         return
@@ -105,6 +117,8 @@ def install_system_packages() -> None:
         say(f"    missing: {names}; install them as root (apt-get install {names})")
     else:
         apt_install(as_root, packages, missing)
+    if not has_compiler():
+        say("    without a C compiler the proxy passes every token on in Python, at two to three times the CPU")
     if missing_libraries() and missing:
         say("    without them Mooncake stays out, and KV moves through shared memory alone")
 

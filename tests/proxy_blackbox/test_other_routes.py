@@ -49,6 +49,10 @@ def test_a_route_is_served_by_an_instance_and_nothing_of_it_is_lost(proxy: Proxy
 
 
 def test_instances_take_turns(proxy: Proxy) -> None:
+    def out() -> list[str]:
+        return [one["address"] for one in proxy.get("/instances").json["instances"] if not one["healthy"]]
+
+    eventually(out, "an instance that an earlier test troubled is still out")
     ports = {request(proxy.port, "POST", "/tokenize", b"{}").json["port"] for _ in range(12)}
     assert len(ports) == 4
 

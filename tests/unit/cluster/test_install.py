@@ -53,8 +53,9 @@ def test_without_apt_what_is_missing_is_named(
     monkeypatch.setattr(install.platform, "machine", lambda: "x86_64")
     install.install_system_packages()
     said = capsys.readouterr().out
-    assert "missing: libnuma1; install them as root (apt-get install libnuma1)" in said
+    assert "missing: gcc libc6-dev libnuma1; install them as root (apt-get install gcc libc6-dev libnuma1)" in said
     assert "KV moves through shared memory alone" in said
+    assert "without a C compiler the proxy passes every token on in Python" in said
 
 
 FAKE = """#!/bin/sh
@@ -75,7 +76,7 @@ def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).write_text(FAKE)
         (tmp_path / name).chmod(0o755)
     settings = {"PATH": f"{tmp_path}:/usr/bin:/bin", "JOURNAL": str(tmp_path / "journal")}
-    for key, value in {**settings, "HAS_T64": "0", "SUDO": "0", "INSTALLS": "0"}.items():
+    for key, value in {**settings, "HAS_T64": "0", "SUDO": "0", "INSTALLS": "0", "CC": "sh"}.items():
         monkeypatch.setenv(key, value)
     monkeypatch.setattr(install, "loads", lambda _: False)
     monkeypatch.setattr(install.platform, "machine", lambda: "x86_64")
@@ -92,6 +93,21 @@ def test_root_installs_what_is_missing_by_the_name_the_system_knows(
     asked = fakes.read_text().splitlines()
     assert asked[0] == "apt-get -qq update"
     assert asked[-1] == f"apt-get -qq install -y --no-install-recommends libibverbs1 libnuma1 {curl}"
+
+
+def test_a_compiler_is_installed_where_there_is_none(
+    fakes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(install.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(install, "loads", lambda _: True)
+    monkeypatch.setenv("CC", "no-such-compiler -O2")
+    install.install_system_packages()
+    assert fakes.read_text().splitlines()[-1].endswith("--no-install-recommends gcc libc6-dev")
+    assert "without a C compiler" in capsys.readouterr().out, "apt has not brought it"
+    monkeypatch.setenv("CC", "sh")
+    fakes.unlink()
+    install.install_system_packages()
+    assert not fakes.exists()
 
 
 def test_a_sudo_that_asks_nothing_is_used(fakes: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,9 @@ class Client:
     def write(self, data: bytes) -> None:
         self.text += data
 
+    def lendable(self) -> int | None:
+        return None
+
     def relay_from(self, upstream: Relayed | None) -> None:
         self.source = upstream
 
