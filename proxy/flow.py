@@ -57,6 +57,7 @@ class Flow:
         "keep_alive",
         "leg_id",
         "num_chunks",
+        "num_lent_chunks",
         "num_output_tokens",
         "outcome",
         "prefill_attempts",
@@ -133,6 +134,7 @@ class Flow:
         self.prefilled_at = 0.0
         self.first_event_at = 0.0
         self.num_chunks = 0
+        self.num_lent_chunks = 0
         self.num_output_tokens: int | None = None
         """Of an answer that came whole, looked up for the access log only."""
         self.prefill_reason: Reason | None = None

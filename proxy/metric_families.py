@@ -66,6 +66,7 @@ _COUNTERS = (
     Family("pd_proxy_prompt_tokens_total", "counter", "Tokens of prompts, as the prefillers' answers count them"),
     Family("pd_proxy_cached_prompt_tokens_total", "counter", "Those of them that a prefiller had in its caches"),
     Family("pd_proxy_stream_events_total", "counter", "Events relayed of streams, about one a token"),
+    Family("pd_proxy_lent_stream_events_total", "counter", "Those of them that the relay thread passed on"),
     Family(
         "pd_proxy_kv_total",
         "counter",

@@ -71,7 +71,7 @@ class ProxyMetrics(Collector):
         self.continuations: Counter[tuple[str, str]] = Counter()
         self.prompt_tokens = 0
         self.cached_prompt_tokens = 0
-        self.stream_events = 0
+        self.stream_events = self.lent_stream_events = 0
         self.queue = Histogram("pd_proxy_queue_seconds")
         self.prefill = Histogram("pd_proxy_prefill_seconds")
         self.handoff = Histogram("pd_proxy_handoff_seconds")
@@ -133,6 +133,7 @@ class ProxyMetrics(Collector):
             "pd_proxy_prompt_tokens_total": _one(self.prompt_tokens),
             "pd_proxy_cached_prompt_tokens_total": _one(self.cached_prompt_tokens),
             "pd_proxy_stream_events_total": _one(self.stream_events),
+            "pd_proxy_lent_stream_events_total": _one(self.lent_stream_events),
             "pd_proxy_kv_total": _single(
                 {"handed_out": totals[KvState.HELD], **{state.value: totals[state] for state in ended}}
             ),

@@ -162,6 +162,7 @@ class Relayer:
         finally:
             stream.lend = None
             flow.client.relay_from(None)
+            flow.num_lent_chunks += connection.num_lent_chunks
             _measure_decode(flow, connection.num_chunks, began)
 
     async def _rest(self, flow: Flow, original: ApiCall, stream: ClientStream, reason: str) -> Answer | None:

@@ -50,6 +50,7 @@ class Reporter:
             if flow.num_chunks > 1:
                 metrics.tpot.observe((now - first) / flow.num_chunks)
             metrics.stream_events += flow.num_chunks
+            metrics.lent_stream_events += flow.num_lent_chunks
         if not is_child and (first or flow.outcome == "ok"):
             metrics.e2e.observe(now - arrived)
         if flow.prompt_tokens:

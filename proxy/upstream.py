@@ -38,9 +38,9 @@ class UpstreamConnection(asyncio.Protocol):
 
     __slots__ = (
         "_chunks", "_complete", "_feed", "_first_chunk", "_first_event_only", "_head", "_head_end", "_heard", "_loan",
-        "_num_interim", "_num_lent_chunks", "_on_end", "_overrun", "_parser", "_paused", "_raw", "_reused",
-        "_sink", "_socket", "deadline", "idle_since", "lingers", "on_chunk_complete", "pool", "sent_at",
-        "transport", "waiter",
+        "_num_interim", "_on_end", "_overrun", "_parser", "_paused", "_raw", "_reused", "_sink", "_socket",
+        "deadline", "idle_since", "lingers", "num_lent_chunks", "on_chunk_complete", "pool", "sent_at", "transport",
+        "waiter",
     )  # fmt: skip
 
     def __init__(self, pool: UpstreamPool) -> None:
@@ -66,7 +66,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._paused = False
         self._socket: socket.socket | None = None
         self._loan: Loan | None = None
-        self._num_lent_chunks = 0
+        self.num_lent_chunks = 0
         self.lingers = False
         self.deadline = 0.0
         self.sent_at = 0.0
@@ -218,7 +218,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._raw = b""
         self.waiter = None
         self._first_chunk = next(self._chunks)
-        self._num_lent_chunks = 0
+        self.num_lent_chunks = 0
         self._heard = True
         self._on_end = on_end
         self.deadline = monotonic() + timeout_s
@@ -264,7 +264,7 @@ class UpstreamConnection(asyncio.Protocol):
             return b""
         returned = loan.end()
         self._heard = True
-        self._num_lent_chunks += returned.num_chunks
+        self.num_lent_chunks += returned.num_chunks
         return returned.rest
 
     def _ended(self, failure: Failure | None) -> None:
@@ -396,4 +396,4 @@ class UpstreamConnection(asyncio.Protocol):
     @property
     def num_chunks(self) -> int:
         """How many chunks have come since `relay` (asking counts as one, so ask once)."""
-        return next(self._chunks) - self._first_chunk - 1 + self._num_lent_chunks
+        return next(self._chunks) - self._first_chunk - 1 + self.num_lent_chunks

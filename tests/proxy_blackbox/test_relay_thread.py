@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -29,19 +30,21 @@ def threads_of(proxy: Proxy) -> list[Path]:
     return [task for task in tasks if (task / "comm").read_text().strip() == "stream-relay"]
 
 
-def num_switches(proxy: Proxy) -> int:
-    """How often the relay threads were woken, or stood aside."""
-    told = [(task / "status").read_text() for task in threads_of(proxy)]
-    return sum(int(line.split()[1]) for one in told for line in one.splitlines() if "ctxt_switches" in line)
+def counted(proxy: Proxy, name: str) -> int:
+    found = re.search(rf"^pd_proxy_{name}_total (\d+)", proxy.get("/metrics").body.decode(), re.MULTILINE)
+    assert found is not None
+    return int(found[1])
 
 
 @WITH_LIBRARY
 def test_the_tokens_of_a_stream_are_the_threads(start_proxy: Start) -> None:
     proxy = start_proxy()
-    before = num_switches(proxy)
     fields = body_of(CHAT, num_tokens=40, stream=True, mock={"interval_s": 0.005})
     assert proxy.post(CHAT, fields).text == text_for(fields)
-    assert num_switches(proxy) - before >= 20, "it was woken for them"
+    eventually(proxy.wrong, "the proxy is not idle")
+    assert 36 <= counted(proxy, "lent_stream_events") < counted(proxy, "stream_events"), (
+        "all but the first and the last"
+    )
 
 
 def test_off_means_off(start_proxy: Start) -> None:
