@@ -100,9 +100,13 @@ def sidecar(directory: Path, name: str, transport: str) -> Iterator[str]:
         process.stdout.close()
 
 
-def source(producer: Engine, offer: Offer, num_blocks: int) -> PullSource:
+def source(producer: Engine, offer: Offer, block_ids: list[int]) -> PullSource:
+    """What a decoder's engine makes of the `kv_transfer_params` that it is sent."""
     hello = producer.client.hello
-    return PullSource(hello.host, hello.port, hello.engine_id, offer.transfer_id, offer.token, offer.epoch, num_blocks)
+    return PullSource(
+        hello.host, hello.port, hello.engine_id, offer.transfer_id, offer.token, offer.epoch, len(block_ids),
+        tuple(block_ids),
+    )  # fmt: skip
 
 
 def transfer(producer: Engine, consumer: Engine, remote: list[int], local: list[int], name: str) -> tuple[float, float]:
@@ -110,7 +114,7 @@ def transfer(producer: Engine, consumer: Engine, remote: list[int], local: list[
     started = time.perf_counter()
     offer = producer.client.offer(name, remote, 16 * len(remote), 60)
     offered = time.perf_counter()
-    consumer.client.pull(name, source(producer, offer, len(remote)), local)
+    consumer.client.pull(name, source(producer, offer, remote), local)
     ended = consumer.wait(PullEnded)
     took = time.perf_counter() - offered
     if not isinstance(ended, PullEnded) or not ended.ok:

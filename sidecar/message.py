@@ -25,3 +25,5 @@ class PullSource(msgspec.Struct, frozen=True):
     token: str
     epoch: str
     num_blocks: int
+    block_ids: tuple[Natural, ...] = ()
+    """What the offer is said to hold: a consumer on the same host may begin with these, see lease_board."""

@@ -40,6 +40,7 @@ from sidecar.protocol import (
     version_fault,
 )  # fmt: skip
 from sidecar.registration import Identity, Registration
+from sidecar.regions import reopen_read_only
 from sidecar.transport.contract import Transport
 
 logger = logging.getLogger(__name__)
@@ -178,14 +179,19 @@ class PeerSession:
             self._send(CallRefused(message.call_id, refusal.reason, refusal.message))
             return
         num_bytes = tenant.registration.region.num_bytes
-        answer = RegionOpened(message.call_id, num_bytes, served.fd is not None, served.session, served.base_address)
         if served.fd is None:
-            self._send(answer)
+            self._send(RegionOpened(message.call_id, num_bytes, False, served.session, served.base_address))
             return
+        fds, board = [served.fd], tenant.offers.board
         try:
-            self._connection.send(encode(answer), [served.fd])
+            if board is not None:
+                fds.append(reopen_read_only(board.fd))
+            self._connection.send(
+                encode(RegionOpened(message.call_id, num_bytes, with_descriptor=True, with_board=board is not None)), fds
+            )
         finally:
-            os.close(served.fd)
+            for fd in fds:
+                os.close(fd)
 
     def _refuse(self, reason: str, message: str) -> None:
         self._metrics.hello_refused(reason)

@@ -84,6 +84,7 @@ CHANGES = {
     5: "prefix store: store_lookup, store_load, store_abandon, store_save; the sidecar's hello names the tiers",
     6: "register_pool: memory of the sidecar's own process by address, device memory by an IPC key",
     7: "a push may begin with the first of its blocks: mark_ready and computed bring the others",
+    8: "sources name blocks; on one host region_opened brings the lease board, by which a lease is read without a claim",
 }
 """What each version changed; an end speaks exactly one."""
 PROTOCOL_VERSION = max(CHANGES)

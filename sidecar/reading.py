@@ -1,5 +1,7 @@
 """One lease that a pull reads: reach the producer's rank, claim, copy, release.
 
+Where both are on one host and the blocks are known, it copies at once instead, see `_copy_unclaimed`.
+
 A reading waits for one thing at a time; `interrupt` ends that wait, whoever has a reason: its pull was abandoned or out
 of time, its peer or its lease was lost, another of its pull's readings failed. `copy` and `confirm` return or raise
 only when nothing of it writes any more.
@@ -8,12 +10,13 @@ only when nothing of it writes any more.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from sidecar.config import SidecarConfig
 from sidecar.errors import PeerLost, Refusal
+from sidecar.lease_board import mark_of
 from sidecar.leases import Reader
 from sidecar.peers import Link, PeerTable
 from sidecar.protocol import Claimed, Computed, Pull, PullSource, Withdrawn
@@ -24,6 +27,8 @@ from sidecar.spans import Destination, Spans, check_spans
 from sidecar.transfer import Happening, Progress, State
 from sidecar.transport.contract import COPIED
 
+MAX_UNCLAIMED_BYTES = 256 << 20
+"""Some 50 ms of copying. More is claimed first: a claim lives past the offer's expiry."""
 MAX_PLANNED_AT_ONCE = 20_000
 """Pieces planned on the event loop: some 10 ms. More are planned in a thread, so that other pulls' leases live on."""
 
@@ -53,6 +58,7 @@ class Reading:
         self.transport = ""
         self.num_bytes = 0
         self.unwanted = False
+        self.claimed = False
         self._consumer = consumer
         self._request = request
         self._rank = chosen.rank
@@ -90,8 +96,10 @@ class Reading:
 
     async def copy(self) -> None:
         """Everything up to the release; the lease is kept alive until then. Raises Refusal, having let it go."""
+        if await self._copy_unclaimed():
+            return
         link, claimed, destination = await self._claim()
-        self._link = link
+        self._link, self.claimed = link, True
         link.readers.add(self)
         try:
             if claimed.ready is not None:
@@ -107,8 +115,57 @@ class Reading:
             raise
         self.progress.step(Happening.COPIED)
 
+    async def _copy_unclaimed(self) -> bool:
+        """Copy by the producer's board, with no word to its sidecar before; False if the lease has to be claimed.
+
+        A mark stands for this transfer, its token and these very blocks, from the offer until before the producer's
+        engine hears of the lease's end, and never again (see lease_board). So blocks whose mark is there after they
+        were copied were not written meanwhile. What the board does not show then is as if it had not been copied: our
+        blocks are ours to write until the pull is reported, and the claim tells what became of the lease.
+        """
+        source = self.source
+        if not source.block_ids or len(self._request.sources) != 1:
+            return False
+        link = self._consumer.peers.live(source)
+        if link is None or link.board is None or link.reshard is not None:
+            return False
+        mark = mark_of(source.transfer_id, source.token, source.block_ids)
+        if not link.board.holds(mark):
+            return False
+        try:
+            self._check_rank(link)
+            destination = Destination(self._consumer.registration.layout, self._request.local_block_ids)
+            spans = self._plan(link, source.block_ids, destination)
+        except Refusal:
+            return False  # the claim says it again, and lets the lease go
+        if not spans or spans.num_bytes > MAX_UNCLAIMED_BYTES:
+            return False
+        self.transport = link.memory.transport
+        self.progress.step(Happening.BEGUN)
+        link.readers.add(self)
+        try:
+            await self._copy(link, spans)
+        except Refusal as refusal:
+            if self.progress.state is not State.ENDED:
+                self.progress.step(Happening.FAILED)
+            if self.unwanted:
+                self._consumer.drop(source)
+            raise
+        finally:
+            link.readers.discard(self)
+        if not link.board.holds(mark):
+            self.progress.step(Happening.VOID)
+            return False
+        self._link, self.num_bytes = link, spans.num_bytes
+        self.progress.step(Happening.COPIED)
+        return True
+
     async def confirm(self) -> None:
         """After `copy`: release the lease as consumed. Raises Refusal if it was not valid until now."""
+        if not self.claimed and self._link is not None:
+            asyncio.get_running_loop().call_soon(self._link.release, self.source, "read")  # after the report
+            self.progress.step(Happening.CONFIRMED)
+            return
         link = self._leave()
         try:
             await self._wait(link.release(self.source, "consumed"))
@@ -220,7 +277,7 @@ class Reading:
             return await asyncio.to_thread(self._plan, link, block_ids, destination)
         return self._plan(link, block_ids, destination)
 
-    def _plan(self, link: Link, block_ids: list[int], destination: Destination | None) -> Spans:
+    def _plan(self, link: Link, block_ids: Sequence[int], destination: Destination | None) -> Spans:
         request = self._request
         local, first = request.local_block_ids, request.first_block
         if destination is None:
