@@ -35,7 +35,7 @@ from pathlib import Path
 from bench.plain_sockets import plain_sockets
 from sidecar.client import SidecarClient
 from sidecar.layout import KvLayout, Plane
-from sidecar.protocol import Offer, OfferEnded, PullEnded, PullSource
+from sidecar.protocol import Offer, OfferEnded, PullEnded, PullSource, pack_block_ids
 
 MIB = 1 << 20
 POOL_BYTES = 256 * MIB
@@ -105,7 +105,7 @@ def source(producer: Engine, offer: Offer, block_ids: list[int]) -> PullSource:
     hello = producer.client.hello
     return PullSource(
         hello.host, hello.port, hello.engine_id, offer.transfer_id, offer.token, offer.epoch, len(block_ids),
-        tuple(block_ids),
+        pack_block_ids(block_ids),
     )  # fmt: skip
 
 

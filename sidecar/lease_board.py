@@ -5,8 +5,8 @@ mark names a lease by its secret token and its blocks. So who sees a mark, copie
 has copied what was leased from before it began until after it had ended: no mark ever comes back.
 
 A sidecar that dies takes nothing off. The board's lock is a robust mutex, which its event loop's thread holds for
-life: the kernel marks it as ownerless when that thread dies, before it closes the process's sockets, by which the engine
-hears of it. For a sidecar that is stopped each mark carries the time at which its offer expires.
+life: the kernel marks it as ownerless when that thread dies, before it closes the process's sockets, by which the
+engine hears of it. For a sidecar that is stopped each mark carries the time at which its offer expires.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ import ctypes
 import os
 import threading
 import time
-from array import array
-from collections.abc import Sequence
 from hashlib import blake2b
 
 from sidecar.regions import Region
@@ -36,10 +34,10 @@ _PROCESS_SHARED = 1
 _libc = ctypes.CDLL(None)
 
 
-def mark_of(transfer_id: str, token: str, block_ids: Sequence[int]) -> int:
+def mark_of(transfer_id: str, token: str, packed_block_ids: bytes) -> int:
     """What stands for a lease on a board; never 0, which is an empty slot."""
     names = blake2b(f"{transfer_id}\0{token}\0".encode(errors="replace"), digest_size=8)
-    names.update(array("Q", block_ids).tobytes())
+    names.update(packed_block_ids)
     return int.from_bytes(names.digest(), "little") or 1
 
 

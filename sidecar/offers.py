@@ -11,6 +11,7 @@ from sidecar.config import SidecarConfig
 from sidecar.errors import OfferRefused, Refusal
 from sidecar.lease_board import LeaseBoard, mark_of
 from sidecar.leases import ALONE, Claimant, Lease, LeaseTable, Reader, State
+from sidecar.message import pack_block_ids
 from sidecar.metrics import SidecarMetrics
 from sidecar.protocol import Computed, MarkReady, Message, Offer, OfferBlocks, OfferEnded, PushBlocks, Withdrawn
 from sidecar.ready import mark_fault, normal
@@ -74,7 +75,7 @@ class Offers:
             self._metrics.offer_refused(refusal.reason)
             raise OfferRefused(refusal.message) from refusal
         if self.board is not None and ready is None:
-            mark = mark_of(transfer_id, token, block_ids)
+            mark = mark_of(transfer_id, token, pack_block_ids(block_ids))
             if self.board.post(mark, request.ttl_s):
                 self._marks[transfer_id] = mark
         self._settle()

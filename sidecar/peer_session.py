@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -39,8 +40,8 @@ from sidecar.protocol import (
     encode,
     version_fault,
 )  # fmt: skip
-from sidecar.registration import Identity, Registration
 from sidecar.regions import reopen_read_only
+from sidecar.registration import Identity, Registration
 from sidecar.transport.contract import Transport
 
 logger = logging.getLogger(__name__)
@@ -182,13 +183,13 @@ class PeerSession:
         if served.fd is None:
             self._send(RegionOpened(message.call_id, num_bytes, False, served.session, served.base_address))
             return
-        fds, board = [served.fd], tenant.offers.board
-        try:
-            if board is not None:
+        fds = [served.fd]
+        if (board := tenant.offers.board) is not None:
+            with contextlib.suppress(OSError):  # then each lease is claimed
                 fds.append(reopen_read_only(board.fd))
-            self._connection.send(
-                encode(RegionOpened(message.call_id, num_bytes, with_descriptor=True, with_board=board is not None)), fds
-            )
+        answer = RegionOpened(message.call_id, num_bytes, with_descriptor=True, with_board=len(fds) == 2)
+        try:
+            self._connection.send(encode(answer), fds)
         finally:
             for fd in fds:
                 os.close(fd)
