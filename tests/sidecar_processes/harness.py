@@ -96,9 +96,10 @@ class Sidecar:
         return [int(pid) for task in path.iterdir() for pid in (task / "children").read_text().split()]
 
     def usage(self) -> tuple[int, int, int]:
-        """Open descriptors, threads and mappings of shared memory."""
+        """Open descriptors, threads and mappings of shared memory, but for its own lease board."""
         proc = Path(f"/proc/{self.process.pid}")
-        mappings = sum("memfd:" in line for line in (proc / "maps").read_text().splitlines())
+        lines = (proc / "maps").read_text().splitlines()
+        mappings = sum("memfd:" in line and not ("lease-board" in line and "rw-s" in line) for line in lines)
         return len(list((proc / "fd").iterdir())), len(list((proc / "task").iterdir())), mappings
 
     def resident_bytes(self) -> int:
