@@ -263,7 +263,7 @@ def _store_key(message: StoreRequest | StoreLoadEnded | StoreSaveEnded) -> str:
     return f"store save {message.save_id}" if isinstance(message, StoreSave | StoreSaveEnded) else ""
 
 
-def pull_source(source: KvSource, num_blocks: int) -> PullSource:
+def pull_source(source: KvSource, num_blocks: int, packed_block_ids: bytes = b"") -> PullSource:
     """A lease as the sidecar's protocol names it."""
     return PullSource(
         host=source.host,
@@ -273,6 +273,7 @@ def pull_source(source: KvSource, num_blocks: int) -> PullSource:
         token=source.token,
         epoch=source.epoch,
         num_blocks=num_blocks,
+        packed_block_ids=packed_block_ids,
     )
 
 

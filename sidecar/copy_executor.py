@@ -16,6 +16,10 @@ from itertools import accumulate
 
 CHUNK_BYTES = 1 << 20
 """About 0.2 ms of copying: how long a stop, or a short transfer behind a long one, waits at most for each thread."""
+LAST_CHUNK_BYTES = 256 << 10
+"""The chunks of a shared job shrink to this towards its end, so that its threads end at about the same time."""
+LAST_WAIT_S = 60e-6
+"""Who assists looks out this long for the last chunk of another thread: less than sleeping and being woken costs."""
 MIN_SHARED_SPAN_BYTES = 48 << 10
 """Below this the threads spend more on passing the interpreter's lock than they gain (measured: 16 KiB loses)."""
 
@@ -28,16 +32,19 @@ _memmove = ctypes.memmove
 class Moves:
     """Moves in columns, relative to two addresses: a chunk of them is copied without a step of Python for each."""
 
-    __slots__ = ("lengths", "starts", "starts_base", "to", "to_base")
+    __slots__ = ("each", "lengths", "starts", "starts_base", "to", "to_base")
 
     def __init__(
-        self, to_base: int, to: Sequence[int], starts_base: int, starts: Sequence[int], lengths: Sequence[int]
-    ) -> None:
+        self, to_base: int, to: Sequence[int], starts_base: int, starts: Sequence[int], lengths: Sequence[int],
+        each: int = 0,
+    ) -> None:  # fmt: skip
+        """`each`, if not 0: the bytes of every one."""
         self.to_base = to_base
         self.to = to
         self.starts_base = starts_base
         self.starts = starts
         self.lengths = lengths
+        self.each = each
 
     @classmethod
     def of(cls, moves: Sequence[Move]) -> Moves:
@@ -70,16 +77,18 @@ class CopyJob:
     ) -> None:
         if not isinstance(moves, Moves):
             moves = Moves.of(moves)
-        if max(moves.lengths) > chunk_bytes:
+        if (moves.each or max(moves.lengths)) > chunk_bytes:
             moves = Moves.of([piece for move in moves for piece in _pieces(move, chunk_bytes)])
         self._moves = moves
-        self._ends = list(accumulate(moves.lengths))
+        each, num_moves = moves.each, len(moves)
+        self._ends = range(each, each * (num_moves + 1), each) if each else list(accumulate(moves.lengths))
         self._chunk_bytes = chunk_bytes
         self._on_end = on_end
         self._index = 0
         self.alone = self._ends[-1] < len(moves) * MIN_SHARED_SPAN_BYTES
         self.active = 0
         self.stopped = False
+        self.assisted = False
 
     @property
     def exhausted(self) -> bool:
@@ -89,7 +98,10 @@ class CopyJob:
         """The next moves, a chunk together or a little less, and their bytes."""
         first = self._index
         done = self._ends[first - 1] if first else 0
-        self._index = bisect_right(self._ends, done + self._chunk_bytes, lo=first + 1)
+        wanted = self._chunk_bytes
+        if not self.alone:
+            wanted = min(wanted, max(LAST_CHUNK_BYTES, (self._ends[-1] - done) // 4))
+        self._index = bisect_right(self._ends, done + wanted, lo=first + 1)
         return self._moves.part(first, self._index), self._ends[self._index - 1] - done
 
     def end(self) -> None:
@@ -126,18 +138,37 @@ class CopyExecutor:
         with self._condition:
             return len(self._queue)
 
-    def submit(self, moves: Moves | Sequence[Move], on_end: Callable[[bool], None]) -> CopyJob:
-        """Begin copying; `moves` is not empty. See CopyJob."""
+    def submit(
+        self, moves: Moves | Sequence[Move], on_end: Callable[[bool], None], *, may_assist: bool = False
+    ) -> CopyJob:
+        """Begin copying; `moves` is not empty. See CopyJob.
+
+        Of a caller that `may_assist` one thread less is woken, where that pays: the job is `assisted` then, and the
+        caller goes on calling `assist` until that says no.
+        """
         job = CopyJob(moves, on_end, self._chunk_bytes)
         with self._condition:
+            job.assisted = may_assist and not self._queue and not self._bytes_per_s
             if self._closing:
                 job.stopped = True
             else:
                 self._queue.append(job)
-                self._condition.notify(1 if job.alone else len(self._threads))
+                self._condition.notify(self._wanted(job))
         if job.stopped:
             job.end()
         return job
+
+    def assist(self, job: CopyJob) -> bool:
+        """Copy the next chunk, of whichever job, on the calling thread; False when none of `job` is left to begin."""
+        with self._condition:
+            if not job.assisted or job.exhausted or not self._queue:
+                return False
+            next_job, chunk, _ = self._next()
+        self._copy(next_job, chunk)
+        enough = time.perf_counter() + LAST_WAIT_S
+        while job.exhausted and job.active and time.perf_counter() < enough:
+            time.sleep(0)
+        return True
 
     def stop(self, job: CopyJob) -> None:
         """Write no further chunk; the job ends when those under way are through. A finished job is left alone."""
@@ -173,19 +204,27 @@ class CopyExecutor:
                     return
                 job, chunk, num_bytes = self._next()
                 self._throttle(job, num_bytes)
-                stopped = job.stopped
-            if not stopped:
-                chunk.copy()
-            with self._condition:
-                job.active -= 1
-                job.stopped = job.stopped or (self._closing and not job.exhausted)
-                if job.alone and not job.exhausted:
-                    self._queue.append(job)
-                    if len(self._queue) > 1:  # else this thread takes it up again itself
-                        self._condition.notify()
-                ended = job.active == 0 and job.exhausted
-            if ended:
-                job.end()
+            self._copy(job, chunk)
+
+    def _copy(self, job: CopyJob, chunk: Moves) -> None:
+        if not job.stopped:
+            chunk.copy()
+        with self._condition:
+            job.active -= 1
+            job.stopped = job.stopped or (self._closing and not job.exhausted)
+            if job.alone and not job.exhausted:
+                self._queue.append(job)
+                if len(self._queue) > 1:  # else this thread takes it up again itself
+                    self._condition.notify()
+            ended = job.active == 0 and job.exhausted
+        if ended:
+            job.end()
+
+    def _wanted(self, job: CopyJob) -> int:
+        """How many threads to wake for a job."""
+        if job.assisted:
+            return 0 if job.alone else max(1, len(self._threads) - 1)
+        return 1 if job.alone else len(self._threads)
 
     def _next(self) -> tuple[CopyJob, Moves, int]:
         """The next chunk of the job that has waited longest; called with the lock held."""

@@ -20,6 +20,7 @@ from sidecar.deliveries import Deliveries
 from sidecar.engine_session import EngineSession
 from sidecar.errors import LayoutRefused, StartError
 from sidecar.landings import Landings
+from sidecar.lease_board import LeaseBoard
 from sidecar.leases import State
 from sidecar.metrics import CONTENT_TYPE, SidecarMetrics
 from sidecar.offers import Offers
@@ -85,6 +86,7 @@ class Daemon:
                 self._store.close()
             raise
         self._keep(self._engine_socket.sock)
+        self._board = _lease_board() if "shm" in self.transports else None
         self.store_tiers = self._store.names if self._store else ()
         self.identity = Identity(
             config.engine_id, config.rank, secrets.token_hex(8), boot_id(), advertised,
@@ -122,6 +124,8 @@ class Daemon:
             self._engine_socket.remove(with_directory=self._config.remove_directory)
             await runner.cleanup()
             self._executor.close()
+            if self._board is not None:
+                self._board.close()
             if self._store is not None:
                 self._store.close()
 
@@ -138,7 +142,7 @@ class Daemon:
             raise LayoutRefused("another engine has its pool registered with this sidecar")
         config, metrics = self._config, self.metrics
         epoch, layout = registration.epoch, registration.layout
-        offers = Offers(config, epoch, layout.num_blocks, metrics, session.send, layout.num_layers)
+        offers = Offers(config, epoch, layout.num_blocks, metrics, session.send, layout.num_layers, self._board)
         peers = PeerTable(config, self.identity, registration, self.transports, metrics)
         landings = Landings(config, epoch, layout.num_blocks, metrics, session.send)
         pulls = landings.pulls = TransferTable(config, registration, peers, metrics, landings.pull_ended)
@@ -279,6 +283,14 @@ async def run(config: SidecarConfig) -> None:
     daemon = Daemon(config)
     daemon.watch_process()
     await daemon.serve(lambda line: print(line, flush=True))
+
+
+def _lease_board() -> LeaseBoard | None:
+    try:
+        return LeaseBoard()
+    except OSError as error:
+        logger.warning("no_lease_board error=%s consequence=every lease is claimed before it is read", error)
+        return None
 
 
 def _join(address: tuple[object, ...]) -> str:

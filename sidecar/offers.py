@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 
 from sidecar.config import SidecarConfig
 from sidecar.errors import OfferRefused, Refusal
+from sidecar.lease_board import LeaseBoard, mark_of
 from sidecar.leases import ALONE, Claimant, Lease, LeaseTable, Reader, State
+from sidecar.message import pack_block_ids
 from sidecar.metrics import SidecarMetrics
 from sidecar.protocol import Computed, MarkReady, Message, Offer, OfferBlocks, OfferEnded, PushBlocks, Withdrawn
 from sidecar.ready import mark_fault, normal
@@ -26,7 +28,9 @@ class Offers:
         metrics: SidecarMetrics,
         on_ended: Callable[[OfferEnded], None],
         num_layers: int = 1,
+        board: LeaseBoard | None = None,
     ) -> None:
+        """`board`: where consumers on this host see which leases are valid."""
         self._table = LeaseTable(
             claim_ttl_s=config.claim_ttl_s, max_claim_s=config.max_claim_s, max_leases=config.max_leases
         )
@@ -34,6 +38,9 @@ class Offers:
         self._num_blocks = num_blocks
         self._num_layers = num_layers
         self._followers: dict[str, Callable[[Message], None]] = {}
+        self.board = board
+        self._marks: dict[str, int] = {}
+        """What stands on the board, by transfer id."""
         self._metrics = metrics
         self._on_ended = on_ended
         self._loop = asyncio.get_running_loop()
@@ -67,6 +74,10 @@ class Offers:
         except Refusal as refusal:
             self._metrics.offer_refused(refusal.reason)
             raise OfferRefused(refusal.message) from refusal
+        if self.board is not None and ready is None:
+            mark = mark_of(transfer_id, token, pack_block_ids(block_ids))
+            if self.board.post(mark, request.ttl_s):
+                self._marks[transfer_id] = mark
         self._settle()
         return Offer(transfer_id, token, self._epoch, time.time() + request.ttl_s, request.call_id)
 
@@ -75,6 +86,7 @@ class Offers:
         now = self._loop.time()
         try:
             lease = self._table.claim(transfer_id, token, claimant, now, reader)
+            self._take_off(transfer_id)  # whoever else wants it has to ask
         finally:
             self._settle_soon()
         return lease, lease.expires_at - now
@@ -111,8 +123,11 @@ class Offers:
                 self._table.give_back(transfer_id, token, claimant, now)
             elif outcome == "dropped":
                 self._table.drop(transfer_id, token, claimant.engine_id, now)
+            elif outcome == "read":
+                self._table.claim(transfer_id, token, claimant, now)
+                self._table.consume(transfer_id, token, claimant, now)
             else:
-                raise Refusal("invalid", f"a release is consumed, returned or dropped, not {outcome!r}")
+                raise Refusal("invalid", f"a release is consumed, read, returned or dropped, not {outcome!r}")
         finally:
             self._settle_soon()
 
@@ -145,6 +160,11 @@ class Offers:
             return ""
         return f"block {max(block_ids)} is not in the pool of {self._num_blocks} blocks"
 
+    def _take_off(self, transfer_id: str) -> None:
+        mark = self._marks.pop(transfer_id, 0)
+        if self.board is not None and mark:
+            self.board.take_off(mark)
+
     def _settle_soon(self) -> None:
         """Settle once the answer to the consumer, who waits for it, has been sent."""
         if not self._settling:
@@ -155,6 +175,7 @@ class Offers:
         """Report what ended and set the timer to the next expiry."""
         self._settling = False
         for transfer_id, state in self._table.take_ended():
+            self._take_off(transfer_id)  # before the engine hears, who then writes into these blocks
             self._metrics.offer_ended(str(state))
             follower = self._followers.pop(transfer_id, None)
             if follower is not None and state in (State.REVOKED, State.EXPIRED):

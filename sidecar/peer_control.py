@@ -49,7 +49,8 @@ class PeerControl:
             sock, max_frame_bytes=PEER_FRAME_BYTES, on_frame=self._take, on_closed=self._closed, gone_s=gone_s
         )
         self.on_closed: Callable[[str], None] = lambda why: None
-        self.fd: int | None = None
+        self._fd: int | None = None
+        self._board_fd: int | None = None
         self.followers: dict[str, Callable[[Computed | Withdrawn], None]] = {}
         """Who is told of a lease that is still computed, by its transfer id."""
         self._connection.send(encode(hello))
@@ -82,7 +83,12 @@ class PeerControl:
 
     def take_fd(self) -> int | None:
         """The descriptor that came with the last RegionOpened, now the caller's."""
-        fd, self.fd = self.fd, None
+        fd, self._fd = self._fd, None
+        return fd
+
+    def take_board_fd(self) -> int | None:
+        """That of the lease board, likewise."""
+        fd, self._board_fd = self._board_fd, None
         return fd
 
     def close(self, why: str) -> None:
@@ -107,9 +113,10 @@ class PeerControl:
                 follower(message)
             return
         if isinstance(message, RegionOpened) and message.with_descriptor:
-            if self.fd is not None:
-                os.close(self.fd)
-            self.fd = self._connection.take_fd()
+            self._close_fds()
+            self._fd = self._connection.take_fd()
+            if message.with_board:
+                self._board_fd = self._connection.take_fd()
         call = self._calls.pop(message.call_id, None)
         if call is None or call.answer.done():
             return
@@ -127,10 +134,13 @@ class PeerControl:
             if not call.answer.done():
                 call.answer.set_exception(lost)
         self._calls.clear()
-        if self.fd is not None:
-            os.close(self.fd)
-            self.fd = None
+        self._close_fds()
         self.on_closed(why)
+
+    def _close_fds(self) -> None:
+        for fd in (self.take_fd(), self.take_board_fd()):
+            if fd is not None:
+                os.close(fd)
 
 
 async def dial(

@@ -42,13 +42,17 @@ class OpenRegion(Message, tag="open_region", frozen=True):
 
 
 class RegionOpened(Message, tag="region_opened", frozen=True):
-    """`session` and `base_address` are Mooncake's names for the serving end; over shm a descriptor comes along."""
+    """`session` and `base_address` are Mooncake's names for the serving end; over shm a descriptor comes along.
+
+    With `with_board` another one follows it: of the board on which the valid leases stand (see lease_board).
+    """
 
     call_id: Natural
     num_bytes: Natural
     with_descriptor: bool = False
     session: str = ""
     base_address: Natural = 0
+    with_board: bool = False
 
 
 class Claim(Message, tag="claim", frozen=True):
@@ -105,7 +109,10 @@ class Heartbeat(Message, tag="heartbeat", frozen=True):
 
 
 class Release(Message, tag="release", frozen=True):
-    """`outcome`: consumed (confirmed only if the lease was still valid), returned (may be claimed again), dropped."""
+    """`outcome`: consumed (confirmed only if the lease was still valid), returned (may be claimed again), dropped.
+
+    Or read: consumed without a claim, as the board showed that it was valid; nothing depends on the answer.
+    """
 
     call_id: Natural
     transfer_id: Id

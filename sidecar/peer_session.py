@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -39,6 +40,7 @@ from sidecar.protocol import (
     encode,
     version_fault,
 )  # fmt: skip
+from sidecar.regions import reopen_read_only
 from sidecar.registration import Identity, Registration
 from sidecar.transport.contract import Transport
 
@@ -178,14 +180,19 @@ class PeerSession:
             self._send(CallRefused(message.call_id, refusal.reason, refusal.message))
             return
         num_bytes = tenant.registration.region.num_bytes
-        answer = RegionOpened(message.call_id, num_bytes, served.fd is not None, served.session, served.base_address)
         if served.fd is None:
-            self._send(answer)
+            self._send(RegionOpened(message.call_id, num_bytes, False, served.session, served.base_address))
             return
+        fds = [served.fd]
+        if (board := tenant.offers.board) is not None:
+            with contextlib.suppress(OSError):  # then each lease is claimed
+                fds.append(reopen_read_only(board.fd))
+        answer = RegionOpened(message.call_id, num_bytes, with_descriptor=True, with_board=len(fds) == 2)
         try:
-            self._connection.send(encode(answer), [served.fd])
+            self._connection.send(encode(answer), fds)
         finally:
-            os.close(served.fd)
+            for fd in fds:
+                os.close(fd)
 
     def _refuse(self, reason: str, message: str) -> None:
         self._metrics.hello_refused(reason)

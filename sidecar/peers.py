@@ -15,6 +15,7 @@ from typing import Protocol
 from sidecar.config import SidecarConfig
 from sidecar.errors import PeerLost, Refusal
 from sidecar.layout import layout_fault, mismatch, push_fault
+from sidecar.lease_board import BoardView
 from sidecar.leases import Reader
 from sidecar.metrics import SidecarMetrics
 from sidecar.peer_control import Answer, PeerControl, dial
@@ -47,6 +48,7 @@ class Reading(Protocol):
     """A read under way, as its link sees it."""
 
     source: PullSource
+    claimed: bool
 
     def interrupt(self, reason: str, message: str) -> None: ...
 
@@ -54,18 +56,20 @@ class Reading(Protocol):
 class Link:
     """One producer's rank, reached and checked: control connection, transport chosen, its pool at hand.
 
-    `reshard` is None where its blocks are copied whole.
+    `reshard` is None where its blocks are copied whole; `board` where its leases have to be claimed.
     """
 
     def __init__(
-        self, key: Key, control: PeerControl, welcome: PeerWelcome, memory: PeerMemory, reshard: Reshard | None
-    ) -> None:
+        self, key: Key, control: PeerControl, welcome: PeerWelcome, memory: PeerMemory, reshard: Reshard | None,
+        board: BoardView | None = None,
+    ) -> None:  # fmt: skip
         self.key = key
         self.name = f"{key[2]}@{key[0]}:{key[1]}"
         self.layout = welcome.layout
         self.num_bytes = welcome.layout.pool_bytes
         self.memory = memory
         self.reshard = reshard
+        self.board = board
         self.readers: set[Reading] = set()
         self.used_at = asyncio.get_running_loop().time()
         self.control = control
@@ -92,9 +96,17 @@ class Link:
     def beat(self) -> None:
         """One heartbeat for each lease claimed here; a pull whose lease is lost is interrupted."""
         for reader in self.readers:
+            if not reader.claimed:
+                continue
             source = reader.source
             answer = self.control.call(partial(Heartbeat, transfer_id=source.transfer_id, token=source.token))
             answer.add_done_callback(partial(self._beaten, reader))
+
+    async def close(self) -> None:
+        """When this returns, nothing of the peer writes here."""
+        await self.memory.close()
+        if self.board is not None:
+            self.board.close()
 
     @staticmethod
     def _beaten(reader: Reading, done: Answer) -> None:
@@ -223,12 +235,13 @@ class PeerTable:
                     control.close("continued over the peer socket")
                     control = local
             memory = await self._reach(control, welcome, same_host=same_host)
-            link = Link(key, control, welcome, memory, reshard_between(welcome.layout, self._registration.layout))
+            reshard = reshard_between(welcome.layout, self._registration.layout)
+            link = Link(key, control, welcome, memory, reshard, _board(control))
         except BaseException:
             control.close("no pull is possible")
             raise
         if control.closed:
-            await link.memory.close()
+            await link.close()
             raise PeerLost("the connection to the producer's sidecar ended")
         self._links[key] = link
         control.on_closed = lambda why: self._lost(link, why)
@@ -281,7 +294,7 @@ class PeerTable:
             logger.info("peer_disconnected peer=%s reason=%s", link.name, why)
         for reader in list(link.readers):
             reader.interrupt("unreachable", f"the connection to {link.name} ended: {why}")
-        task: asyncio.Task[None] = asyncio.ensure_future(link.memory.close())
+        task: asyncio.Task[None] = asyncio.ensure_future(link.close())
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
         return task
@@ -300,6 +313,16 @@ class PeerTable:
                     link.used_at = now
                 elif now - link.used_at > self._config.peer_idle_s:
                     self.cut(link, "idle")
+
+
+def _board(control: PeerControl) -> BoardView | None:
+    """What came with the pool, if it can be mapped; leases are claimed without it."""
+    fd = control.take_board_fd()
+    try:
+        return None if fd is None else BoardView(fd)
+    except OSError as error:
+        logger.warning("lease_board_not_mapped error=%s", error)
+        return None
 
 
 def _key(source: PullSource) -> Key:

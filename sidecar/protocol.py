@@ -13,7 +13,7 @@ import msgspec
 
 from sidecar.errors import FrameError
 from sidecar.layout import MAX_RANKS, KvLayout, Plane
-from sidecar.message import Id, Message, Natural, PullSource, Seconds
+from sidecar.message import Id, Message, Natural, PullSource, Seconds, pack_block_ids
 from sidecar.peer_messages import (
     CallRefused,
     Claim,
@@ -73,6 +73,7 @@ __all__ = [
     "StoreSave",
     "StoreSaveEnded",
     "Withdrawn",
+    "pack_block_ids",
     "store_refusal",
 ]  # fmt: skip
 
@@ -84,6 +85,7 @@ CHANGES = {
     5: "prefix store: store_lookup, store_load, store_abandon, store_save; the sidecar's hello names the tiers",
     6: "register_pool: memory of the sidecar's own process by address, device memory by an IPC key",
     7: "a push may begin with the first of its blocks: mark_ready and computed bring the others",
+    8: "sources name blocks; on one host region_opened brings a lease board, by which leases are read without a claim",
 }
 """What each version changed; an end speaks exactly one."""
 PROTOCOL_VERSION = max(CHANGES)

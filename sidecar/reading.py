@@ -1,5 +1,7 @@
 """One lease that a pull reads: reach the producer's rank, claim, copy, release.
 
+Where both are on one host and the blocks are known, it copies at once instead, see `begin`.
+
 A reading waits for one thing at a time; `interrupt` ends that wait, whoever has a reason: its pull was abandoned or out
 of time, its peer or its lease was lost, another of its pull's readings failed. `copy` and `confirm` return or raise
 only when nothing of it writes any more.
@@ -8,12 +10,14 @@ only when nothing of it writes any more.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from sidecar.config import SidecarConfig
 from sidecar.errors import PeerLost, Refusal
+from sidecar.lease_board import BoardView, mark_of
 from sidecar.leases import Reader
 from sidecar.peers import Link, PeerTable
 from sidecar.protocol import Claimed, Computed, Pull, PullSource, Withdrawn
@@ -22,8 +26,12 @@ from sidecar.registration import Registration
 from sidecar.reshard import Source
 from sidecar.spans import Destination, Spans, check_spans
 from sidecar.transfer import Happening, Progress, State
-from sidecar.transport.contract import COPIED
+from sidecar.transport.contract import COPIED, PendingCopy
 
+MAX_UNCLAIMED_S = 0.05
+"""Of copying. What takes longer is claimed first: a claim keeps others away and lives past the offer's expiry."""
+COPY_BYTES_PER_S = 5 << 30
+"""Where the config sets no limit; about what an older server's core copies."""
 MAX_PLANNED_AT_ONCE = 20_000
 """Pieces planned on the event loop: some 10 ms. More are planned in a thread, so that other pulls' leases live on."""
 
@@ -44,6 +52,17 @@ class Consumer:
     drop: Callable[[PullSource], None]
 
 
+@dataclass(frozen=True, slots=True)
+class _Unclaimed:
+    """A copy that is worth something if `mark` still stands on `board` when it has ended."""
+
+    link: Link
+    board: BoardView
+    mark: int
+    num_bytes: int
+    copy: PendingCopy
+
+
 class Reading:
     """The share of one pull that comes from one lease."""
 
@@ -53,6 +72,8 @@ class Reading:
         self.transport = ""
         self.num_bytes = 0
         self.unwanted = False
+        self.claimed = False
+        self._unclaimed: _Unclaimed | None = None
         self._consumer = consumer
         self._request = request
         self._rank = chosen.rank
@@ -90,8 +111,10 @@ class Reading:
 
     async def copy(self) -> None:
         """Everything up to the release; the lease is kept alive until then. Raises Refusal, having let it go."""
+        if self._unclaimed is not None and await self._copy_unclaimed(self._unclaimed):
+            return
         link, claimed, destination = await self._claim()
-        self._link = link
+        self._link, self.claimed = link, True
         link.readers.add(self)
         try:
             if claimed.ready is not None:
@@ -107,8 +130,64 @@ class Reading:
             raise
         self.progress.step(Happening.COPIED)
 
+    def begin(self) -> None:
+        """Begin to copy by the producer's board, with no word to its sidecar before, if that can be; then `copy`.
+
+        A mark stands for this transfer, its token and these very blocks, from the offer until before the producer's
+        engine hears of the lease's end, and never again (see lease_board). So blocks whose mark is there after they
+        were copied were not written meanwhile. What the board does not show then is as if it had not been copied: our
+        blocks are ours to write until the pull is reported, and the claim tells what became of the lease.
+        """
+        source = self.source
+        packed = source.packed_block_ids
+        if not packed or len(packed) % 8 or len(self._request.sources) != 1:
+            return
+        link = self._consumer.peers.live(source)
+        if link is None or link.board is None or link.reshard is not None or link.control.closed:
+            return
+        mark = mark_of(source.transfer_id, source.token, packed)
+        if not link.board.holds(mark):
+            return
+        try:
+            self._check_rank(link)
+            destination = Destination(self._consumer.registration.layout, self._request.local_block_ids)
+            spans = self._plan(link, array("Q", packed), destination)
+            num_bytes = spans.num_bytes
+            copies_s = num_bytes / (self._consumer.config.copy_bytes_per_s or COPY_BYTES_PER_S)
+            if not 0 < copies_s <= MAX_UNCLAIMED_S:
+                return
+            self._unclaimed = _Unclaimed(link, link.board, mark, num_bytes, link.memory.read(spans))
+        except Refusal:
+            return  # the claim says it again, and lets the lease go
+        self.transport = link.memory.transport
+        self.progress.step(Happening.BEGUN)
+        link.readers.add(self)
+
+    async def _copy_unclaimed(self, begun: _Unclaimed) -> bool:
+        """What `begin` began; False if it is void, and the lease has to be claimed."""
+        try:
+            await self._copied(begun.link, begun.copy)
+        except Refusal:
+            if self.progress.state is not State.ENDED:
+                self.progress.step(Happening.FAILED)
+            if self.unwanted:
+                self._consumer.drop(self.source)
+            raise
+        finally:
+            begun.link.readers.discard(self)
+        if not begun.board.holds(begun.mark):
+            self.progress.step(Happening.VOID)
+            return False
+        self._link, self.num_bytes = begun.link, begun.num_bytes
+        self.progress.step(Happening.COPIED)
+        return True
+
     async def confirm(self) -> None:
         """After `copy`: release the lease as consumed. Raises Refusal if it was not valid until now."""
+        if not self.claimed and self._link is not None:
+            asyncio.get_running_loop().call_soon(self._link.release, self.source, "read")  # after the report
+            self.progress.step(Happening.CONFIRMED)
+            return
         link = self._leave()
         try:
             await self._wait(link.release(self.source, "consumed"))
@@ -220,7 +299,7 @@ class Reading:
             return await asyncio.to_thread(self._plan, link, block_ids, destination)
         return self._plan(link, block_ids, destination)
 
-    def _plan(self, link: Link, block_ids: list[int], destination: Destination | None) -> Spans:
+    def _plan(self, link: Link, block_ids: Sequence[int], destination: Destination | None) -> Spans:
         request = self._request
         local, first = request.local_block_ids, request.first_block
         if destination is None:
@@ -278,10 +357,13 @@ class Reading:
 
     async def _copy(self, link: Link, spans: Spans) -> None:
         """Copy, beating for the lease meanwhile. Raises Refusal when nothing writes any more."""
-        peers = self._consumer.peers
         if link.control.closed:
             raise PeerLost(f"the connection to {link.name} ended")
-        copy = link.memory.read(spans)
+        await self._copied(link, link.memory.read(spans))
+
+    async def _copied(self, link: Link, copy: PendingCopy) -> None:
+        """The copy's end. Raises Refusal when nothing writes any more."""
+        peers = self._consumer.peers
         try:
             outcome = await self._wait(copy.ended)
         except Interrupted:

@@ -15,12 +15,18 @@ Span = tuple[int, int, int]
 class Spans:
     """Spans in columns, so that thousands are planned, checked and copied without a step of Python for each."""
 
-    __slots__ = ("lengths", "local", "remote")
+    __slots__ = ("each", "ends", "lengths", "local", "remote")
 
-    def __init__(self, remote: Sequence[int], local: Sequence[int], lengths: Sequence[int]) -> None:
+    def __init__(
+        self, remote: Sequence[int], local: Sequence[int], lengths: Sequence[int], each: int = 0,
+        ends: tuple[int, int] = (0, 0),
+    ) -> None:  # fmt: skip
+        """`each`, if not 0: the bytes of every one, and `ends` where the last of either side ends, from checked ids."""
         self.remote = remote
         self.local = local
         self.lengths = lengths
+        self.each = each
+        self.ends = ends
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -35,7 +41,7 @@ class Spans:
 
     @property
     def num_bytes(self) -> int:
-        return sum(self.lengths)
+        return self.each * len(self.lengths) if self.each else sum(self.lengths)
 
     def part(self, first: int, end: int) -> Spans:
         """Those from number `first` to before `end`."""
@@ -43,6 +49,8 @@ class Spans:
 
     def surely_within(self, remote_bytes: int, local_bytes: int) -> bool:
         """Whether the longest span would fit at the last offset of either side, and so every one does."""
+        if self.each:
+            return self.ends[0] <= remote_bytes and self.ends[1] <= local_bytes
         longest = max(self.lengths)
         return (
             min(self.lengths) >= 1
@@ -71,6 +79,16 @@ class Destination:
         if fault := self.fault or id_fault("the producer's", remote_block_ids, producer.num_blocks):
             raise Refusal("invalid", fault)
         starts, run_blocks = _runs(remote_block_ids, self.block_ids)
+        if not starts and len(producer.planes) == 1 and remote_block_ids:
+            (theirs,), (to,) = producer.planes, self.offsets
+            size, remote = theirs.block_bytes, _offsets(theirs.offset, theirs.stride_bytes, remote_block_ids)
+            ends = theirs.offset + theirs.stride_bytes * max(remote_block_ids) + size, max(to) + size
+            return Spans(remote, to, [size] * len(to), size, ends)
+        return self._plan_planes(producer, remote_block_ids, starts, run_blocks)
+
+    def _plan_planes(
+        self, producer: KvLayout, remote_block_ids: Sequence[int], starts: list[int], run_blocks: list[int]
+    ) -> Spans:
         remote: list[int] = []
         local: list[int] = []
         lengths: list[int] = []

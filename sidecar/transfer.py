@@ -16,12 +16,15 @@ class State(StrEnum):
     FOLLOWING = "following"  # all that is computed is copied: nothing writes until there is more
     STOPPING = "stopping"
     RELEASING = "releasing"
+    READING = "reading"  # copying what is not claimed: worth something only if the board shows it valid afterwards
     ENDED = "ended"
 
 
 class Happening(StrEnum):
     CONNECTED = "connected"
     PEER_STALE = "peer_stale"  # a pooled connection turned out dead before the claim's answer: connect once more
+    BEGUN = "begun"  # the copy, as the board shows the lease
+    VOID = "void"  # the board no longer does: all begins anew, with a claim
     CLAIMED = "claimed"
     PART_COPIED = "part_copied"  # nothing at the very first
     MORE_READY = "more_ready"
@@ -34,6 +37,11 @@ class Happening(StrEnum):
 
 TRANSITIONS: dict[tuple[State, Happening], State] = {
     (State.CONNECTING, Happening.CONNECTED): State.CLAIMING,
+    (State.CONNECTING, Happening.BEGUN): State.READING,
+    (State.READING, Happening.COPIED): State.RELEASING,
+    (State.READING, Happening.VOID): State.CONNECTING,
+    (State.READING, Happening.FAILED): State.ENDED,
+    (State.READING, Happening.INTERRUPTED): State.STOPPING,
     (State.CONNECTING, Happening.FAILED): State.ENDED,
     (State.CONNECTING, Happening.INTERRUPTED): State.ENDED,
     (State.CLAIMING, Happening.CLAIMED): State.COPYING,

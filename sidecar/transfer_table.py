@@ -8,6 +8,7 @@ It is reported when nothing of any of them writes any more.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 import zlib
@@ -89,6 +90,11 @@ class TransferTable:
         pull = OpenPull(request)
         pull.too_many = len(self._pulls) >= self._config.max_pulls
         self._pulls[request.pull_id] = pull
+        if not pull.too_many:
+            with contextlib.suppress(Refusal):  # the story comes upon it again
+                self._choose(pull)
+                if len(pull.readings) == 1:
+                    pull.readings[0].begin()
         task = asyncio.ensure_future(self._run(pull))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -151,12 +157,8 @@ class TransferTable:
 
     async def _story(self, pull: OpenPull) -> int:
         """The straight line. Returns bytes copied. Raises Refusal, with nothing writing any more."""
-        request = pull.request
-        turn = zlib.crc32(request.sources[0].transfer_id.encode())
-        layout = self._registration.layout
-        selection = select_sources(layout, len(request.sources), request.stage_layers, turn)
-        pull.readings = tuple(Reading(self._consumer, request, chosen) for chosen in selection.sources)
-        pull.unread = tuple(request.sources[rank] for rank in selection.unread)
+        if not pull.readings:
+            self._choose(pull)
         pull.pass_on()
         if len(pull.readings) == 1:
             await pull.readings[0].copy()
@@ -169,6 +171,14 @@ class TransferTable:
         for source in pull.unread:
             self.drop(source)
         return sum(reading.num_bytes for reading in pull.readings)
+
+    def _choose(self, pull: OpenPull) -> None:
+        """Which leases are read. Raises Refusal."""
+        request = pull.request
+        turn = zlib.crc32(request.sources[0].transfer_id.encode())
+        selection = select_sources(self._registration.layout, len(request.sources), request.stage_layers, turn)
+        pull.readings = tuple(Reading(self._consumer, request, chosen) for chosen in selection.sources)
+        pull.unread = tuple(request.sources[rank] for rank in selection.unread)
 
     async def _copy_all(self, pull: OpenPull) -> None:
         """Copy from every lease at once; the first that fails ends the others. Raises what it raised."""

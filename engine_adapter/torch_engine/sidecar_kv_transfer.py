@@ -26,7 +26,7 @@ from engine_adapter.torch_engine.prefix_store import LoadResult
 from engine_adapter.torch_engine.sequence import EngineRequestError
 from engine_adapter.torch_engine.sidecar_prefix_store import SidecarPrefixStore
 from sidecar.errors import SidecarError
-from sidecar.protocol import KvLayout, OfferEnded, PullEnded, PullSource, Ready, SidecarLost
+from sidecar.protocol import KvLayout, OfferEnded, PullEnded, PullSource, Ready, SidecarLost, pack_block_ids
 
 logger = logging.getLogger(__name__)
 
@@ -219,7 +219,8 @@ class SidecarKvTransfer:
 
 def _sources(params: dict[str, Any]) -> list[PullSource]:
     remote = parse_remote_prefill(params)
-    return [pull_source(source, len(remote.block_ids)) for source in remote.sources]
+    packed = pack_block_ids(remote.block_ids)
+    return [pull_source(source, len(remote.block_ids), packed) for source in remote.sources]
 
 
 def _result(event: PullEnded) -> PullResult:

@@ -17,6 +17,8 @@ class PullOrder:
     num_blocks: int
     local_block_ids: tuple[int, ...]
     first_block: int
+    packed_block_ids: bytes = b""
+    """The lease's, see sidecar.protocol.pack_block_ids."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from engine_adapter.vllm_connector.scheduler_push import SchedulerPush, is_push
 from engine_adapter.vllm_connector.scheduler_store import SchedulerStore
 from engine_adapter.vllm_connector.staged_offers import StagedOffers
 from sidecar.errors import SidecarError
-from sidecar.protocol import Offer
+from sidecar.protocol import Offer, pack_block_ids
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,10 @@ class SchedulerSide:
         local = tuple(block_ids[first : self._num_blocks(end)])
         self._loading.add(request.request_id)
         self._meta.pulls.append(
-            PullOrder(request.request_id, remote.sources, len(remote.block_ids), local, first)
+            PullOrder(
+                request.request_id, remote.sources, len(remote.block_ids), local, first,
+                pack_block_ids(remote.block_ids),
+            )
         )  # fmt: skip
 
     def next_meta(self, scheduler_output: Any = None, *, idle: bool = False) -> BatonMetadata:

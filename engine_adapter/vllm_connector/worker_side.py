@@ -148,7 +148,7 @@ class WorkerSide:
 
     def _load(self, order: PullOrder) -> None:
         self._loads[order.request_id] = order
-        sources = [pull_source(source, order.num_blocks) for source in order.sources]
+        sources = [pull_source(source, order.num_blocks, order.packed_block_ids) for source in order.sources]
         self._link.pull(
             order.request_id, sources, list(order.local_block_ids), order.first_block, self._pull_timeout_s
         )  # fmt: skip

@@ -84,7 +84,14 @@ class _ShmCopy(PendingCopy):
             loop.call_soon_threadsafe(self._finish, COPIED if completed else STOPPED)
 
         self._executor = executor
-        self._job: CopyJob = executor.submit(moves, on_end)
+        self._loop = loop
+        self._job: CopyJob = executor.submit(moves, on_end, may_assist=True)
+        self._assist()
+
+    def _assist(self) -> None:
+        """Copy a chunk here: this thread is awake, and to wake another takes as long. Then what else there is to do."""
+        if self._executor.assist(self._job):
+            self._loop.call_soon(self._assist)
 
     def stop(self) -> None:
         self._executor.stop(self._job)
@@ -104,7 +111,7 @@ class ShmMemory:
     broken = ""
 
     def read(self, spans: Spans) -> PendingCopy:
-        moves = Moves(self._local.address, spans.local, self._remote.address, spans.remote, spans.lengths)
+        moves = Moves(self._local.address, spans.local, self._remote.address, spans.remote, spans.lengths, spans.each)
         copy = _ShmCopy(self._executor, moves)
         self._copies.add(copy)
         copy.ended.add_done_callback(lambda _: self._copies.discard(copy))

@@ -23,7 +23,7 @@ import msgspec
 
 from sidecar.client import SidecarClient
 from sidecar.layout import KvLayout, Plane
-from sidecar.protocol import Event, Offer, OfferEnded, PullEnded, PullSource
+from sidecar.protocol import Event, Offer, OfferEnded, PullEnded, PullSource, pack_block_ids
 from tests.forked import popen
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -96,9 +96,10 @@ class Sidecar:
         return [int(pid) for task in path.iterdir() for pid in (task / "children").read_text().split()]
 
     def usage(self) -> tuple[int, int, int]:
-        """Open descriptors, threads and mappings of shared memory."""
+        """Open descriptors, threads and mappings of shared memory, but for its own lease board."""
         proc = Path(f"/proc/{self.process.pid}")
-        mappings = sum("memfd:" in line for line in (proc / "maps").read_text().splitlines())
+        lines = (proc / "maps").read_text().splitlines()
+        mappings = sum("memfd:" in line and not ("lease-board" in line and "rw-s" in line) for line in lines)
         return len(list((proc / "fd").iterdir())), len(list((proc / "task").iterdir())), mappings
 
     def resident_bytes(self) -> int:
@@ -156,12 +157,16 @@ class FakeEngine:
     def fill(self, byte: int) -> None:
         self.pool[:] = bytes([byte]) * self.layout.pool_bytes
 
-    def offer(self, block_ids: list[int], ttl_s: float = 30.0) -> tuple[Offer, PullSource]:
+    def offer(
+        self, block_ids: list[int], ttl_s: float = 30.0, *, names_blocks: bool = True
+    ) -> tuple[Offer, PullSource]:
+        """`names_blocks`: the source says which, as engines' sources do; without them a consumer has to claim first."""
         offer = self.client.offer(f"request-{time.monotonic_ns()}", block_ids, 16 * len(block_ids), ttl_s)
         hello = self.client.hello
         return offer, PullSource(
-            hello.host, hello.port, hello.engine_id, offer.transfer_id, offer.token, offer.epoch, len(block_ids)
-        )
+            hello.host, hello.port, hello.engine_id, offer.transfer_id, offer.token, offer.epoch, len(block_ids),
+            pack_block_ids(block_ids) if names_blocks else b"",
+        )  # fmt: skip
 
     def wait(self, wanted: Callable[[Event], bool], timeout_s: float = 20.0) -> Event:
         """The first event ever polled that is `wanted`."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from sidecar.copy_executor import CopyExecutor, CopyJob, Move
+from sidecar.copy_executor import CopyExecutor, CopyJob, Move, Moves
 
 
 class Buffers:
@@ -124,3 +124,62 @@ def test_a_short_job_passes_a_long_one() -> None:
     assert short.wait()
     assert long.ends == []
     executor.close()
+
+
+@pytest.mark.parametrize("span_bytes", [100, 50_000, 3_000_000])
+def test_who_submits_may_assist_until_nothing_is_left_to_begin(executor: CopyExecutor, span_bytes: int) -> None:
+    num_bytes = 12_000_000
+    buffers = Buffers(num_bytes)
+    end = End()
+    moves = [buffers.move(at, at, min(span_bytes, num_bytes - at)) for at in range(0, num_bytes, span_bytes)]
+    job = executor.submit(moves, end, may_assist=True)
+    assert job.assisted
+    while executor.assist(job):
+        pass
+    assert end.wait() and end.ends == [True]
+    assert buffers.target.raw == buffers.source.raw
+    assert not executor.assist(job)
+
+
+def test_one_who_assists_takes_what_has_waited_longest(executor: CopyExecutor) -> None:
+    """Jobs that come behind one that is assisted are the workers' own, whether or not somebody goes on assisting."""
+    buffers = Buffers(1 << 20)
+    moves = [buffers.move(at, at, 100) for at in range(0, 1 << 20, 128)]
+    ends = [End() for _ in range(20)]
+    jobs = [executor.submit(moves, end, may_assist=True) for end in ends]
+    while executor.assist(jobs[0]):
+        pass
+    assert all(end.wait() for end in ends)
+
+
+def test_a_stopped_job_is_not_assisted(executor: CopyExecutor) -> None:
+    buffers = Buffers(1 << 20)
+    end = End()
+    job = executor.submit([buffers.move(at, at, 100) for at in range(0, 1 << 20, 128)], end, may_assist=True)
+    executor.stop(job)
+    assert not executor.assist(job)
+    assert end.wait() is False
+
+
+def test_nobody_assists_under_a_cap() -> None:
+    executor = CopyExecutor(1, bytes_per_s=1 << 30)
+    buffers = Buffers(1 << 20)
+    end = End()
+    job = executor.submit([buffers.move(0, 0, 1 << 20)], end, may_assist=True)
+    assert not job.assisted and not executor.assist(job)
+    assert end.wait()
+    executor.close()
+
+
+def test_equal_moves_need_no_sums() -> None:
+    buffers = Buffers(1 << 20)
+    starts = list(range(0, 1 << 20, 4096))
+    to, start = (ctypes.addressof(buffer) for buffer in (buffers.target, buffers.source))
+    job = CopyJob(Moves(to, starts, start, starts, [4096] * 256, 4096), End(), chunk_bytes=10_000)
+    sizes = []
+    while not job.exhausted:
+        chunk, num_bytes = job.next_chunk()
+        chunk.copy()
+        assert num_bytes == 4096 * len(chunk)
+        sizes.append(len(chunk))
+    assert sizes == [2] * 128 and buffers.target.raw == buffers.source.raw

@@ -6,7 +6,9 @@ import pytest
 
 from sidecar.config import SidecarConfig
 from sidecar.errors import OfferRefused, Refusal
+from sidecar.lease_board import BoardView, LeaseBoard, mark_of
 from sidecar.leases import Claimant, State
+from sidecar.message import pack_block_ids
 from sidecar.metrics import SidecarMetrics
 from sidecar.offers import Offers
 from sidecar.protocol import (
@@ -21,6 +23,7 @@ from sidecar.protocol import (
     Ready,
     Withdrawn,
 )
+from sidecar.regions import reopen_read_only
 
 ALICE = Claimant("alice", 1)
 
@@ -28,12 +31,12 @@ ALICE = Claimant("alice", 1)
 class Desk:
     """Offers on a pool of ten blocks, and what the engine is told."""
 
-    def __init__(self, **settings: float) -> None:
+    def __init__(self, board: LeaseBoard | None = None, **settings: float) -> None:
         self.told: list[OfferEnded] = []
         self.happened = asyncio.Event()
         config = SidecarConfig(socket="s", engine_id="e", **settings)  # type: ignore[arg-type]
         self.metrics = SidecarMetrics()
-        self.offers = Offers(config, "epoch", 10, self.metrics, self._tell, num_layers=2)
+        self.offers = Offers(config, "epoch", 10, self.metrics, self._tell, 2, board)
 
     def _tell(self, event: OfferEnded) -> None:
         self.told.append(event)
@@ -190,3 +193,75 @@ async def test_a_push_that_is_taken_back_or_runs_out_tells_who_claimed_it() -> N
     assert desk.told[-1] == OfferEnded(offer.transfer_id, "dropped")
     desk.offers.unwanted(offer.transfer_id)
     desk.offers.close()
+
+
+class Board:
+    """A board, and a consumer that looks at it."""
+
+    def __init__(self) -> None:
+        self.board = LeaseBoard()
+        self._view = BoardView(reopen_read_only(self.board.fd))
+
+    def holds(self, offer: Offer, *block_ids: int) -> bool:
+        return self._view.holds(mark_of(offer.transfer_id, offer.token, pack_block_ids(block_ids)))
+
+    def close(self) -> None:
+        self._view.close()
+        self.board.close()
+
+
+@pytest.mark.parametrize("ending", ["claim", "drop", "read", "revoke", "close", "expire"])
+async def test_a_lease_stands_on_the_board_until_before_the_engine_hears_of_its_end(ending: str) -> None:
+    seen = Board()
+    desk = Desk(seen.board)
+    offer = desk.offer(0.05 if ending == "expire" else 30.0, 3, 1)
+    assert seen.holds(offer, 3, 1) and not seen.holds(offer, 1, 3)
+    held_when_told: list[bool] = []
+    tell = desk._tell
+    desk.offers._on_ended = lambda event: (held_when_told.append(seen.holds(offer, 3, 1)), tell(event))[1]
+
+    if ending == "claim":
+        desk.offers.claim(offer.transfer_id, offer.token, ALICE)
+        assert not seen.holds(offer, 3, 1)
+        desk.offers.release(offer.transfer_id, offer.token, ALICE, "returned")
+        assert not seen.holds(offer, 3, 1)
+        desk.offers.revoke(offer.transfer_id)
+    elif ending == "revoke":
+        desk.offers.revoke(offer.transfer_id)
+    elif ending == "close":
+        desk.offers.close()
+    elif ending != "expire":
+        desk.offers.release(offer.transfer_id, offer.token, ALICE, "dropped" if ending == "drop" else "read")
+
+    await asyncio.wait_for(desk.happened.wait(), 5)
+    outcomes = {"drop": "dropped", "read": "consumed", "expire": "expired"}
+    assert desk.told == [OfferEnded(offer.transfer_id, outcomes.get(ending, "revoked"))]
+    assert held_when_told == [False]
+    desk.offers.close()
+    seen.close()
+
+
+async def test_what_was_read_without_a_claim_is_refused_where_a_claim_would_be() -> None:
+    desk = Desk()
+    offer = desk.offer()
+    desk.offers.claim(offer.transfer_id, offer.token, ALICE)
+    for token, claimant, reason in (
+        (offer.token, Claimant("bob", 2), "wrong_engine"),
+        ("guess", ALICE, "wrong_token"),
+    ):
+        with pytest.raises(Refusal) as refused:
+            desk.offers.release(offer.transfer_id, token, claimant, "read")
+        assert refused.value.reason == reason
+    await asyncio.sleep(0)
+    assert desk.told == []
+    desk.offers.close()
+
+
+async def test_what_is_still_computed_does_not_stand_on_the_board() -> None:
+    seen = Board()
+    desk = Desk(seen.board)
+    target = PushTarget("h", 1, "e", "l", "t", "ep")
+    offer = desk.offers.offer(PushBlocks(1, "request", [1, 2], 32, 30.0, Ready(), target))
+    assert not seen.holds(offer, 1, 2)
+    desk.offers.close()
+    seen.close()
