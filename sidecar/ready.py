@@ -51,6 +51,15 @@ def follows(old: Ready, new: Ready) -> bool:
     return new.first_block >= old.end_block
 
 
+def likely_next(before: Ready, now: Ready, num_layers: int) -> Ready | None:
+    """The mark after `now`, which came after `before`, if the strip goes on at its pace; None at a strip's end."""
+    if not now.num_layers:
+        return None
+    pace = now.num_layers - (before.num_layers if before.first_block == now.first_block else 0)
+    ready = Ready(now.first_block, now.end_block, min(num_layers, now.num_layers + max(1, pace)))
+    return normal(ready, num_layers)
+
+
 def parts_between(old: Ready, new: Ready, num_layers: int, first_wanted: int = 0) -> list[Part]:
     """What `new` has and `old`, which it follows, has not, from block `first_wanted` on; no two overlap."""
     if new.first_block == old.first_block:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -11,6 +12,7 @@ from sidecar.ready import (
     as_copied,
     follows,
     has_layers,
+    likely_next,
     mark_fault,
     normal,
     of_layers,
@@ -56,6 +58,21 @@ def test_every_pair_of_marks_by_brute_force() -> None:
                 assert len(got) == len(set(got))
                 assert set(got) == {cell for cell in cells(new) - cells(old) if cell[0] >= wanted}
     assert num_followed > 200
+
+
+def test_the_likely_next_mark_goes_on_in_the_strip_and_is_right_at_an_even_pace() -> None:
+    forms = {normal(mark, LAYERS) for mark in MARKS}
+    for before in forms:
+        for now in forms:
+            if not follows(before, now):
+                continue
+            likely = likely_next(before, now, LAYERS)
+            if likely is not None:
+                assert follows(now, likely) and cells(likely) > cells(now)
+                assert likely == normal(likely, LAYERS) and likely.first_block in (now.first_block, now.end_block)
+    for pace in (1, 2, 5):
+        marks = [normal(Ready(2, 4, layers), 10) for layers in range(0, 11, pace)]
+        assert [likely_next(*pair, 10) for pair in itertools.pairwise(marks)] == [*marks[2:], None]
 
 
 def test_normal_keeps_the_meaning_and_is_one_form() -> None:
