@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.vllm.conftest import Split
 from tests.vllm.servers import Ask, Server, baton, eventually, proxy_server, running, vllm_server
-from tests.vllm.test_split import LENGTHS, by_source, nothing_held, prompt
-from tests.vllm.test_topologies import same_answers
+from tests.vllm.splits import LENGTHS, Split, by_source, nothing_held, prompt, same_answers
 
 pytestmark = pytest.mark.timeout(600)
 
