@@ -17,9 +17,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench.kv_transfer import Engine, sidecar, source
+from bench.kv_transfer import Engine, sidecar
 from sidecar.layout import KvLayout, Plane
-from sidecar.protocol import OfferEnded, PullEnded
+from sidecar.protocol import OfferEnded, PullEnded, PullSource
 
 LAYERS, HEADS, TOKENS, HEAD_BYTES = 8, 8, 16, 256
 NUM_BLOCKS, BLOCKS_A_PULL = 400, 256
@@ -53,7 +53,11 @@ def measure(order: str, tp_size: int, rounds: int) -> bool:
             remote, local = (random.sample(range(NUM_BLOCKS), BLOCKS_A_PULL) for _ in range(2))
             offer = producer.client.offer(str(number), remote, TOKENS * BLOCKS_A_PULL, 60)
             started = time.perf_counter()
-            consumer.client.pull(str(number), source(producer, offer, BLOCKS_A_PULL), local)
+            hello = producer.client.hello
+            source = PullSource(
+                hello.host, hello.port, hello.engine_id, offer.transfer_id, offer.token, offer.epoch, BLOCKS_A_PULL
+            )
+            consumer.client.pull(str(number), source, local)
             ended = consumer.wait(PullEnded)
             times.append(time.perf_counter() - started)
             if not isinstance(ended, PullEnded) or not ended.ok:
