@@ -9,12 +9,11 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
-
-from sidecar.small_pieces import MIN_PIECES, copy_small
+from sidecar.small_pieces import MIN_PIECES, copy_small, longest, running_sums
 
 CHUNK_BYTES = 1 << 20
 """About 0.2 ms of copying: how long a stop, or a short transfer behind a long one, waits at most for each thread."""
@@ -74,16 +73,14 @@ class CopyJob:
     ) -> None:
         if not isinstance(moves, Moves):
             moves = Moves.of(moves)
-        lengths = np.asarray(moves.lengths, np.int64)
-        if lengths.max() > chunk_bytes:
+        if longest(moves.lengths) > chunk_bytes:
             moves = Moves.of([piece for move in moves for piece in _pieces(move, chunk_bytes)])
-            lengths = np.asarray(moves.lengths, np.int64)
         self._moves = moves
-        self._ends = lengths.cumsum()
+        self._ends = running_sums(moves.lengths)
         self._chunk_bytes = chunk_bytes
         self._on_end = on_end
         self._index = 0
-        mean = int(self._ends[-1]) // len(moves)
+        mean = self._ends[-1] // len(moves)
         self.alone = chunk_bytes // MIN_PIECES < mean < MIN_SHARED_SPAN_BYTES
         self.active = 0
         self.stopped = False
@@ -95,9 +92,9 @@ class CopyJob:
     def next_chunk(self) -> tuple[Moves, int]:
         """The next moves, a chunk together or a little less, and their bytes."""
         first = self._index
-        done = int(self._ends[first - 1]) if first else 0
-        self._index = int(self._ends.searchsorted(done + self._chunk_bytes, "right"))
-        return self._moves.part(first, self._index), int(self._ends[self._index - 1]) - done
+        done = self._ends[first - 1] if first else 0
+        self._index = bisect_right(self._ends, done + self._chunk_bytes, lo=first + 1)
+        return self._moves.part(first, self._index), self._ends[self._index - 1] - done
 
     def end(self) -> None:
         self._on_end(not self.stopped)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,18 @@ def copy_small(to_base: int, to: Sequence[int], starts_base: int, starts: Sequen
         source, start = _pieces(starts_base, starts_all[chosen], size, read_only=True)
         target[at] = source[start]
     return len(kinds)
+
+
+def longest(lengths: Sequence[int]) -> int:
+    """`max`, quick where there are thousands in an array."""
+    return int(np.asarray(lengths).max()) if isinstance(lengths, array) else max(lengths)
+
+
+def running_sums(lengths: Sequence[int]) -> Sequence[int]:
+    """`accumulate`, likewise."""
+    if isinstance(lengths, array):
+        return array("q", np.asarray(lengths, np.int64).cumsum().tobytes())
+    return list(accumulate(lengths))
 
 
 class _Memory:
