@@ -1,7 +1,7 @@
 """How much of a KV transfer a layerwise push hides, between real engines. Part of bench.layerwise_push, which says how.
 
-Two prefillers, of one chunk a prompt and of several, and a decoder: `pd-engine` processes (bench.traced_engine) with a
-sidecar each; before each prefiller and the decoder a pd-proxy of each contract.
+Two `pd-engine` processes (bench.traced_engine) with a sidecar each, of which one computes a prompt in one chunk and the
+other in several. Each is in turn the prefiller, with the other as its decoder, behind a pd-proxy of each contract.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ PROMPT_TOKENS = 1025
 """Of which an engine hands on the KV of all but the last: 64 blocks, 16 MiB in float32."""
 CHUNKS = {1: 2048, 4: 256}
 """Chunks of that prompt, and the --max-num-batched-tokens that makes so many."""
+WARM_UP_TOKENS = 257
 NUM_TOKENS = 4
 """Of an answer."""
 TIMEOUT_S = 120.0
@@ -91,9 +92,9 @@ def served(*commands: list[str]) -> Iterator[list[str]]:
                 process.stdout.close()
 
 
-def engine(trace: Path, model: Path, role: str, transport: str, *flags: str) -> list[str]:
+def engine(trace: Path, model: Path, transport: str, *flags: str) -> list[str]:
     return [
-        sys.executable, "-m", "bench.traced_engine", str(trace), "serve", "--model", str(model), "--role", role,
+        sys.executable, "-m", "bench.traced_engine", str(trace), "serve", "--model", str(model),
         "--served-model-name", "m", "--port", "0", "--sidecar", "auto", "--sidecar-transport", transport,
         "--dtype", "float32", "--no-enable-prefix-caching", "--log-level", "WARNING", *flags,
     ]  # fmt: skip
@@ -158,18 +159,19 @@ def measure(transport: str, rounds: int, bar: float) -> bool:
         model, trace = Path(name) / "model", Trace(Path(name) / "trace")
         command = [sys.executable, "-m", "engine_adapter.torch_engine.cli", "make-model", str(model)]
         subprocess.run([*command, "--size", "small"], check=True, stdout=subprocess.DEVNULL)
-        prefillers = [
-            engine(trace.path, model, "prefill", transport, "--max-num-batched-tokens", str(num_tokens))
+        commands = [
+            engine(trace.path, model, transport, "--max-num-batched-tokens", str(num_tokens))
             for num_tokens in CHUNKS.values()
         ]
-        with served(engine(trace.path, model, "decode", transport), *prefillers) as (decoder, *addresses):
-            for chunks, prefiller in zip(CHUNKS, addresses, strict=True):
+        with served(*commands) as (one, other):
+            for chunks, (prefiller, decoder) in zip(CHUNKS, ((one, other), (other, one)), strict=True):
                 contracts = ("pull", "layerwise")
                 with served(*(proxy(contract, prefiller, decoder) for contract in contracts)) as at:
                     proxies = dict(zip(contracts, at, strict=True))
                     times = []
                     for turn in range(rounds + 1):
-                        prompt = [rng.randrange(5, 4000) for _ in range(PROMPT_TOKENS)]
+                        num_tokens = PROMPT_TOKENS if turn else WARM_UP_TOKENS
+                        prompt = [rng.randrange(5, 4000) for _ in range(num_tokens)]
                         times.append(one_prompt(trace, proxies, prompt, bool(turn % 2)))
-                    good &= report(chunks, times[1:], bar)  # the first warms up
+                    good &= report(chunks, times[1:], bar)
     return good

@@ -2,11 +2,11 @@
 
     python -m bench.layerwise_push [--transport shm|tcp|mooncake] [--layer-ms MS] [--rounds N] [--check]
 
-Judged: real engines (bench.layerwise_engines). Two prefillers and a decoder, `pd-engine` processes with a sidecar each,
-serve `make-model --size small` (8 layers, float32) behind pd-proxy; one prefiller computes a prompt of 1,025 tokens in
-one chunk, the other in four (a chunk is computed in tiles of at most 128 tokens, and each tile's layers are marked).
-Each prompt, never seen before, is sent in both contracts in turn, and both must give the same tokens. Measured, on the
-one clock of the machine:
+Judged: real engines (bench.layerwise_engines). Two `pd-engine` processes with a sidecar each serve `make-model --size
+small` (8 layers, float32) behind pd-proxy, one as the prefiller of the other: first the one that computes a prompt of
+1,025 tokens in one chunk, then the one that does it in four (a chunk is computed in tiles of at most 128 tokens, and
+each tile's layers are marked as they are written). Each prompt, never seen before, is sent in both contracts in turn,
+and both must give the same tokens. Measured, on the one clock of the machine:
 
     pull   from the decoder's engine asking its sidecar for the KV until its engine thread knows that it is all there
     left   layerwise: from the return of the forward that computed the last of the KV until the same moment
@@ -40,7 +40,7 @@ MIB = 1 << 20
 NUM_LAYERS = 8
 """Of bench.kv_transfer's pools."""
 BLOCK_BYTES = 256 << 10
-SHAPES = [(64 * MIB, 1), (64 * MIB, 4), (128 * MIB, 1), (128 * MIB, 4)]
+SHAPES = [(64 * MIB, 1), (64 * MIB, 4)]
 """(bytes a transfer, chunks of the prefill)."""
 BAR = 0.8
 IN_THE_MIDDLE, AT_THE_END = 0.5, 1.0
