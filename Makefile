@@ -56,7 +56,7 @@ lint: $(STAMP) ## ruff check, ruff format --check, mypy --strict
 	$(VENV)/bin/mypy
 
 bench: $(STAMP) ## every benchmark with its bar: KV transfer, engine, policies, proxy
-	@status=0; for words in kv_transfer layerwise_push "engine_throughput --size small" policy_simulator proxy_overhead; do \
+	@status=0; for words in kv_transfer kv_reshard layerwise_push "engine_throughput --size small" policy_simulator proxy_overhead; do \
 		echo "python -m bench.$$words --check"; $(VENV)/bin/python -m bench.$$words --check || status=1; \
 	done; exit $$status
 

@@ -53,10 +53,11 @@ MOONCAKE_BAR_BLOCK = 16 << 10
 class Engine:
     """One end: a pool and the client of its sidecar."""
 
-    def __init__(self, socket_path: str, block_bytes: int) -> None:
+    def __init__(self, socket_path: str, block_bytes: int, layout: KvLayout | None = None) -> None:
         num_blocks = POOL_BYTES // block_bytes
-        plane = Plane(0, block_bytes, block_bytes)
-        layout = KvLayout(num_blocks, 16, (plane,), 8, 2, 64, "float32", "bench", "block,layer,kv,token,head")
+        if layout is None:
+            plane = Plane(0, block_bytes, block_bytes)
+            layout = KvLayout(num_blocks, 16, (plane,), 8, 2, 64, "float32", "bench", "block,layer,kv,token,head")
         self.num_blocks = num_blocks
         self.fd = os.memfd_create("bench-pool", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.fd, POOL_BYTES)

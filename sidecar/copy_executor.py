@@ -12,7 +12,8 @@ import time
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
+
+from sidecar.small_pieces import MIN_PIECES, copy_small, longest, running_sums
 
 CHUNK_BYTES = 1 << 20
 """About 0.2 ms of copying: how long a stop, or a short transfer behind a long one, waits at most for each thread."""
@@ -65,6 +66,8 @@ class Moves:
         )
 
     def copy(self) -> None:
+        if copy_small(self.to_base, self.to, self.starts_base, self.starts, self.lengths):
+            return
         to, starts = map(self.to_base.__add__, self.to), map(self.starts_base.__add__, self.starts)
         deque(map(_memmove, to, starts, self.lengths), maxlen=0)
 
@@ -77,15 +80,16 @@ class CopyJob:
     ) -> None:
         if not isinstance(moves, Moves):
             moves = Moves.of(moves)
-        if (moves.each or max(moves.lengths)) > chunk_bytes:
+        if (moves.each or longest(moves.lengths)) > chunk_bytes:
             moves = Moves.of([piece for move in moves for piece in _pieces(move, chunk_bytes)])
         self._moves = moves
         each, num_moves = moves.each, len(moves)
-        self._ends = range(each, each * (num_moves + 1), each) if each else list(accumulate(moves.lengths))
+        self._ends = range(each, each * (num_moves + 1), each) if each else running_sums(moves.lengths)
         self._chunk_bytes = chunk_bytes
         self._on_end = on_end
         self._index = 0
-        self.alone = self._ends[-1] < len(moves) * MIN_SHARED_SPAN_BYTES
+        mean = self._ends[-1] // len(moves)
+        self.alone = chunk_bytes // MIN_PIECES < mean < MIN_SHARED_SPAN_BYTES
         self.active = 0
         self.stopped = False
         self.assisted = False

@@ -21,7 +21,7 @@ from sidecar.lease_board import BoardView, mark_of
 from sidecar.leases import Reader
 from sidecar.peers import Link, PeerTable
 from sidecar.protocol import Claimed, Computed, Pull, PullSource, Withdrawn
-from sidecar.ready import Ready, as_copied, follows, mark_fault, parts_between, plan_parts
+from sidecar.ready import PartPlans, Ready
 from sidecar.registration import Registration
 from sidecar.reshard import Source
 from sidecar.spans import Destination, Spans, check_spans
@@ -319,41 +319,32 @@ class Reading:
 
     async def _copy_as_ready(self, link: Link, claimed: Claimed, ready: Ready) -> None:
         """Copy what is computed and wait for more, until all is here. Raises Refusal, with nothing writing any more."""
-        request, ours = self._request, self._consumer.registration.layout
-        num_blocks, copied = max(len(claimed.block_ids), claimed.num_blocks), Ready()
+        request, registration = self._request, self._consumer.registration
+        num_blocks = max(len(claimed.block_ids), claimed.num_blocks)
+        plans = PartPlans(link.layout, registration.layout, request.local_block_ids, request.first_block)
         if link.reshard is None:
             self._check_wanted(num_blocks)
         self._ready = self._ready or ready
         self.progress.step(Happening.PART_COPIED)
-        while copied.first_block < num_blocks:
+        while plans.copied.first_block < num_blocks:
             block_ids = claimed.block_ids + self._more_block_ids
-            now_ready = self._checked(self._ready, copied, link, len(block_ids))
-            if now_ready == copied or (link.reshard is not None and now_ready.first_block < num_blocks):
+            now_ready = plans.checked(self._ready, len(block_ids))
+            if now_ready == plans.copied or (link.reshard is not None and now_ready.first_block < num_blocks):
                 self._news = asyncio.get_running_loop().create_future()
+                if link.reshard is None:
+                    plans.look_ahead(block_ids)
                 await self._wait(self._news)
                 continue
             if link.reshard is not None:
-                spans = await self._plan_all(link, block_ids)
+                spans, plans.copied = await self._plan_all(link, block_ids), now_ready
             else:
-                spans = plan_parts(
-                    parts_between(copied, now_ready, ours.num_layers, request.first_block),
-                    link.layout, block_ids, ours, request.local_block_ids, request.first_block,
-                )  # fmt: skip
-                check_spans(spans, link.num_bytes, self._consumer.registration.region.num_bytes)
-            copied = now_ready
+                spans = plans.take(now_ready, block_ids)
+                check_spans(spans, link.num_bytes, registration.region.num_bytes)
             if spans:
                 self.progress.step(Happening.MORE_READY)
                 await self._copy(link, spans)
                 self.num_bytes += spans.num_bytes
                 self.progress.step(Happening.PART_COPIED)
-
-    def _checked(self, ready: Ready, copied: Ready, link: Link, has_blocks: int) -> Ready:
-        """A peer's mark as far as it can be copied. Raises Refusal where it makes no sense."""
-        fault = mark_fault(ready, has_blocks, link.layout.num_layers)
-        now_ready = as_copied(ready, link.layout)
-        if fault or not follows(copied, now_ready):
-            raise Refusal("transport", fault or f"the producer said {now_ready} after {copied}")
-        return now_ready
 
     async def _copy(self, link: Link, spans: Spans) -> None:
         """Copy, beating for the lease meanwhile. Raises Refusal when nothing writes any more."""

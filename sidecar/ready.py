@@ -51,6 +51,15 @@ def follows(old: Ready, new: Ready) -> bool:
     return new.first_block >= old.end_block
 
 
+def likely_next(before: Ready, now: Ready, num_layers: int) -> Ready | None:
+    """The mark after `now`, which came after `before`, if the strip goes on at its pace; None at a strip's end."""
+    if not now.num_layers:
+        return None
+    pace = now.num_layers - (before.num_layers if before.first_block == now.first_block else 0)
+    ready = Ready(now.first_block, now.end_block, min(num_layers, now.num_layers + max(1, pace)))
+    return normal(ready, num_layers)
+
+
 def parts_between(old: Ready, new: Ready, num_layers: int, first_wanted: int = 0) -> list[Part]:
     """What `new` has and `old`, which it follows, has not, from block `first_wanted` on; no two overlap."""
     if new.first_block == old.first_block:
@@ -118,3 +127,43 @@ def as_copied(mark: Ready, layout: KvLayout) -> Ready:
     """`mark`, normal, as far as it can be copied: where layers can't be told, a strip counts once it has them all."""
     mark = normal(mark, layout.num_layers)
     return mark if has_layers(layout) else Ready(mark.first_block, mark.first_block)
+
+
+class PartPlans:
+    """What to copy of a lease as its marks come. `copied`: as far as it has been given out."""
+
+    def __init__(
+        self, producer: KvLayout, consumer: KvLayout, local_block_ids: Sequence[int], first_block: int
+    ) -> None:
+        """local_block_ids[i] receives block first_block + i."""
+        self.copied = Ready()
+        self._producer = producer
+        self._consumer = consumer
+        self._local = local_block_ids
+        self._first_block = first_block
+        self._likely: Ready | None = None
+        self._ahead: Spans | None = None
+
+    def checked(self, mark: Ready, has_blocks: int) -> Ready:
+        """A peer's mark as far as it can be copied. Raises Refusal("transport") where it makes no sense."""
+        fault = mark_fault(mark, has_blocks, self._producer.num_layers)
+        now = as_copied(mark, self._producer)
+        if fault or not follows(self.copied, now):
+            raise Refusal("transport", fault or f"the producer said {now} after {self.copied}")
+        return now
+
+    def take(self, now: Ready, block_ids: Sequence[int]) -> Spans:
+        """What `now`, checked, has beyond `copied`. Raises Refusal("invalid")."""
+        spans = self._ahead if self._ahead is not None and now == self._likely else self._plan(now, block_ids)
+        self._likely, self._ahead = likely_next(self.copied, now, self._producer.num_layers), None
+        self.copied = now
+        return spans
+
+    def look_ahead(self, block_ids: Sequence[int]) -> None:
+        """Plan what the next mark most likely brings, so that its copy begins at once. Raises Refusal("invalid")."""
+        if self._likely is not None and self._ahead is None:
+            self._ahead = self._plan(self._likely, block_ids)
+
+    def _plan(self, mark: Ready, block_ids: Sequence[int]) -> Spans:
+        parts = parts_between(self.copied, mark, self._consumer.num_layers, self._first_block)
+        return plan_parts(parts, self._producer, block_ids, self._consumer, self._local, self._first_block)

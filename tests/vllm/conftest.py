@@ -5,18 +5,18 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.vllm.servers import VLLM_VENV, Server, baton, proxy_server, running, vllm_server
+from tests.vllm.splits import Split
 
 collect_ignore_glob = [] if VLLM_VENV else ["test_*.py"]
 
 ORDER = (
     "test_split.py", "test_layerwise.py", "test_prefix_store.py", "test_topologies.py", "test_tensor_parallel.py",
-    "test_others.py", "test_recipes.py",
+    "test_memory.py", "test_others.py", "test_recipes.py",
 )  # fmt: skip
 """What matters most comes first: CI has only so much time for these."""
 LAST = "test_a_prefiller_that_dies_leaves_clean_errors"
@@ -34,16 +34,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = Path(sys.executable).parent / "pd-engine"
     subprocess.run([str(command), "make-model", str(directory)], check=True, timeout=120)
     return directory
-
-
-@dataclass
-class Split:
-    """One prefiller, one decoder, the proxy before them, and an unsplit vLLM to compare with."""
-
-    prefiller: Server
-    decoder: Server
-    proxy: Server
-    unsplit: Server
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import time
@@ -13,10 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.vllm.conftest import Split
 from tests.vllm.servers import Ask, Server, baton, eventually, post, proxy_server, running, vllm_server
-from tests.vllm.test_split import LENGTHS, by_source, nothing_held, prefill, prompt, used
-from tests.vllm.test_topologies import same_answers
+from tests.vllm.splits import (
+    Split,
+    by_source,
+    nothing_held,
+    prefill,
+    prefiller_with_tier,
+    prompt,
+    same_answers_in_every_form,
+    sidecar_is_replaced,
+    tier_is_used,
+)
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -32,9 +39,7 @@ def pushed(model: Path, unsplit: Server, tmp_path_factory: pytest.TempPathFactor
     chunks = ("--max-num-batched-tokens", str(CHUNK_TOKENS))
     producer, consumer = baton("kv_producer", lease_s=20, **extra), baton("kv_consumer", **extra)
     prefiller = vllm_server("push-prefiller", model, logs, producer, *chunks, VLLM_SERVER_DEV_MODE="1")
-    decoder = vllm_server(
-        "push-decoder", model, logs, consumer, VLLM_SERVER_DEV_MODE="1"
-    )  # so that caches can be reset
+    decoder = vllm_server("push-decoder", model, logs, consumer, VLLM_SERVER_DEV_MODE="1")  # its cache can be reset
     proxy = proxy_server([prefiller], [decoder], logs, "--contract", "layerwise")
     with running(prefiller, decoder), running(proxy):
         yield Split(prefiller, decoder, proxy, unsplit)
@@ -47,17 +52,7 @@ def loaded(split: Split) -> float:
 @pytest.mark.parametrize("chat", [False, True], ids=["completion", "chat"])
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_it_answers_what_the_unsplit_one_does(pushed: Split, chat: bool, stream: bool) -> None:
-    seed = 20_000 + 100 * (2 * chat + stream)
-    before = {source: by_source(pushed.decoder, source) for source in ("external_kv_transfer", "local_compute")}
-    for number, length in enumerate(LENGTHS):
-        text = prompt(length, seed + number)
-        want = Ask(text, chat).text(pushed.unsplit)
-        assert len(set(want)) > 5
-        assert Ask(text, chat, stream).text(pushed.proxy) == want
-    assert loaded(pushed) > before["external_kv_transfer"]
-    # Every prompt token but the last came from the prefiller.
-    assert by_source(pushed.decoder, "local_compute") - before["local_compute"] <= len(LENGTHS)
-    assert eventually(lambda: nothing_held(pushed))
+    same_answers_in_every_form(pushed, chat, stream, 20_000 + 100 * (2 * chat + stream))
 
 
 def test_many_at_once_share_chunks(pushed: Split) -> None:
@@ -144,42 +139,15 @@ def test_kv_is_pulled_by_the_same_engines(pushed: Split) -> None:
 @pytest.mark.parametrize("whose", ["prefiller", "decoder"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["kill", "stop"])
 def test_a_sidecar_that_dies_or_hangs_is_replaced(pushed: Split, whose: str, number: signal.Signals) -> None:
-    server: Server = getattr(pushed, whose)
-    pid = server.sidecar_pid()
-    os.kill(pid, number)
-    ask = Ask(prompt(120, 27_000 + number + len(whose)))
-    want = ask.text(pushed.unsplit)
-
-    def right() -> bool:
-        status, raw = post(pushed.proxy, ask.path, ask.body())
-        assert status != 200 or json.loads(raw)["choices"][0]["text"] == want
-        return status == 200 and not os.path.exists(f"/proc/{pid}")
-
-    assert eventually(right, 120)
-    assert eventually(lambda: nothing_held(pushed), 60)
+    sidecar_is_replaced(pushed, whose, number, 27_000)
 
 
 def test_beside_a_prefix_tier_in_a_multi_connector(pushed: Split, model: Path, tmp_path: Path) -> None:
     """What vLLM's ExampleConnector loads within a step is pushed once vLLM knows that it was loaded."""
-    tier = {
-        "kv_connector": "ExampleConnector",
-        "kv_role": "kv_both",
-        "kv_connector_extra_config": {"shared_storage_path": str(tmp_path / "tier")},
-    }
-    several = {
-        "kv_connector": "MultiConnector",
-        "kv_role": "kv_producer",
-        "kv_connector_extra_config": {"connectors": [baton("kv_producer", contract="layerwise"), tier]},
-    }
-    prefiller = vllm_server("push-multi", model, tmp_path, several, "--no-enable-prefix-caching")
+    prefiller = prefiller_with_tier("push-multi", model, tmp_path, contract="layerwise")
     proxy = proxy_server([prefiller], [pushed.decoder], tmp_path, "--contract", "layerwise")
     with running(prefiller), running(proxy):
-        same_answers(proxy, pushed.unsplit, 29_000)
-        before = by_source(prefiller, "external_kv_transfer")
-        post(pushed.decoder, "/reset_prefix_cache", {})
-        same_answers(proxy, pushed.unsplit, 29_000)
-        assert by_source(prefiller, "external_kv_transfer") > before  # the second time out of the tier
-        assert eventually(lambda: used(prefiller) == 0 and used(pushed.decoder) == 0)
+        tier_is_used(Split(prefiller, pushed.decoder, proxy, pushed.unsplit), 29_000)
 
 
 def test_small_pools_make_prompts_wait_and_none_is_lost(unsplit: Server, model: Path, tmp_path: Path) -> None:

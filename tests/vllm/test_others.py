@@ -12,10 +12,8 @@ from typing import Any
 import pytest
 
 from tests.integration.deployment import free_port
-from tests.vllm.conftest import Split
 from tests.vllm.servers import VLLM_VENV, Ask, Server, eventually, post, proxy_server, running, vllm_server
-from tests.vllm.test_split import by_source, prompt, used
-from tests.vllm.test_topologies import same_answers
+from tests.vllm.splits import Split, by_source, prompt, same_answers, used
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.vllm.servers import BLOCK_SIZE, Ask, Server, baton, eventually, post, proxy_server, running, vllm_server
-from tests.vllm.test_split import by_source, prompt, used
+from tests.vllm.splits import by_source, prompt, used
 
 pytestmark = pytest.mark.timeout(900)
 

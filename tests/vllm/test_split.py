@@ -5,88 +5,31 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import signal
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pytest
 
-from tests.vllm.conftest import Split
-from tests.vllm.servers import Ask, Server, eventually, post
+from tests.vllm.servers import Ask, eventually, post
+from tests.vllm.splits import (
+    Split,
+    nothing_held,
+    prefill,
+    prompt,
+    same_answers_in_every_form,
+    sidecar_is_replaced,
+    used,
+)
 
 pytestmark = pytest.mark.timeout(600)
-
-WORDS = [
-    "river",
-    "stone",
-    "light",
-    "seven",
-    "garden",
-    "iron",
-    "paper",
-    "quick",
-    "cloud",
-    "winter",
-    "music",
-    "table",
-    "glass",
-    "bread",
-    "ocean",
-    "wheel",
-]
-LENGTHS = (1, 5, 20, 60, 150, 400)
-ASK_FOR_REMOTE_DECODE = {"do_remote_decode": True, "do_remote_prefill": False}
-
-
-def prompt(num_words: int, seed: int) -> str:
-    return " ".join(random.Random(seed).choices(WORDS, k=num_words))
-
-
-def used(server: Server) -> float:
-    return server.metric("vllm:kv_cache_usage_perc")
-
-
-def nothing_held(split: Split) -> bool:
-    return used(split.prefiller) == 0 and used(split.decoder) == 0
-
-
-def prefill(split: Split, text: str) -> dict[str, Any]:
-    """What the prefiller hands out for `text`."""
-    body = {"model": "m", "prompt": text, "temperature": 0, "max_tokens": 1, "min_tokens": 1}
-    given: dict[str, Any] = {}
-
-    def handed_out() -> bool:  # not while a sidecar is being replaced
-        status, raw = post(split.prefiller, "/v1/completions", {**body, "kv_transfer_params": ASK_FOR_REMOTE_DECODE})
-        assert status == 200, raw
-        given.update(json.loads(raw)["kv_transfer_params"] or {})
-        return bool(given)
-
-    assert eventually(handed_out)
-    assert given["do_remote_prefill"] is True
-    return given
 
 
 @pytest.mark.parametrize("chat", [False, True], ids=["completion", "chat"])
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_the_split_answers_what_the_unsplit_one_does(split: Split, chat: bool, stream: bool) -> None:
-    seed = 2 * chat + stream
-    before = {source: by_source(split.decoder, source) for source in ("external_kv_transfer", "local_compute")}
-    for number, length in enumerate(LENGTHS):
-        text = prompt(length, 100 * seed + number)
-        want = Ask(text, chat).text(split.unsplit)
-        assert len(set(want)) > 5  # a model that repeats one token could not show a bad load
-        assert Ask(text, chat, stream).text(split.proxy) == want
-    assert by_source(split.decoder, "external_kv_transfer") > before["external_kv_transfer"]
-    # The last token of every prompt is computed again at most.
-    assert by_source(split.decoder, "local_compute") - before["local_compute"] <= len(LENGTHS)
-    assert eventually(lambda: nothing_held(split))
-
-
-def by_source(server: Server, source: str) -> float:
-    return server.metric("vllm:prompt_tokens_by_source_total", source=source)
+    same_answers_in_every_form(split, chat, stream, 100 * (2 * chat + stream))
 
 
 def test_many_at_once(split: Split) -> None:
@@ -150,20 +93,8 @@ def test_clients_that_leave_hold_nothing_back(split: Split) -> None:
 @pytest.mark.parametrize("whose", ["prefiller", "decoder"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["kill", "stop"])
 def test_a_sidecar_that_dies_or_hangs_is_replaced(split: Split, whose: str, number: signal.Signals) -> None:
-    server: Server = getattr(split, whose)
     prefill(split, prompt(50, 5000))  # void with the prefiller's sidecar, else it ends with its lease
-    pid = server.sidecar_pid()
-    os.kill(pid, number)
-    ask = Ask(prompt(120, 5100 + number + len(whose)))
-    want = ask.text(split.unsplit)
-
-    def right() -> bool:
-        status, raw = post(split.proxy, ask.path, ask.body())
-        assert status != 200 or json.loads(raw)["choices"][0]["text"] == want
-        return status == 200 and not os.path.exists(f"/proc/{pid}")
-
-    assert eventually(right, 90)
-    assert eventually(lambda: nothing_held(split), 60)
+    sidecar_is_replaced(split, whose, number, 5100)
 
 
 def test_a_prefiller_that_dies_leaves_clean_errors(split: Split) -> None:

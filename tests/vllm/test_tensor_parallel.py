@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.vllm.servers import Ask, Server, baton, eventually, proxy_server, running, vllm_server
-from tests.vllm.test_split import LENGTHS, prompt
+from tests.vllm.splits import LENGTHS, prompt
 
 pytestmark = pytest.mark.timeout(600)
 

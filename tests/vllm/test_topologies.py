@@ -6,18 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.vllm.conftest import Split
-from tests.vllm.servers import Ask, Server, baton, eventually, post, proxy_server, running, vllm_server
-from tests.vllm.test_split import LENGTHS, by_source, prompt, used
+from tests.vllm.servers import baton, eventually, proxy_server, running, vllm_server
+from tests.vllm.splits import Split, by_source, prefiller_with_tier, same_answers, tier_is_used, used
 
 pytestmark = pytest.mark.timeout(900)
-
-
-def same_answers(split: Server, unsplit: Server, seed: int) -> None:
-    """Greedy text, chat and completion, streamed and not."""
-    for number, length in enumerate(LENGTHS):
-        text, chat, stream = prompt(length, seed + number), number % 2 == 1, number % 3 == 0
-        assert Ask(text, chat, stream).text(split) == Ask(text, chat).text(unsplit)
 
 
 def test_two_prefillers_and_two_decoders(split: Split, model: Path, tmp_path: Path) -> None:
@@ -35,24 +27,7 @@ def test_two_prefillers_and_two_decoders(split: Split, model: Path, tmp_path: Pa
 
 
 def test_beside_a_prefix_tier_in_a_multi_connector(split: Split, model: Path, tmp_path: Path) -> None:
-    """vLLM's ExampleConnector keeps what was prefilled in a directory; ours hands it on."""
-    tier = {
-        "kv_connector": "ExampleConnector",
-        "kv_role": "kv_both",
-        "kv_connector_extra_config": {"shared_storage_path": str(tmp_path / "tier")},
-    }
-    several = {
-        "kv_connector": "MultiConnector",
-        "kv_role": "kv_producer",
-        "kv_connector_extra_config": {"connectors": [baton("kv_producer", lease_s=20), tier]},
-    }
-    prefiller = vllm_server("prefiller-multi", model, tmp_path, several, "--no-enable-prefix-caching")
+    prefiller = prefiller_with_tier("prefiller-multi", model, tmp_path, lease_s=20)
     proxy = proxy_server([prefiller], [split.decoder], tmp_path)
     with running(prefiller), running(proxy):
-        same_answers(proxy, split.unsplit, 9100)
-        before = by_source(prefiller, "external_kv_transfer")
-        for one in (split.prefiller, split.decoder):
-            post(one, "/reset_prefix_cache", {})
-        same_answers(proxy, split.unsplit, 9100)
-        assert by_source(prefiller, "external_kv_transfer") > before  # the second time out of the tier
-        assert eventually(lambda: used(prefiller) == 0 and used(split.decoder) == 0)
+        tier_is_used(Split(prefiller, split.decoder, proxy, split.unsplit), 9100)

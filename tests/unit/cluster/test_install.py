@@ -185,3 +185,6 @@ def test_ci_runs_what_anybody_runs() -> None:
         'make test || again make test PYTEST_ARGS="--last-failed -n 0"',
     ]
     assert (ROOT / ".ci/run").stat().st_mode & 0o111
+    steps = ("make vllm-venv", 'make "$AIS_BENCH_VENV/.installed"', "left=$(within", 'test_vllm "$left"')
+    at = [script.index(step) for step in steps]
+    assert at == sorted(at)  # downloads take none of the tests' time

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -7,10 +8,12 @@ import pytest
 from sidecar.errors import Refusal
 from sidecar.layout import KvLayout, Plane
 from sidecar.ready import (
+    PartPlans,
     Ready,
     as_copied,
     follows,
     has_layers,
+    likely_next,
     mark_fault,
     normal,
     of_layers,
@@ -58,6 +61,21 @@ def test_every_pair_of_marks_by_brute_force() -> None:
     assert num_followed > 200
 
 
+def test_the_likely_next_mark_goes_on_in_the_strip_and_is_right_at_an_even_pace() -> None:
+    forms = {normal(mark, LAYERS) for mark in MARKS}
+    for before in forms:
+        for now in forms:
+            if not follows(before, now):
+                continue
+            likely = likely_next(before, now, LAYERS)
+            if likely is not None:
+                assert follows(now, likely) and cells(likely) > cells(now)
+                assert likely == normal(likely, LAYERS) and likely.first_block in (now.first_block, now.end_block)
+    for pace in (1, 2, 5):
+        marks = [normal(Ready(2, 4, layers), 10) for layers in range(0, 11, pace)]
+        assert [likely_next(*pair, 10) for pair in itertools.pairwise(marks)] == [*marks[2:], None]
+
+
 def test_normal_keeps_the_meaning_and_is_one_form() -> None:
     for mark in MARKS:
         assert cells(normal(mark, LAYERS)) == cells(mark)
@@ -96,6 +114,37 @@ def test_without_layers_a_strip_counts_once_it_is_whole() -> None:
     assert as_copied(Ready(1, 4, 2), opaque) == Ready(1, 1, 0)
     assert as_copied(Ready(1, 4, 3), opaque) == Ready(4, 4, 0)
     assert as_copied(Ready(1, 4, 2), ONE_PLANE) == Ready(1, 4, 2)
+
+
+@pytest.mark.parametrize("shape", [ONE_PLANE, TWO_A_LAYER], ids=["one plane", "two a layer"])
+def test_plans_made_ahead_are_those_made_at_the_mark(shape: KvLayout) -> None:
+    rng = random.Random(2)
+    num_right = 0
+    for _ in range(200):
+        remote, local = rng.sample(range(8), BLOCKS), rng.sample(range(8), BLOCKS)
+        first = rng.randint(0, BLOCKS - 1)
+        plans, before = PartPlans(shape, shape, local[first:], first), Ready()
+        while plans.copied.first_block < BLOCKS:
+            mark = plans.copied
+            new = rng.choice([m for m in (normal(m, LAYERS) for m in MARKS) if follows(mark, m)])
+            likely = likely_next(before, mark, LAYERS)
+            if likely is not None and rng.random() < 0.5:
+                new, num_right = likely, num_right + 1
+            if rng.random() < 0.7:
+                plans.look_ahead(remote)
+            expected = plan_parts(parts_between(mark, new, LAYERS, first), shape, remote, shape, local[first:], first)
+            assert plans.take(plans.checked(new, BLOCKS), remote) == list(expected)
+            assert plans.copied == new
+            before = mark
+    assert num_right > 20
+
+
+def test_a_mark_that_goes_back_is_refused() -> None:
+    plans = PartPlans(ONE_PLANE, ONE_PLANE, [0, 1], 0)
+    plans.take(plans.checked(Ready(1, 2, 1), 2), [3, 4])
+    for wrong in (Ready(0, 2, 1), Ready(1, 1, 0), Ready(1, 3, 1)):
+        with pytest.raises(Refusal, match=r"are said to be computed|after"):
+            plans.checked(wrong, 2)
 
 
 @pytest.mark.parametrize("shape", [ONE_PLANE, TWO_A_LAYER], ids=["one plane", "two a layer"])
