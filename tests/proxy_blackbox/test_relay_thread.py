@@ -15,7 +15,17 @@ import psutil
 import pytest
 
 from proxy.relay_library import library
-from tests.proxy_blackbox.harness import CHAT, COMPLETIONS, Engines, Proxy, body_of, connected, eventually, raw_post, text_for
+from tests.proxy_blackbox.harness import (
+    CHAT,
+    COMPLETIONS,
+    Engines,
+    Proxy,
+    body_of,
+    connected,
+    eventually,
+    raw_post,
+    text_for,
+)
 
 Start = Callable[..., Proxy]
 WITH_LIBRARY = pytest.mark.skipif(library() is None, reason="built without a C compiler")
