@@ -215,14 +215,15 @@ class ProxyApp:
             self._services.connections = Connections(crew.row)
         elif self._tls is not None:
             self._services.connections = Connections(LoadBoard(1).row(0))
-        raise_descriptor_limit(self.config.max_connections_each, MAX_HANDSHAKES if self._tls is not None else 0)
+        num_more = MAX_HANDSHAKES if self._tls is not None else 0
+        max_lent = raise_descriptor_limit(self.config.max_connections_each, num_more)
         for one in sockets:
             self.addresses.append(Address(*one.getsockname()[:2]))
             self._servers.append(await self._listen(one))
         self.metaserver.url = metaserver_url(self.config, self.addresses[0].port)
         if crew is not None:
             self.metaserver.url += f"/{crew.worker}"
-        if self.config.relay_thread != "off" and (thread := RelayThread.start(self._loop)) is not None:
+        if self.config.relay_thread != "off" and (thread := RelayThread.start(self._loop, max_lent)) is not None:
             self._relay_thread = thread
             self.dispatcher.relay_by(thread)
         self.contract_finder.start()

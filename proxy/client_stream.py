@@ -128,7 +128,7 @@ class ClientStream:
     def _passing(self, tail: bytes) -> Callable[[bytes], None]:
         """The hot path, where the stream is not lent: two calls and a comparison a token."""
         write, feed, kept = self._renamer(), self.feed, self._kept
-        midway = self._decoder is not None
+        midway = self._decoder is not None or bool(self.broken_by)
 
         def sink(data: bytes) -> None:
             nonlocal midway

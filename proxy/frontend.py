@@ -308,8 +308,8 @@ class ClientConnection(asyncio.Protocol):
             self.data_received(ahead)
 
     def break_off(self) -> None:
-        """The answer cannot be finished: end the connection so that the client notices."""
-        self._relayed = None
+        """The answer cannot be finished: end the connection so that the client notices. What is relayed to it ends
+        when it is lost: a stream that is lent would keep it open."""
         self.transport.abort()
 
     def pause_writing(self) -> None:

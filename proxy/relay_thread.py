@@ -62,8 +62,9 @@ class Loan:
 class RelayThread:
     """`start`, then `lend` as often as it is wanted, and `stop` once every stream was taken."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, found: ctypes.PyDLL, relay: int) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, found: ctypes.PyDLL, relay: int, max_lent: int) -> None:
         self._loop = loop
+        self._max_lent = max_lent
         self._library = found
         self._relay = relay
         self._keys = itertools.count(1)
@@ -72,8 +73,8 @@ class RelayThread:
         loop.add_reader(self._told, self._take_returned)
 
     @classmethod
-    def start(cls, loop: asyncio.AbstractEventLoop) -> RelayThread | None:
-        """None if there is no library here, or no thread to be had."""
+    def start(cls, loop: asyncio.AbstractEventLoop, max_lent: int = 1 << 20) -> RelayThread | None:
+        """None if there is no library here, or no thread to be had. It never has more than `max_lent` streams."""
         found = library()
         if found is None:
             log.info("event=no_stream_relay: every token is passed on in Python (no C compiler at installation)")
@@ -82,7 +83,7 @@ class RelayThread:
         if not relay:
             log.warning("event=no_stream_relay error=%s", os.strerror(ctypes.get_errno()))
             return None
-        return cls(loop, found, relay)
+        return cls(loop, found, relay, max_lent)
 
     @property
     def num_lent(self) -> int:
@@ -100,6 +101,8 @@ class RelayThread:
         """Write `first`, and then what comes from `source`, which is not read meanwhile, to the descriptor `client`,
         which nobody else writes to meanwhile. `on_return` is called when the loan is to be ended because something else
         came; the lender may end it before. None if the thread can't have it: nothing was sent then."""
+        if len(self._on_return) >= self._max_lent:
+            return None
         tail, old, new, room = terms
         descriptor = source.get_extra_info("socket").fileno()
         if len(tail) > MAX_TAIL_BYTES or len(old) > MAX_ID_BYTES or len(old) != len(new) or source.is_closing():

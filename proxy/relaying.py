@@ -151,7 +151,7 @@ class Relayer:
                 ended.set_result(failure)
 
         flow.client.relay_from(connection)
-        if self._thread is not None and (flow.call.max_new_tokens or MIN_LENT_TOKENS) >= MIN_LENT_TOKENS:
+        if self._thread is not None and may_be_lent(flow, connection):
             stream.lend = lender(self._thread, flow.client, connection, stream)
         began = monotonic()
         try:
@@ -303,6 +303,13 @@ class Relayer:
             flow.client.answered(close=True)
         else:
             flow.client.break_off()
+
+
+def may_be_lent(flow: Flow, connection: UpstreamConnection) -> bool:
+    """Asked once, so that no token asks it: TLS is Python's, on either side, and so are short answers."""
+    if connection.pool.tls is not None or flow.client.transport.get_extra_info("sslcontext") is not None:
+        return False
+    return (flow.call.max_new_tokens or MIN_LENT_TOKENS) >= MIN_LENT_TOKENS
 
 
 def lender(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +15,17 @@ import psutil
 import pytest
 
 from proxy.relay_library import library
-from tests.proxy_blackbox.harness import CHAT, COMPLETIONS, Engines, Proxy, body_of, connected, eventually, text_for
+from tests.proxy_blackbox.harness import (
+    CHAT,
+    COMPLETIONS,
+    Engines,
+    Proxy,
+    body_of,
+    connected,
+    eventually,
+    raw_post,
+    text_for,
+)
 
 Start = Callable[..., Proxy]
 WITH_LIBRARY = pytest.mark.skipif(library() is None, reason="built without a C compiler")
@@ -81,6 +93,23 @@ def test_what_was_passed_on_is_gone_on_with(
     fields = body_of(COMPLETIONS, num_tokens=60, stream=True, mock={"interval_s": 0.002})
     assert proxy.post(COMPLETIONS, fields).text == text_for(fields)
     assert min(one["body"]["max_tokens"] for one in engines.requests("decode")) == 25
+
+
+@BOTH
+def test_one_that_a_stop_breaks_off_is_counted_and_its_client_told(start_proxy: Start, flags: tuple[str, ...]) -> None:
+    proxy = start_proxy("--drain-timeout-s", "0.3", *flags)
+    fields = body_of(COMPLETIONS, num_tokens=60_000, stream=True, mock={"interval_s": 0.005})
+    with connected(proxy.port) as sock:
+        sock.sendall(raw_post(COMPLETIONS, json.dumps(fields).encode()))
+        for _ in range(20):
+            assert sock.recv(65536)
+        proxy.process.popen.send_signal(signal.SIGTERM)
+        with contextlib.suppress(ConnectionResetError):
+            while sock.recv(65536):
+                pass
+    assert proxy.process.popen.wait(10) == 0
+    told = re.search(r" outcome=client_gone .*output_tokens=(\d+) ", proxy.process.output)
+    assert told is not None and int(told[1]) >= 10, proxy.process.output
 
 
 @WITH_LIBRARY

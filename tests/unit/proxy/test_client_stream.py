@@ -204,6 +204,13 @@ def test_an_error_in_mid_stream_is_a_loss_if_it_is_the_engines(code: int) -> Non
     assert client.payload == token("a") + (b"" if code == 500 else error + DONE)
 
 
+def test_what_follows_an_error_of_the_first_read_is_swallowed() -> None:
+    error = b"data: " + orjson.dumps({"error": {"message": "m", "code": 500}}) + b"\n\n"
+    client = Client()
+    client.get([http1.chunk(token("a")) + http1.chunk(error) + http1.chunk(token("b")), http1.chunk(token("c"))])
+    assert client.stream.broken_by == "error_event" and client.payload == token("a")
+
+
 @pytest.mark.parametrize("said", [b"", b"\ndata: nonsense"])
 def test_an_error_without_words_is_not_passed_on(said: bytes) -> None:
     client = Client(is_named=True)

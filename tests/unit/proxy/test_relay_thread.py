@@ -317,6 +317,22 @@ async def test_terms_that_it_cannot_keep_are_refused_and_nothing_is_sent(stream:
     assert not stream.read_now() and stream.source.is_reading()
 
 
+async def test_no_more_are_lent_than_there_may_be(thread: RelayThread) -> None:
+    few = RelayThread.start(asyncio.get_running_loop(), 1)
+    assert few is not None
+    one, other = Stream(few), Stream(few)
+    assert await one.lend() is not None and await other.lend(TOKENS[0]) is None
+    assert not other.read_now() and other.source.is_reading()
+    assert one.loan is not None
+    one.loan.end()
+    other.loan = few.lend(other.source, other.outer.fileno(), Terms(TAIL, b"", b"", 9), b"", lambda: None, print)
+    assert other.loan is not None
+    other.loan.end()
+    for stream in (one, other):
+        stream.close()
+    few.stop()
+
+
 async def test_without_a_descriptor_left_nothing_is_lent(stream: Stream) -> None:
     stream.source, _ = await asyncio.get_running_loop().create_connection(Idle, sock=stream.inner)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
