@@ -21,9 +21,9 @@ AIS_BENCH_PYTHON ?= $(shell for p in python3.11 python3.12; do $$p -c '' 2>/dev/
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | awk -F'\t' '{printf "make %-9s %s\n", $$1, $$2}'
 
-install: $(STAMP) ## .venv with the commands in it (again when pyproject.toml or proxy/native changes)
+install: $(STAMP) ## .venv with the commands in it (again when pyproject.toml or a native/ changes)
 
-$(STAMP): pyproject.toml engine_adapter/cluster/install.py $(wildcard proxy/native/*)
+$(STAMP): pyproject.toml engine_adapter/cluster/install.py $(wildcard proxy/native/* sidecar/native/*)
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: apt-get install python3 python3-venv, or make PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -I engine_adapter/cluster/install.py --venv $(VENV) --stamp $(STAMP)
 

@@ -1,6 +1,6 @@
 """Threads that copy spans of mapped memory, chunk by chunk and fair between transfers.
 
-ctypes.memmove runs without the interpreter's lock. A long transfer does not hold back a short one: after each chunk
+Copying runs without the interpreter's lock. A long transfer does not hold back a short one: after each chunk
 a worker takes the next chunk of the transfer that has waited longest.
 """
 
@@ -9,10 +9,12 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
+from array import array
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
+from sidecar.copy_library import copy_moves
 from sidecar.small_pieces import MIN_PIECES, copy_small, longest, running_sums
 
 CHUNK_BYTES = 1 << 20
@@ -28,6 +30,7 @@ Move = tuple[int, int, int]
 """(destination address, source address, bytes)."""
 
 _memmove = ctypes.memmove
+_copy_moves = copy_moves()
 
 
 class Moves:
@@ -46,6 +49,12 @@ class Moves:
         self.starts = starts
         self.lengths = lengths
         self.each = each
+
+    def packed(self) -> Moves:
+        """The same in columns that the library can read."""
+        columns = (one if isinstance(one, array) else array("q", one) for one in (self.to, self.starts, self.lengths))
+        to, starts, lengths = columns
+        return Moves(self.to_base, to, self.starts_base, starts, lengths, self.each)
 
     @classmethod
     def of(cls, moves: Sequence[Move]) -> Moves:
@@ -66,6 +75,13 @@ class Moves:
         )
 
     def copy(self) -> None:
+        if _copy_moves is not None and isinstance(self.to, array):
+            columns = (one.buffer_info()[0] for one in (self.to, self.starts, self.lengths) if isinstance(one, array))
+            to_column, starts_column, lengths_column = columns
+            _copy_moves(
+                self.to_base, to_column, self.starts_base, starts_column, lengths_column, self.each, len(self.lengths)
+            )
+            return
         if copy_small(self.to_base, self.to, self.starts_base, self.starts, self.lengths):
             return
         to, starts = map(self.to_base.__add__, self.to), map(self.starts_base.__add__, self.starts)
@@ -82,14 +98,14 @@ class CopyJob:
             moves = Moves.of(moves)
         if (moves.each or longest(moves.lengths)) > chunk_bytes:
             moves = Moves.of([piece for move in moves for piece in _pieces(move, chunk_bytes)])
-        self._moves = moves
+        self._moves = moves if _copy_moves is None else moves.packed()
         each, num_moves = moves.each, len(moves)
         self._ends = range(each, each * (num_moves + 1), each) if each else running_sums(moves.lengths)
         self._chunk_bytes = chunk_bytes
         self._on_end = on_end
         self._index = 0
         mean = self._ends[-1] // len(moves)
-        self.alone = chunk_bytes // MIN_PIECES < mean < MIN_SHARED_SPAN_BYTES
+        self.alone = _copy_moves is None and chunk_bytes // MIN_PIECES < mean < MIN_SHARED_SPAN_BYTES
         self.active = 0
         self.stopped = False
         self.assisted = False

@@ -2,10 +2,10 @@
 
     python3 -I engine_adapter/cluster/install.py --venv .venv --stamp .venv/.installed
 
-Four steps, each said when it begins: system libraries (Mooncake's wheel needs three, the proxy's relay thread a C
+Four steps, each said when it begins: system libraries (Mooncake's wheel needs three, relaying and copying a C
 compiler; by apt, as root or with a sudo that asks nothing, otherwise it says what is missing), the virtual environment,
 the packages, Mooncake's wheel. Without Mooncake the shared-memory transport does the work, and without a compiler
-Python passes tokens on, so their absence is said and is no error.
+Python does the work, so their absence is said and is no error.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MOONCAKE_LIBRARIES = {
 """What `mooncake.engine` links and its wheel does not bring, and the packages that have it: the name of newer Debian
 and Ubuntu first."""
 COMPILER = ("gcc", "libc6-dev")
-"""For the proxy's relay thread (proxy/native)."""
+"""For the proxy's relay thread and the sidecar's copying (proxy/native, sidecar/native)."""
 MOONCAKE_MACHINES = ("x86_64", "aarch64")
 LOUD_DOWNLOAD = " MB)"
 """How pip ends the line of a download worth mentioning."""
@@ -118,7 +118,7 @@ def install_system_packages() -> None:
     else:
         apt_install(as_root, packages, missing)
     if not has_compiler():
-        say("    without a C compiler the proxy passes every token on in Python, at two to three times the CPU")
+        say("    without a C compiler Python passes every token on and copies every block: slower, and it works")
     if missing_libraries() and missing:
         say("    without them Mooncake stays out, and KV moves through shared memory alone")
 

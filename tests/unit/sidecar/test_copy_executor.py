@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from sidecar import copy_executor
 from sidecar.copy_executor import CopyExecutor, CopyJob, Move, Moves
 
 
@@ -17,6 +18,14 @@ class Buffers:
 
     def move(self, to: int, start: int, length: int) -> Move:
         return ctypes.addressof(self.target) + to, ctypes.addressof(self.source) + start, length
+
+
+@pytest.fixture(autouse=True, params=["library", "python"])
+def by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "python":
+        monkeypatch.setattr(copy_executor, "_copy_moves", None)
+    elif copy_executor._copy_moves is None:
+        pytest.skip("built without a C compiler")
 
 
 @pytest.fixture(params=[1, 3])

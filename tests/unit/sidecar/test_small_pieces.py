@@ -8,6 +8,7 @@ from array import array
 import numpy as np
 import pytest
 
+from sidecar import copy_executor
 from sidecar.copy_executor import CopyExecutor, Moves
 from sidecar.reshard import Reshard
 from sidecar.small_pieces import MIN_PIECES, copy_small
@@ -48,8 +49,13 @@ def test_few_pieces_of_a_length_are_left_to_memmove() -> None:
 
 @pytest.mark.parametrize("axes", [TOKEN_MAJOR, WHOLE_POOL, HEAD_MAJOR], ids=lambda axes: "-".join(axes))
 @pytest.mark.parametrize(("their_tp", "our_tp"), [(1, 2), (2, 1), (1, 4), (4, 2)])
-def test_slices_of_heads_by_brute_force(axes: tuple[str, ...], their_tp: int, our_tp: int) -> None:
+@pytest.mark.parametrize("by_library", [True, False])
+def test_slices_of_heads_by_brute_force(
+    axes: tuple[str, ...], their_tp: int, our_tp: int, by_library: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Planned and copied as a sidecar does, from every rank into one, beside a gather that knows no spans."""
+    if not by_library:
+        monkeypatch.setattr(copy_executor, "_copy_moves", None)
     rng = random.Random(our_tp)
     blocks = rng.sample(range(40), 24), rng.sample(range(40), 24)
     ours = rank_layout(axes, 16, 4, our_tp, our_tp - 1, (2,), 40, 16)

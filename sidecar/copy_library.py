@@ -1,0 +1,28 @@
+"""`native/copy_moves.c` as ctypes has it. It was built if there was a C compiler at installation."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from ctypes import c_int64, c_void_p
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+CopyMoves = Callable[[int, int, int, int, int, int, int], None]
+"""(base and offsets of the destinations, base and offsets of the sources, lengths, the length of each or 0, how many):
+addresses of memory and of 64-bit columns. The interpreter's lock is released."""
+
+
+def copy_moves() -> CopyMoves | None:
+    """None where it was not built or does not load (another system)."""
+    for suffix in EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_copy_moves{suffix}")
+        if path.exists():
+            try:
+                found = ctypes.CDLL(str(path)).copy_moves
+            except (OSError, AttributeError):
+                return None
+            found.argtypes, found.restype = (*(c_void_p,) * 5, c_int64, c_int64), None
+            copy: CopyMoves = found
+            return copy
+    return None
