@@ -6,7 +6,7 @@ A rank of a decoder of 2, 4 or 8 ranks pulls its heads of 256 blocks of 16 token
 8 heads of 128 numbers of 2 bytes. In token-major blocks (vLLM-Ascend's) a piece is one token's slice of the heads.
 Timed as in bench.kv_transfer, control messages included, beside a plain copy of as many bytes between the same pools in
 the same round: one memmove for each layer of each block, on one thread. `--check` ends with status 1 if token-major
-pieces of 512 bytes or more move at less than a quarter of the plain copy's speed (a memmove a piece: a twelfth).
+pieces of 512 bytes or more move at less than a quarter of the plain copy's speed (a memmove a piece: a tenth).
 """
 
 from __future__ import annotations
