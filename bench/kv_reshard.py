@@ -20,9 +20,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench.kv_transfer import Engine, sidecar
+from bench.kv_transfer import Engine, sidecar, source
 from sidecar.layout import KvLayout, Plane
-from sidecar.protocol import OfferEnded, PullEnded, PullSource
+from sidecar.protocol import OfferEnded, PullEnded
 
 LAYERS, HEADS, TOKENS, HEAD_BYTES = 8, 8, 16, 256
 NUM_BLOCKS, BLOCKS_A_PULL = 400, 256
@@ -74,11 +74,7 @@ def measure(order: str, tp_size: int, rounds: int) -> bool:
             copies.append(plain_copy(producer, consumer, remote, local, theirs, ours))
             offer = producer.client.offer(str(number), remote, TOKENS * BLOCKS_A_PULL, 60)
             started = time.perf_counter()
-            hello = producer.client.hello
-            source = PullSource(
-                hello.host, hello.port, hello.engine_id, offer.transfer_id, offer.token, offer.epoch, BLOCKS_A_PULL
-            )
-            consumer.client.pull(str(number), source, local)
+            consumer.client.pull(str(number), source(producer, offer, remote), local)
             ended = consumer.wait(PullEnded)
             times.append(time.perf_counter() - started)
             if not isinstance(ended, PullEnded) or not ended.ok:
