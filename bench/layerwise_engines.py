@@ -56,7 +56,7 @@ class Trace:
         path.touch()
 
     def take(self, *names: str) -> list[float]:
-        """When each of these happened, the last time, since the last call, in seconds; waits until all have."""
+        """When each of these last happened since the last call, in seconds; waits until all have."""
         deadline = time.monotonic() + TIMEOUT_S
         while time.monotonic() < deadline:
             text = self.path.read_text()[self._num_read :]
@@ -105,7 +105,7 @@ def proxy(contract: str, prefiller: str, decoder: str) -> list[str]:
     for role, address in (("prefiller", prefiller), ("decoder", decoder)):
         host, port = address.split(":")
         command += [f"--{role}-hosts", host, f"--{role}-ports", port]
-    return [*command, "--log-level", "WARNING"]
+    return [*command, "--max-connections", "16", "--log-level", "WARNING"]
 
 
 def ask(address: str, prompt: list[int]) -> list[int]:
