@@ -52,7 +52,7 @@ def test_instances_take_turns(proxy: Proxy) -> None:
     def out() -> list[str]:
         return [one["address"] for one in proxy.get("/instances").json["instances"] if not one["healthy"]]
 
-    eventually(out, "an instance that an earlier test troubled is still out")
+    eventually(out, "an instance that an earlier test troubled is still out", 30.0)  # probed every few seconds
     ports = {request(proxy.port, "POST", "/tokenize", b"{}").json["port"] for _ in range(12)}
     assert len(ports) == 4
 

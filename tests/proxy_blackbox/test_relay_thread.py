@@ -92,7 +92,8 @@ def test_what_was_passed_on_is_gone_on_with(
     engines.fault("decode", kind, shared=True, after=35)
     fields = body_of(COMPLETIONS, num_tokens=60, stream=True, mock={"interval_s": 0.002})
     assert proxy.post(COMPLETIONS, fields).text == text_for(fields)
-    assert min(one["body"]["max_tokens"] for one in engines.requests("decode")) == 25
+    left = min(one["body"]["max_tokens"] for one in engines.requests("decode"))
+    assert 25 <= left <= 27, "a token that comes in one read with the trouble is asked for again"
 
 
 @BOTH
