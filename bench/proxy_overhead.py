@@ -57,13 +57,14 @@ CASES = {
         LoadCase("paced-256", 256, 1, 200, stream=True, interval_s=1 / 50),
         LoadCase("paced-1024", 1024, 1, 80, stream=True, interval_s=1 / 20),
         LoadCase("steady-256", 256, 3, 100, stream=True, interval_s=1 / 50, spread_s=2.0),
+        LoadCase("long-256", 256, 2, 400, stream=True, interval_s=1 / 50, spread_s=2.0),
         LoadCase("prompt-1mb", 4, 12, 16, stream=False, prompt_chars=1 << 20),
         LoadCase("image-8mb", 2, 6, 16, stream=False, image_bytes=8 << 20),
         LoadCase("ttft", 4, 100, 8, stream=True),
     )
 }
 # microseconds of CPU, per token for the streamed cases, else per request (design.md, "The data plane")
-BARS_US = {"plain": 60.0, "unpaced": 10.0, "paced-256": 10.0, "paced-1024": 10.0, "steady-256": 10.0}
+BARS_US = {"plain": 60.0, "unpaced": 10.0, "paced-256": 10.0, "paced-1024": 10.0, "steady-256": 10.0, "long-256": 10.0}
 BAR_OF_RIVAL = 0.5  # of vllm-router's CPU time, in every case of the same run
 BAR_ADDED_TTFT_MS = {"steady-256": 2.0}  # p99, on an idle machine; in paced-256 all connect at once
 BAR_RSS_MIB = {"paced-1024": 100.0}

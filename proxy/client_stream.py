@@ -104,18 +104,13 @@ class ClientStream:
         if self._one_choice and self._chunked and chunked_in and self.continuation is None and not self._reframes:
             tail = token_tail(first)
         if tail and self._is_plain(first):
-            self._begin_passing(tail, self._named(first))
+            first, self._opening = self._named(first), b""  # kept by the name that the client knows
+            self._pass(tail, first, opening + first)
         else:
             self.feed(first)
             if self._opening:
                 self._send(b"")
         return self._passing(tail) if tail else self._feeding
-
-    def _begin_passing(self, tail: bytes, first: bytes) -> None:
-        opening, self._opening = self._opening, b""
-        self._keep(first)
-        if self.lend is None or not self.lend(tail, opening + first):
-            self._write(opening + first)
 
     def _rename(self, first: bytes) -> None:
         """An id is replaced by one as long, with the blanks that JSON allows behind it: no chunk changes its size."""
@@ -126,25 +121,25 @@ class ClientStream:
             self._reframes = len(new) > len(old)
 
     def _passing(self, tail: bytes) -> Callable[[bytes], None]:
-        """The hot path, where the stream is not lent: two calls and a comparison a token."""
-        write, feed, kept = self._renamer(), self.feed, self._kept
+        """The hot path where the stream is not lent."""
+        feed, pass_, named = self.feed, self._pass, self._named
         midway = self._decoder is not None or bool(self.broken_by)
 
         def sink(data: bytes) -> None:
             nonlocal midway
             if midway or not data.endswith(tail):
                 midway = feed(data)
-                return
-            if self._room >= 0:
-                self._room -= len(data)
-                if self._room < 0:
-                    self._forget()
-                else:
-                    kept.append(data)
-            if self.lend is None or not self.lend(tail, self._named(data)):
-                write(data)
+            else:
+                pass_(tail, data, named(data))
 
         return sink
+
+    def _pass(self, tail: bytes, data: bytes, sent: bytes) -> None:
+        """Keep `data` and have it `sent`, by whoever has the stream from now on."""
+        if self._room >= 0:
+            self._keep(data)
+        if self.lend is None or not self.lend(tail, sent):
+            self._write(sent)
 
     def terms(self, tail: bytes) -> Terms:
         """Under which the stream can be lent between two events."""
@@ -156,20 +151,11 @@ class ClientStream:
 
     def lent_passed(self, kept: Kept | None) -> None:
         """What went to the client while the stream was lent; None if it was too much to be kept."""
-        self._room -= kept.num_bytes if kept is not None else self._room + 1
-        if self._room < 0:
+        if kept is None:
             self._forget()
-        elif kept is not None:
+        else:
             self._kept.append(kept)
-
-    def _renamer(self) -> Callable[[bytes], None]:
-        write = self._write
-        if self._renaming is None:
-            return write
-        old, new = self._renaming
-        return lambda data: write(
-            data.replace(old, new)
-        )  # kept as it came: only of the first event is the id asked for
+            self._room -= kept.num_bytes  # which the terms have limited
 
     def _feeding(self, data: bytes) -> None:
         self.feed(data)

@@ -238,7 +238,6 @@ class UpstreamConnection(asyncio.Protocol):
     def stop_relay(self) -> None:
         """The client is gone: what still comes is for nobody. `on_end` is not called. Does nothing if there is none."""
         if self._sink is not None:
-            self._take_back()
             self._sink = self._on_end = None
             self.close()
 
@@ -268,7 +267,6 @@ class UpstreamConnection(asyncio.Protocol):
         return returned.rest
 
     def _ended(self, failure: Failure | None) -> None:
-        self._take_back()
         on_end, self._on_end = self._on_end, None
         self._sink = None
         if failure is None:

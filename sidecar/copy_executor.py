@@ -50,12 +50,6 @@ class Moves:
         self.lengths = lengths
         self.each = each
 
-    def packed(self) -> Moves:
-        """The same in columns that the library can read."""
-        columns = (one if isinstance(one, array) else array("q", one) for one in (self.to, self.starts, self.lengths))
-        to, starts, lengths = columns
-        return Moves(self.to_base, to, self.starts_base, starts, lengths, self.each)
-
     @classmethod
     def of(cls, moves: Sequence[Move]) -> Moves:
         to, starts, lengths = zip(*moves, strict=True)
@@ -75,12 +69,11 @@ class Moves:
         )
 
     def copy(self) -> None:
-        if _copy_moves is not None and isinstance(self.to, array):
-            columns = (one.buffer_info()[0] for one in (self.to, self.starts, self.lengths) if isinstance(one, array))
-            to_column, starts_column, lengths_column = columns
-            _copy_moves(
-                self.to_base, to_column, self.starts_base, starts_column, lengths_column, self.each, len(self.lengths)
-            )
+        if _copy_moves is not None:
+            given = (self.to, self.starts, self.lengths)
+            columns = [column if isinstance(column, array) else array("q", column) for column in given]
+            to_at, starts_at, lengths_at = (column.buffer_info()[0] for column in columns)
+            _copy_moves(self.to_base, to_at, self.starts_base, starts_at, lengths_at, len(self.lengths))
             return
         if copy_small(self.to_base, self.to, self.starts_base, self.starts, self.lengths):
             return
@@ -98,7 +91,7 @@ class CopyJob:
             moves = Moves.of(moves)
         if (moves.each or longest(moves.lengths)) > chunk_bytes:
             moves = Moves.of([piece for move in moves for piece in _pieces(move, chunk_bytes)])
-        self._moves = moves if _copy_moves is None else moves.packed()
+        self._moves = moves
         each, num_moves = moves.each, len(moves)
         self._ends = range(each, each * (num_moves + 1), each) if each else running_sums(moves.lengths)
         self._chunk_bytes = chunk_bytes

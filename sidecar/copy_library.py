@@ -8,9 +8,9 @@ from ctypes import c_int64, c_void_p
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-CopyMoves = Callable[[int, int, int, int, int, int, int], None]
-"""(base and offsets of the destinations, base and offsets of the sources, lengths, the length of each or 0, how many):
-addresses of memory and of 64-bit columns. The interpreter's lock is released."""
+CopyMoves = Callable[[int, int, int, int, int, int], None]
+"""(base and offsets of the destinations, base and offsets of the sources, lengths, how many): addresses of memory and
+of 64-bit columns. The interpreter's lock is released."""
 
 
 def copy_moves() -> CopyMoves | None:
@@ -22,7 +22,7 @@ def copy_moves() -> CopyMoves | None:
                 found = ctypes.CDLL(str(path)).copy_moves
             except (OSError, AttributeError):
                 return None
-            found.argtypes, found.restype = (*(c_void_p,) * 5, c_int64, c_int64), None
+            found.argtypes, found.restype = (*(c_void_p,) * 5, c_int64), None
             copy: CopyMoves = found
             return copy
     return None

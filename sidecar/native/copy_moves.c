@@ -3,11 +3,11 @@
 #include <stdint.h>
 #include <string.h>
 
-/* Move i is `lengths[i]` bytes, or `each` if that is not 0, from `from_base + from[i]` to `to_base + to[i]`. No two
- * destinations overlap, nor a destination and a source. */
+/* Move i is `lengths[i]` bytes from `from_base + from[i]` to `to_base + to[i]`. No two destinations overlap, nor a
+ * destination and a source. */
 void copy_moves(char *to_base, const int64_t *to, const char *from_base, const int64_t *from, const int64_t *lengths,
-                int64_t each, int64_t num)
+                int64_t num)
 {
     for (int64_t i = 0; i < num; i++)
-        memcpy(to_base + to[i], from_base + from[i], (size_t)(each ? each : lengths[i]));
+        memcpy(to_base + to[i], from_base + from[i], (size_t)lengths[i]);
 }
