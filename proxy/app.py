@@ -41,7 +41,6 @@ from proxy.kv_ledger import KvLedger
 from proxy.legs import Legs
 from proxy.listening import is_loopback, listening_sockets, metaserver_url
 from proxy.load_board import LoadBoard
-from proxy.load_ledger import settle_speeds
 from proxy.membership import Membership
 from proxy.metaserver import Metaserver
 from proxy.metrics import ProxyMetrics, Readings
@@ -272,7 +271,7 @@ class ProxyApp:
             for handed in list(self._services.handed_over):
                 handed.check_idle(now, LINGER_S)
             for role in Role:
-                settle_speeds((one.load for one in self.fleet.members[role]), SPEED_DRIFT_A_TICK)
+                self.fleet.settle_speeds(role, SPEED_DRIFT_A_TICK)
             self.membership.tick(now)
             self.admission.tick()
             self.access.follow()

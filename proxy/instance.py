@@ -11,7 +11,7 @@ from collections import Counter
 from proxy.config import Address, ProxyConfig
 from proxy.health import Health
 from proxy.load_board import BoardRow, SharedLoad
-from proxy.load_ledger import InstanceLoad
+from proxy.load_ledger import InstanceLoad, settle_speeds
 from proxy.upstream_pool import UpstreamPool
 
 # One backend under three names to the seeds' proxy (ascend-proxy.md 2.1, "Server key"), so a command that adds one
@@ -149,8 +149,12 @@ class Fleet:
     def create(self, role: Role, address: Address, source: Source, name: Address | None = None) -> Instance:
         """An instance that is not a member yet."""
         board, key = self.board, str(canonical(address))
-        load = board.load_of(role.value, key, str(address)) if board is not None else None
+        load = board.load_of(role.value, key, str(address)) if board is not None else InstanceLoad()
+        load.on_measured = lambda: self.settle_speeds(role)
         return Instance(role, address, self._config, self._loop, source, name, load)
+
+    def settle_speeds(self, role: Role, drift: float = 0.0) -> None:
+        settle_speeds((one.load for one in self.members[role]), drift)
 
     def admit(self, instance: Instance) -> None:
         self.members = {**self.members, instance.role: (*self.members[instance.role], instance)}

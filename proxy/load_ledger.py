@@ -22,10 +22,10 @@ SPEED_NOISE = 1.25
 class InstanceLoad:
     """Open work of one instance. `num_tokens`, `num_requests`, `kv_tokens` are zero when nothing is open.
 
-    `max_streams` and `max_kv_tokens` say how much it can hold (0: unknown); `on_release` is told of work that ended.
-    `speed` is in tokens per second; `even_speed` is that of the fleet where `speed` differs from it by no more than
-    SPEED_NOISE. What is open is counted for this process. `others_*` is what other worker processes have open there, as
-    last read from the load board: always zero with one.
+    `max_streams` and `max_kv_tokens` say how much it can hold (0: unknown); `on_release` is told of work that ended,
+    `on_measured` of the first measurement. `speed` is in tokens per second; `even_speed` is that of the fleet where
+    `speed` differs from it by no more than SPEED_NOISE. What is open is counted for this process. `others_*` is what
+    other worker processes have open there, as last read from the load board: always zero with one.
     """
 
     __slots__ = (
@@ -41,6 +41,7 @@ class InstanceLoad:
         "measured",
         "num_requests",
         "num_tokens",
+        "on_measured",
         "on_release",
         "others_kv_tokens",
         "others_policy_load",
@@ -62,6 +63,7 @@ class InstanceLoad:
         self.max_streams = 0
         self.max_kv_tokens = 0
         self.on_release: Callable[[], None] | None = None
+        self.on_measured: Callable[[], None] | None = None
         self.total_requests = 0
         self.last_pick = 0
         self.policy_load = 0  # what a policy holds in a measure of its own
@@ -110,7 +112,10 @@ class InstanceLoad:
         self._tokens = self._tokens * SPEED_MEMORY + num_tokens
         self._seconds = self._seconds * SPEED_MEMORY + seconds
         self._show(self._tokens / max(self._seconds, 1e-6))
-        self.measured = True
+        if not self.measured:
+            self.measured = True
+            if self.on_measured is not None:
+                self.on_measured()
 
     def observe_queue(self, num_tokens: float, began: float, now: float) -> None:
         """As `observe`, for work that is done one after the other: it began at `began`, or when the work before it
@@ -188,7 +193,7 @@ def settle_speeds(loads: Iterable[InstanceLoad], drift: float) -> None:
 
     The speed of one that has nothing to do moves by the fraction `drift` towards the mean, so that an instance that was
     slow once (a cold start) is tried again; unmeasured ones take the mean; none stays beyond SPEED_SPREAD of it. Called
-    once a maintenance tick.
+    once a maintenance tick, and when one is measured for the first time: beside that, UNKNOWN_SPEED is no guess.
     """
     fleet = list(loads)
     known = [load.speed for load in fleet if load.measured]

@@ -8,10 +8,7 @@ import random
 import re
 import signal
 import socket
-import statistics
 import subprocess
-import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -24,7 +21,6 @@ from tests.proxy_blackbox.harness import (
     CHAT,
     HOST,
     PROXY,
-    Answer,
     Engines,
     Process,
     Proxy,
@@ -36,75 +32,10 @@ from tests.proxy_blackbox.harness import (
     request,
     text_for,
 )
+from tests.proxy_blackbox.workers import Clients, ask, begin, sample, served, workers
 
 StartProxy = Callable[..., Proxy]
 QUICK = ("--health-retry-interval-s", "0.1", "--waiting-retry-interval", "0.1")
-
-
-def workers(proxy: Proxy) -> list[psutil.Process]:
-    return sorted(psutil.Process(proxy.process.popen.pid).children(), key=lambda one: one.pid)
-
-
-def worker_of(proxy: Proxy, sock: socket.socket) -> int:
-    """The process that has the other end of a connection."""
-    own = sock.getsockname()[1]
-    found: list[int] = []
-
-    def missing() -> object:
-        found[:] = [
-            one.pid
-            for one in workers(proxy)
-            if any(c.raddr and c.raddr.port == own and c.laddr.port == proxy.port for c in one.net_connections("tcp"))
-        ]
-        return not found
-
-    eventually(missing, "nobody has the connection")
-    return found[0]
-
-
-class Clients(ExitStack):
-    """Connections that stay open, some in each worker."""
-
-    def __init__(self, proxy: Proxy, num_each: int = 1) -> None:
-        super().__init__()
-        self.of: dict[int, list[socket.socket]] = {one.pid: [] for one in workers(proxy)}
-        for _ in range(200):
-            if all(len(some) >= num_each for some in self.of.values()):
-                return
-            sock = self.enter_context(closing(socket.create_connection((HOST, proxy.port), timeout=20)))
-            self.of[worker_of(proxy, sock)].append(sock)
-        raise AssertionError(f"one worker takes all: { {pid: len(some) for pid, some in self.of.items()} }")
-
-    @property
-    def each(self) -> list[socket.socket]:
-        """One in each worker."""
-        return [some[0] for some in self.of.values()]
-
-
-def ask(sock: socket.socket, **more: object) -> Answer:
-    sock.sendall(raw_post(CHAT, json.dumps(body_of(CHAT, **more)).encode()))  # type: ignore[arg-type]
-    return read_answer(sock)
-
-
-def begin(sock: socket.socket, num_tokens: int = 90_000) -> None:
-    """A stream that goes on; returns once its first event is there."""
-    fields = body_of(CHAT, num_tokens=num_tokens, stream=True, mock={"interval_s": 0.02})
-    sock.sendall(raw_post(CHAT, json.dumps(fields).encode()))
-    assert b"data:" in (sock.recv(1 << 16) + sock.recv(1 << 16))
-
-
-def sample(proxy: Proxy, name: str, **labels: str) -> float:
-    """The sum over all samples of `name` with these labels."""
-    found = 0.0
-    for line in proxy.get("/metrics").body.decode().splitlines():
-        if line.startswith((name + "{", name + " ")) and all(f'{k}="{v}"' in line for k, v in labels.items()):
-            found += float(line.rsplit(" ", 1)[1])
-    return found
-
-
-def served(engines: Engines) -> Counter[int]:
-    by_port = request(engines.control_port, "GET", "/mock/requests").json
-    return Counter({port: len(by_port[str(port)]) for port in engines.decode})
 
 
 @pytest.fixture(scope="module")
@@ -118,35 +49,6 @@ def fleet() -> Iterator[Engines]:
 def engines(fleet: Engines) -> Engines:
     fleet.reset()
     return fleet
-
-
-def spread(proxy: Proxy, engines: Engines, num_clients: int = 6, num_each: int = 25) -> float:
-    """The coefficient of variation of requests per decoder. All are alike, so that the decoders show one speed."""
-    engines.reset()
-
-    def client() -> None:
-        with closing(socket.create_connection((HOST, proxy.port), timeout=30)) as sock:
-            for _ in range(num_each):
-                assert ask(sock, num_tokens=8, stream=True, mock={"interval_s": 0.001}).status == 200
-
-    threads = [threading.Thread(target=client) for _ in range(num_clients)]
-    for one in threads:
-        one.start()
-    for one in threads:
-        one.join(60)
-    counts = served(engines)
-    assert sum(counts.values()) == num_clients * num_each
-    return statistics.pstdev(counts.values()) / statistics.mean(counts.values())
-
-
-def test_the_choice_is_as_even_with_two_workers_as_with_one(start_proxy: StartProxy, engines: Engines) -> None:
-    one, two = start_proxy("--workers", "1"), start_proxy("--workers", "2")
-    for proxy in (one, two):
-        spread(proxy, engines, num_each=10)  # until their speeds are known
-    alone, together = (statistics.median(spread(proxy, engines) for _ in range(3)) for proxy in (one, two))
-    assert together <= alone + 0.1, (alone, together)
-    with Clients(two):
-        pass  # both take connections
 
 
 def test_each_worker_sees_what_the_other_holds(start_proxy: StartProxy, engines: Engines) -> None:

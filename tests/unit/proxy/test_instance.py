@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
-from proxy.config import Address
+from proxy.config import Address, ProxyConfig
 from proxy.errors import BadRequest
-from proxy.instance import canonical
+from proxy.instance import Fleet, Role, Source, canonical
 from proxy.instances_api import parse_address
 
 
@@ -40,3 +42,23 @@ def test_an_address_is_read(text: str, address: Address) -> None:
 def test_what_is_no_address_is_refused(text: str) -> None:
     with pytest.raises(BadRequest, match="is not host:port"):
         parse_address(text)
+
+
+async def test_beside_the_first_speed_that_is_measured_nobody_counts_at_a_made_up_one() -> None:
+    """Or all would go to that instance, until the next tick."""
+    host = "127.0.0.1"
+    config = ProxyConfig(prefiller_hosts=[host], prefiller_ports=[1], decoder_hosts=[host] * 3, decoder_ports=[1, 2, 3])
+    fleet = Fleet(config, asyncio.get_running_loop())
+    fleet.admit(fleet.create(Role.DECODE, Address(host, 4), Source.ADMIN))
+    loads = [one.load for one in fleet.members[Role.DECODE]]
+    prefill_speed = fleet.members[Role.PREFILL][0].load.speed
+    loads[3].observe(10_000_000, 1.0)
+    assert [load.speed for load in loads] == [10_000_000] * 4
+    assert fleet.members[Role.PREFILL][0].load.speed == prefill_speed, "another role, another kind of work"
+    loads[0].observe(4_000_000, 1.0)
+    assert [load.speed for load in loads] == [4_000_000, 7_000_000, 7_000_000, 10_000_000]
+    loads[1].observe(8_000_000, 1.0)
+    loads[3].observe(10_000_000, 1.0)
+    assert loads[0].speed == 4_000_000, "what was measured stays"
+    for one in fleet.all:
+        one.close()
