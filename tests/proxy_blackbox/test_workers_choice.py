@@ -108,7 +108,7 @@ def choices(proxy: Proxy, engines: Engines, order: list[tuple[int, int, bool]]) 
 def num_sent(engines: Engines) -> Counter[int]:
     return Counter(
         {
-            one["port"]: one["counts"].get("requests", 0)
+            one["port"]: one["counts"].get("decodes", 0)
             for one in engines.state()["instances"]
             if one["role"] == "decode"
         }
