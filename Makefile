@@ -30,8 +30,9 @@ $(STAMP): pyproject.toml engine_adapter/cluster/install.py $(wildcard proxy/nati
 demo: $(STAMP) ## one prefiller, one decoder and the proxy, and an answer; MODEL=DIR PORT=8000 DEMO_ARGS=--once DEMO=FILE.toml
 	@$(VENV)/bin/pd-cluster demo $(DEMO) $(if $(MODEL),--model $(MODEL)) $(if $(PORT),--port $(PORT)) $(DEMO_ARGS)
 
+# Its workers and the commands they start share what is compiled, whatever the environment says of writing it.
 test: $(STAMP) ## every test; PYTEST_ARGS="-k proxy"
-	@$(VENV)/bin/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	@PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-vllm: $(STAMP) vllm-venv $(AIS_BENCH_VENV)/.installed ## real vLLM, split by our connector, and the benchmark recipes (CPU wheel in .venv-vllm, 20 minutes); VLLM_VENV=DIR
 	@VLLM_VENV=$(abspath $(VLLM_VENV)) AIS_BENCH_VENV=$(abspath $(AIS_BENCH_VENV)) $(VENV)/bin/python -m pytest tests/vllm $(PYTEST_ARGS)

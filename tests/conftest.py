@@ -1,0 +1,26 @@
+"""The order in which the workers of `pytest -n` take files."""
+
+from __future__ import annotations
+
+from itertools import chain, zip_longest
+
+import pytest
+
+WAITING = ("tests/sidecar_processes/", "tests/proxy_blackbox/")
+"""Most of their time is time-outs and leases of processes: the cores are free meanwhile."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that wait take turns with files that compute. The shorter ones, of tests/unit, come last by their names:
+    no worker ends with a long one while the others have nothing left."""
+    by_file: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        by_file.setdefault(item.nodeid.split("::")[0], []).append(item)
+    waiting = sorted((file for file in by_file if file.startswith(WAITING)), key=_first_directory)
+    computing = [file for file in by_file if not file.startswith(WAITING)]
+    turns = chain.from_iterable(zip_longest(waiting, computing))
+    items[:] = [item for file in turns if file is not None for item in by_file[file]]
+
+
+def _first_directory(file: str) -> int:
+    return next(number for number, directory in enumerate(WAITING) if file.startswith(directory))
