@@ -1,10 +1,13 @@
-"""The order in which the workers of `pytest -n` take files."""
+"""What spares the workers of `pytest -n` time: the order of files, and what the garbage collector need not see."""
 
 from __future__ import annotations
 
+import gc
 from itertools import chain, zip_longest
 
 import pytest
+
+gc.disable()  # until the tests are collected: nothing of them is garbage
 
 WAITING = ("tests/sidecar_processes/", "tests/proxy_blackbox/")
 """Most of their time is time-outs and leases of processes: the cores are free meanwhile."""
@@ -20,6 +23,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     computing = [file for file in by_file if not file.startswith(WAITING)]
     turns = chain.from_iterable(zip_longest(waiting, computing))
     items[:] = [item for file in turns if file is not None for item in by_file[file]]
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of tests, torch and transformers stay: the collector needn't walk them again and again."""
+    gc.freeze()
+    gc.enable()
 
 
 def _first_directory(file: str) -> int:
