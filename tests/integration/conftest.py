@@ -1,22 +1,14 @@
-"""A tiny model for the session, and what a stranger would find missing."""
+"""A tiny model for the session."""
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.integration.deployment import BIN
+from tests.integration.deployment import make_model
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Qwen3 made by `pd-engine make-model`."""
-    directory = tmp_path_factory.mktemp("models") / "tiny"
-    subprocess.run(
-        [str(BIN / "pd-engine"), "make-model", str(directory), "--family", "qwen3", "--size", "tiny"],
-        check=True,
-        timeout=120,
-    )
-    return directory
+    return make_model(tmp_path_factory.mktemp("models") / "tiny")

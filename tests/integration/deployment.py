@@ -56,6 +56,16 @@ def is_up(url: str) -> bool:
         return False
 
 
+def make_model(directory: Path, family: str = "qwen3") -> Path:
+    """A tiny model by `pd-engine make-model`."""
+    command = [str(BIN / "pd-engine"), "make-model", str(directory), "--family", family, "--size", "tiny"]
+    with tempfile.TemporaryFile("w+") as output:
+        if popen(command, output, output).wait(START_TIMEOUT_S):
+            output.seek(0)
+            raise AssertionError(output.read())
+    return directory
+
+
 @dataclass
 class Command:
     """One process of the deployment; `ready_url` answers 200 once it serves."""

@@ -12,7 +12,6 @@ import argparse
 import asyncio
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,7 +22,7 @@ from pathlib import Path
 import aiohttp
 import psutil
 
-from tests.integration.deployment import BIN, Deployment, is_up
+from tests.integration.deployment import Deployment, is_up, make_model
 from tests.integration.greedy import Answer, Prompt, ask, prompts
 
 NUM_CLIENTS = 4
@@ -177,9 +176,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="baton-soak-") as folder:
-        model = Path(folder) / "tiny"
-        make = [str(BIN / "pd-engine"), "make-model", str(model), "--family", "qwen3", "--size", "tiny"]
-        subprocess.run(make, check=True, stdout=subprocess.DEVNULL)
+        model = make_model(Path(folder) / "tiny")
         tally, found = asyncio.run(soak(model, options.minutes * 60, options.every, options.seed))
     print(f"{dict(tally.counts)} {dict(tally.faults)}: {tally.share_right:.2%} right, slowest {tally.slowest_s:.1f} s")
     for line in found:

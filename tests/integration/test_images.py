@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import subprocess
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,7 +15,7 @@ import aiohttp
 import pytest
 from PIL import Image as Pillow
 
-from tests.integration.deployment import BIN, Deployment, metric
+from tests.integration.deployment import Deployment, make_model, metric
 from tests.integration.greedy import Answer, Prompt, ask
 
 ENCODED = "baton_engine_images_encoded_total"
@@ -49,10 +48,7 @@ def data_url(content: bytes) -> str:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("models") / "qwen2_5_vl"
-    make = [str(BIN / "pd-engine"), "make-model", str(directory), "--family", "qwen2_5_vl", "--size", "tiny"]
-    subprocess.run(make, check=True, timeout=120, capture_output=True)
-    return directory
+    return make_model(tmp_path_factory.mktemp("models") / "qwen2_5_vl", "qwen2_5_vl")
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
 from pathlib import Path
 
 import aiohttp
 import pytest
 
-from tests.integration.deployment import BIN, Deployment, metric
+from tests.integration.deployment import Deployment, make_model, metric
 from tests.integration.greedy import Answer, Prompt, ask, prompts
 
 SAMPLED = {"temperature": 1.0, "top_p": 0.9, "top_k": 50, "min_p": 0.01, "presence_penalty": 0.5, "max_tokens": 24}
@@ -25,10 +24,7 @@ async def answers_of(url: str, asked: list[Prompt], sampled: bool) -> list[Answe
 
 @pytest.fixture
 def model(family: str, tmp_path: Path) -> Path:
-    directory = tmp_path / family
-    make = [str(BIN / "pd-engine"), "make-model", str(directory), "--family", family, "--size", "tiny"]
-    subprocess.run(make, check=True, timeout=120, capture_output=True)
-    return directory
+    return make_model(tmp_path / family, family)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3"])
