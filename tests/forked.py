@@ -56,7 +56,7 @@ def popen(
 ) -> subprocess.Popen[str] | Forked:
     """Start a command: forked where it is one of COMMANDS, else by `subprocess.Popen`."""
     name = argv[2] if len(argv) > 2 and argv[:2] == [sys.executable, "-m"] else Path(argv[0]).name
-    name = {"sidecar.cli": "pd-sidecar"}.get(name, name)
+    name = {"sidecar.cli": "pd-sidecar", "engine_adapter.torch_engine.cli": "pd-engine"}.get(name, name)
     if name in COMMANDS and _loading(os.environ if env is None else env) == LOADING:
         return Forked(name, argv, stdout, stderr, cwd, env)
     return subprocess.Popen(argv, stdout=stdout, stderr=stderr, stdin=subprocess.DEVNULL, cwd=cwd, env=env, text=True)

@@ -15,6 +15,7 @@ import pytest
 
 from engine_adapter.torch_engine.make_model import make_model
 from engine_adapter.torch_engine.tokenizer import Tokenizer
+from tests.forked import Forked, popen
 
 START_TIMEOUT_S = 60.0
 
@@ -26,7 +27,7 @@ class Served:
     url: str
     host: str
     port: int
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str] | Forked
     log: Path
 
 
@@ -49,7 +50,7 @@ def start_engine(model_dir: Path, log: Path, *flags: str) -> Served:
         "--num-threads", "1", *flags,
     ]  # fmt: skip
     with log.open("w") as stderr:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+        process = popen(command, subprocess.PIPE, stderr)
     assert process.stdout is not None
     ready = process.stdout.readline()
     found = re.search(r"^ready listen=([\d.]+):(\d+) ", ready)
