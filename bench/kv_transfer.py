@@ -66,7 +66,7 @@ class Engine:
         self.address = ctypes.addressof(self._view)
         self._happened = threading.Event()
         self.client = SidecarClient.connect(socket_path, on_event=self._happened.set)
-        self.client.register_pool(self.fd, layout)
+        self.client.register_pool(self.fd, layout, address=self.address)
 
     def wait(self, kind: type[OfferEnded] | type[PullEnded]) -> OfferEnded | PullEnded:
         while True:

@@ -15,36 +15,24 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from sidecar import protocol
+from sidecar.calls import Calls
+from sidecar.direct import DirectReads
 from sidecar.errors import FrameError, LayoutRefused, OfferRefused, SidecarError, SidecarUnavailable
 from sidecar.framing import FrameDecoder, encode_frame
-from sidecar.greeting import READ_BYTES, greet
+from sidecar.greeting import greet
+from sidecar.incoming import Incoming
 from sidecar.layout import KvLayout
 from sidecar.peer_process import PeerProcess
 from sidecar.protocol import (
-    Abandon,
-    CallFailed,
-    Drop,
     Event,
-    JoinPool,
-    Land,
     Landing,
-    MarkReady,
     Message,
     Offer,
-    OfferBlocks,
     OfferEnded,
-    PoolMemory,
     PoolRegistered,
-    Pull,
     PullEnded,
     PullSource,
-    PushBlocks,
-    PushTarget,
-    Ready,
-    RegisterPool,
-    Revoke,
     SidecarHello,
-    SidecarLost,
     StoreEvent,
     StoreRequest,
     decode,
@@ -61,14 +49,6 @@ _ERRORS = {"LayoutRefused": LayoutRefused, "OfferRefused": OfferRefused}
 _M = TypeVar("_M", bound=Message)
 
 
-class _Call:
-    """A caller waiting for its answer."""
-
-    def __init__(self) -> None:
-        self.done = threading.Event()
-        self.answer: Message | None = None
-
-
 class SidecarClient:
     """One connection to a sidecar; made by `connect`, dead for good once SidecarLost has been polled."""
 
@@ -79,14 +59,14 @@ class SidecarClient:
         self.staged_slots = 0
         """Of the pool that was joined, where that is a staging buffer."""
         self._sock = sock
-        self._decoder = decoder
+        self._incoming = Incoming(sock, decoder)
         self._on_event = on_event
         self._lock = threading.Lock()
         self._send_lock = threading.Lock()
-        self._calls: dict[int, _Call] = {}
-        self._next_call_id = 1
+        self._calls = Calls()
         self._pulls: dict[str, PullSource | None] = {}
         self._store_requests = OpenRequests()
+        self._direct = DirectReads()
         self._events: deque[Event] = deque()
         self._broken = ""
         self._closed = False
@@ -106,24 +86,30 @@ class SidecarClient:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(CALL_TIMEOUT_S), 0))
         return cls(sock, hello, decoder, on_event)
 
-    def register_pool(self, fd: int, layout: KvLayout, *, staged: bool = False) -> str:
+    def register_pool(self, fd: int, layout: KvLayout, *, staged: bool = False, address: int = 0) -> str:
         """Hand the pool's memfd over, which stays ours too. Returns the registration's epoch.
 
-        `staged`: it is a buffer that stands for the KV. A pool registered before is retired first: its leases are void
-        and its pulls end. Raises LayoutRefused or SidecarUnavailable.
+        `staged`: it is a buffer that stands for the KV. `address`: where its first byte lies in this process, for as
+        long as this client lives; small pulls from producers on this host are copied by `pull` itself then. A pool
+        registered before is retired first: its leases are void and its pulls end. Raises LayoutRefused or
+        SidecarUnavailable.
         """
-        return self._register(lambda call_id: RegisterPool(call_id, layout, None, staged), (fd,))
+        direct = bool(address) and self._direct.possible()
+        epoch = self._register(lambda call_id: protocol.RegisterPool(call_id, layout, None, staged, direct), (fd,))
+        if direct:
+            self._direct.begin(address, layout)
+        return epoch
 
-    def register_memory(self, memory: PoolMemory, layout: KvLayout, *, staged: bool = False) -> str:
+    def register_memory(self, memory: protocol.PoolMemory, layout: KvLayout, *, staged: bool = False) -> str:
         """As register_pool, for a pool that has no descriptor. It must stay where it is while this client lives."""
-        return self._register(lambda call_id: RegisterPool(call_id, layout, memory, staged))
+        return self._register(lambda call_id: protocol.RegisterPool(call_id, layout, memory, staged))
 
     def join_pool(self) -> str:
         """Offer, revoke and drop for the pool that another process of this engine registered. Returns its epoch.
 
         Offers' ends are reported to that process. Raises OfferRefused while no pool is registered, SidecarUnavailable.
         """
-        answer = self._call(lambda call_id: JoinPool(call_id), PoolRegistered)
+        answer = self._call(lambda call_id: protocol.JoinPool(call_id), PoolRegistered)
         self.staged_slots = answer.staged_slots
         return answer.epoch
 
@@ -132,22 +118,22 @@ class SidecarClient:
         ids = list(block_ids)
         if ids and min(ids) < 0:
             raise OfferRefused(f"block {min(ids)} is not in the pool")
-        return self._call(lambda call_id: OfferBlocks(call_id, request_id, ids, num_tokens, ttl_s), Offer)
+        return self._call(lambda call_id: protocol.OfferBlocks(call_id, request_id, ids, num_tokens, ttl_s), Offer)
 
     def push(
-        self, request_id: str, block_ids: Sequence[int], num_tokens: int, ttl_s: float, target: PushTarget,
-        ready: Ready, num_blocks: int = 0,
+        self, request_id: str, block_ids: Sequence[int], num_tokens: int, ttl_s: float, target: protocol.PushTarget,
+        ready: protocol.Ready, num_blocks: int = 0,
     ) -> Offer:  # fmt: skip
         """Like `offer`, of blocks that are still computed, to a landing elsewhere; `mark_ready` follows, and brings
         the blocks that `block_ids` lacks to be `num_blocks`."""
         ids = list(block_ids)
         return self._call(
-            lambda id: PushBlocks(id, request_id, ids, num_tokens, ttl_s, ready, target, num_blocks), Offer
+            lambda id: protocol.PushBlocks(id, request_id, ids, num_tokens, ttl_s, ready, target, num_blocks), Offer
         )
 
-    def mark_ready(self, transfer_id: str, ready: Ready, block_ids: Sequence[int] = ()) -> None:
+    def mark_ready(self, transfer_id: str, ready: protocol.Ready, block_ids: Sequence[int] = ()) -> None:
         """More of a push lies in the pool. Sends, and waits for nothing. Raises SidecarUnavailable."""
-        self._send(MarkReady(transfer_id, ready, tuple(block_ids)))
+        self._send(protocol.MarkReady(transfer_id, ready, tuple(block_ids)))
 
     def land(
         self, pull_id: str, local_block_ids: Sequence[int], *, first_block: int = 0, deadline_s: float = 30.0
@@ -157,7 +143,8 @@ class SidecarClient:
         Raises OfferRefused or SidecarUnavailable, without an event then, or ValueError on a pull_id in use."""
         self._open(pull_id, None)
         try:
-            return self._call(lambda id: Land(id, pull_id, list(local_block_ids), first_block, deadline_s), Landing)
+            ids = list(local_block_ids)
+            return self._call(lambda id: protocol.Land(id, pull_id, ids, first_block, deadline_s), Landing)
         except SidecarError:
             with self._lock:
                 if self._pulls.pop(pull_id, self) is None:
@@ -166,7 +153,7 @@ class SidecarClient:
 
     def revoke(self, transfer_id: str) -> None:
         """Take an offer back; OfferEnded follows, unless it has ended already."""
-        self._send(Revoke(transfer_id))
+        self._send(protocol.Revoke(transfer_id))
 
     def pull(
         self,
@@ -182,6 +169,8 @@ class SidecarClient:
 
         A producer of several ranks gives one lease a rank, all of them go into `source`, see protocol.Pull.
 
+        From a producer on this host up to direct.MAX_BYTES may be copied before this returns (see register_pool).
+
         Raises SidecarUnavailable, and then no event follows, or ValueError on a pull_id in use or a negative number.
         """
         ids = list(local_block_ids)
@@ -190,7 +179,10 @@ class SidecarClient:
         sources = (source,) if isinstance(source, PullSource) else tuple(source)
         if not sources:
             raise ValueError("there is no source to pull from")
-        payload = encode(Pull(pull_id, sources, ids, first_block, deadline_s, tuple(stage_layers)))
+        alone = len(sources) == 1 and not stage_layers and deadline_s > 0
+        if alone and self._pull_here(pull_id, sources[0], ids, first_block):
+            return
+        payload = encode(protocol.Pull(pull_id, sources, ids, first_block, deadline_s, tuple(stage_layers)))
         self._open(pull_id, sources[0])
         try:
             self._send_payload(payload)
@@ -202,11 +194,11 @@ class SidecarClient:
 
     def abandon(self, pull_id: str) -> None:
         """Nobody wants it any more; its PullEnded still follows. An ended pull is left alone."""
-        self._send(Abandon(pull_id))
+        self._send(protocol.Abandon(pull_id))
 
     def drop(self, source: PullSource) -> None:
         """Tell the producer that nobody will read this lease. Idempotent, answers nothing."""
-        self._send(Drop(source))
+        self._send(protocol.Drop(source))
 
     def ask_store(self, request: StoreRequest) -> None:
         """Look up, load or save blocks; one StoreFound, StoreLoadEnded or StoreSaveEnded follows. Or abandon a load.
@@ -256,6 +248,8 @@ class SidecarClient:
             self._reader.join()
         self._sock.close()
         self._process.close()
+        self._direct.close()
+        self._incoming.close()
 
     def _open(self, pull_id: str, source: PullSource | None) -> None:
         with self._lock:
@@ -264,7 +258,23 @@ class SidecarClient:
                 raise ValueError(f"pull {pull_id!r} is open already")
             self._pulls[pull_id] = source
 
-    def _register(self, make: Callable[[int], RegisterPool], fds: tuple[int, ...] = ()) -> str:
+    def _pull_here(self, pull_id: str, source: PullSource, local: Sequence[int], first_block: int) -> bool:
+        """Whether the blocks could be read here, without the sidecar, and the pull has ended. Raises as `pull`."""
+        read = None if self._broken or pull_id in self._pulls else self._direct.read(source, local, first_block)
+        if read is None:
+            return False
+        peer = f"{source.engine_id}@{source.host}:{source.port}"
+        ended = PullEnded(pull_id, True, "", "", read.num_blocks, read.num_bytes, read.seconds, "shm", peer)
+        with self._lock:
+            self._check_alive()  # nobody polls what follows the sidecar's loss
+            self._events.append(ended)
+        self._notify()
+        with contextlib.suppress(SidecarUnavailable):
+            self._send(read)
+        return True
+
+    def _register(self, make: Callable[[int], Message], fds: tuple[int, ...] = ()) -> str:
+        self._direct.close()
         return self._call(make, PoolRegistered, REGISTER_TIMEOUT_S, fds).epoch
 
     def _call(
@@ -274,20 +284,17 @@ class SidecarClient:
         timeout_s: float = CALL_TIMEOUT_S,
         fds: tuple[int, ...] = (),
     ) -> _M:
-        call = _Call()
         with self._lock:
             self._check_alive()
-            call_id, self._next_call_id = self._next_call_id, self._next_call_id + 1
-            self._calls[call_id] = call
+            call = self._calls.begin()
         try:
-            self._send_payload(encode(make(call_id)), fds)
+            self._send_payload(encode(make(call.call_id)), fds)
             if not call.done.wait(timeout_s):
                 self._give_up(f"the sidecar did not answer within {timeout_s:g} s")
         finally:
-            with self._lock:
-                self._calls.pop(call_id, None)
+            self._calls.end(call)
         answer = call.answer
-        if isinstance(answer, CallFailed):
+        if isinstance(answer, protocol.CallFailed):
             raise _ERRORS.get(answer.kind, SidecarError)(answer.message)
         if not isinstance(answer, expected):
             raise SidecarUnavailable(self._broken or "the sidecar's connection ended")
@@ -326,9 +333,9 @@ class SidecarClient:
     def _read(self) -> None:
         message = "the sidecar closed the connection"
         try:
-            while chunk := self._sock.recv(READ_BYTES):
+            while (frames := self._incoming.frames()) is not None:
                 notable = False
-                for frame in self._decoder.feed(chunk):
+                for frame in frames:
                     notable |= self._take(decode(protocol.to_engine, frame))
                 if notable:
                     self._notify()
@@ -336,7 +343,9 @@ class SidecarClient:
             message = f"the connection to the sidecar broke: {error.strerror}"
         except FrameError as error:
             message = f"the sidecar speaks nonsense: {error}"
-            self._await_end()
+            self._give_up(message)
+            with contextlib.suppress(OSError):
+                self._incoming.await_end()  # until then it may write
         self._lose(message)
 
     def _take(self, message: Message) -> bool:
@@ -346,49 +355,39 @@ class SidecarClient:
             return True
         if isinstance(message, PullEnded):
             with self._lock:
-                if message.pull_id not in self._pulls:
-                    return False
-                del self._pulls[message.pull_id]
-            self._events.append(message)
-            return True
+                asked = self._pulls.pop(message.pull_id, self) is not self
+            if asked:
+                self._events.append(message)
+            return asked
         if isinstance(message, StoreEvent):
             with self._lock:
                 asked = self._store_requests.end(message)
             if asked:
                 self._events.append(message)
             return asked
-        if isinstance(message, PoolRegistered | Offer | Landing | CallFailed):
-            with self._lock:
-                call = self._calls.pop(message.call_id, None)
-            if call is not None:
-                call.answer = message
-                call.done.set()
+        if isinstance(message, protocol.PoolOpened):
+            self._direct.opened(message, self._incoming.take_fds(2))
+        elif isinstance(message, protocol.PoolClosed):
+            self._direct.closed(message)
+        if isinstance(message, PoolRegistered | Offer | Landing | protocol.CallFailed):
+            self._calls.answered(message)
         return False
-
-    def _await_end(self) -> None:
-        """Wait for the sidecar to close: until then it may write."""
-        self._give_up("the sidecar speaks nonsense")
-        with contextlib.suppress(OSError):
-            while self._sock.recv(READ_BYTES):
-                pass
 
     def _lose(self, message: str) -> None:
         """The sidecar, and with it every mapping of our pool, is gone: report what was open, wake who waits."""
         with self._lock:
             self._broken = self._broken or message
-            calls, self._calls = self._calls, {}
             pulls, self._pulls = self._pulls, {}
             store_events = self._store_requests.lose(message)
             closed = self._closed
-        for call in calls.values():
-            call.done.set()
+        self._calls.lose()
         if closed:
             return
         for pull_id, source in pulls.items():
             peer = f"{source.engine_id}@{source.host}:{source.port}" if source else ""
             self._events.append(PullEnded(pull_id, False, "sidecar_lost", message, 0, 0, 0.0, "", peer))
         self._events.extend(store_events)
-        self._events.append(SidecarLost(message))
+        self._events.append(protocol.SidecarLost(message))
         self._notify()
 
     def _notify(self) -> None:

@@ -100,6 +100,20 @@ class FrameConnection:
         if len(self._unsent) > MAX_UNSENT_BYTES:
             self.close(f"{len(self._unsent)} bytes lie unread at the other end")
 
+    def send_at_once(self, payload: bytes, fds: Sequence[int]) -> bool:
+        """Send one frame with `fds`, or nothing, and say False, where the other end is slow to read."""
+        if self.closed or self._unsent:
+            return False
+        frame = encode_frame(payload)
+        try:
+            sent = socket.send_fds(self._sock, [frame], list(fds))
+        except OSError:
+            return False  # for good: the next read or send tells
+        if sent < len(frame):
+            self._unsent += memoryview(frame)[sent:]
+            self._loop.add_writer(self._fileno, self._writable)
+        return True
+
     def take_fd(self) -> int:
         """The descriptor that came with the frame being handled, now the caller's. Raises FrameError without one."""
         if not self._fds:

@@ -33,6 +33,11 @@ _memmove = ctypes.memmove
 _copy_moves = copy_moves()
 
 
+def copies_natively() -> bool:
+    """Whether moves are copied by one C call, with what other processors wrote seen in order around it."""
+    return _copy_moves is not None
+
+
 class Moves:
     """Moves in columns, relative to two addresses: a chunk of them is copied without a step of Python for each."""
 

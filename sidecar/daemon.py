@@ -17,6 +17,7 @@ from aiohttp import web
 from sidecar.config import SidecarConfig, split_address
 from sidecar.copy_executor import CopyExecutor
 from sidecar.deliveries import Deliveries
+from sidecar.direct_pools import DirectPools
 from sidecar.engine_session import EngineSession
 from sidecar.errors import LayoutRefused, StartError
 from sidecar.landings import Landings
@@ -143,7 +144,10 @@ class Daemon:
         config, metrics = self._config, self.metrics
         epoch, layout = registration.epoch, registration.layout
         offers = Offers(config, epoch, layout.num_blocks, metrics, session.send, layout.num_layers, self._board)
-        peers = PeerTable(config, self.identity, registration, self.transports, metrics)
+        # A limit on copying holds only for what this process copies.
+        may_read = registration.direct and not config.copy_bytes_per_s
+        direct = DirectPools(session.hand_over, session.send) if may_read else None
+        peers = PeerTable(config, self.identity, registration, self.transports, metrics, direct)
         landings = Landings(config, epoch, layout.num_blocks, metrics, session.send)
         pulls = landings.pulls = TransferTable(config, registration, peers, metrics, landings.pull_ended)
         deliveries = Deliveries(self.identity, epoch, peers, offers)

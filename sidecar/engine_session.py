@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from collections.abc import Sequence
 from typing import Protocol
 
 from sidecar import protocol
@@ -30,6 +31,7 @@ from sidecar.protocol import (
     Pull,
     PullEnded,
     PushBlocks,
+    ReadDirectly,
     Refused,
     RegisterPool,
     Revoke,
@@ -84,6 +86,10 @@ class EngineSession:
         """Queue one message; silently nothing once the engine has gone."""
         self._connection.send(encode(message))
 
+    def hand_over(self, message: Message, fds: Sequence[int]) -> bool:
+        """Send one message with descriptors, which stay the caller's, if that can be done at once."""
+        return self._connection.send_at_once(encode(message), fds)
+
     def close(self, why: str) -> None:
         """End the session; `ended` is done when its tenancy is gone."""
         self._connection.close(why)
@@ -124,7 +130,7 @@ class EngineSession:
             )
         )  # fmt: skip
 
-    def _act(self, message: MarkReady | Revoke | Abandon | Drop, tenancy: Tenancy) -> None:
+    def _act(self, message: MarkReady | Revoke | Abandon | Drop | ReadDirectly, tenancy: Tenancy) -> None:
         if isinstance(message, MarkReady):
             try:
                 tenancy.offers.advance(message)
@@ -135,6 +141,8 @@ class EngineSession:
         elif isinstance(message, Abandon):
             if not tenancy.landings.abandon(message.pull_id):
                 tenancy.pulls.abandon(message.pull_id)
+        elif isinstance(message, ReadDirectly):
+            tenancy.pulls.read_directly(message)
         else:
             tenancy.pulls.drop(message.source)
 
@@ -207,7 +215,7 @@ class EngineSession:
         await self._host.dismiss(self, "the engine registers another pool")
         try:
             registration = await self._open_pool(message, fd)
-            registration.staged = message.staged
+            registration.staged, registration.direct = message.staged, message.direct
             if self._connection.closed:
                 registration.close()
                 return

@@ -17,7 +17,7 @@ import threading
 import time
 from hashlib import blake2b
 
-from sidecar.regions import Region
+from sidecar.regions import Region, forbid_shrinking
 
 NUM_SLOTS = 16_384
 """A mark whose slot is taken is not posted; its lease has to be claimed."""
@@ -46,9 +46,10 @@ class LeaseBoard:
 
     def __init__(self) -> None:
         """Raises OSError where there is no such board to be had."""
-        self.fd = os.memfd_create("lease-board", os.MFD_CLOEXEC)
+        self.fd = os.memfd_create("lease-board", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(self.fd, BOARD_BYTES)
+            forbid_shrinking(self.fd)
             self._region = Region(self.fd, BOARD_BYTES, writable=True)
         except OSError:
             os.close(self.fd)

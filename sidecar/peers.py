@@ -13,6 +13,7 @@ from functools import partial
 from typing import Protocol
 
 from sidecar.config import SidecarConfig
+from sidecar.direct_pools import DirectPools, Spare
 from sidecar.errors import PeerLost, Refusal
 from sidecar.layout import layout_fault, mismatch, push_fault
 from sidecar.lease_board import BoardView
@@ -74,6 +75,12 @@ class Link:
         self.used_at = asyncio.get_running_loop().time()
         self.control = control
 
+    @property
+    def copied_whole(self) -> bool:
+        """Whether a lease of this one rank is all there is to read, block by block, in memory that is mapped here."""
+        shared = self.memory.transport == "shm" and self.reshard is None
+        return shared and self.layout.tp_size == 1 and len(self.layout.stage_layers) <= 1
+
     def claim(self, source: PullSource, reader: Reader) -> Answer:
         """Ask for the lease; Claimed or Refusal."""
         return self.control.call(
@@ -125,7 +132,10 @@ class PeerTable:
         registration: Registration,
         transports: Mapping[str, Transport],
         metrics: SidecarMetrics,
+        direct: DirectPools | None = None,
     ) -> None:
+        """`direct`: what our engine reads without us."""
+        self._direct = direct
         self._config = config
         self._identity = identity
         self._registration = registration
@@ -218,7 +228,7 @@ class PeerTable:
         if len(self._links) >= self._config.max_peers:
             raise PeerLost(f"{self._config.max_peers} peers are connected, which is the limit")
         hello = self._hello(key)
-        config = self._config
+        config, spare = self._config, Spare()
         control, welcome = await dial((key[0], key[1]), hello, config.connect_timeout_s, config.peer_gone_s)
         try:
             self._check(welcome)
@@ -234,15 +244,19 @@ class PeerTable:
                 else:
                     control.close("continued over the peer socket")
                     control = local
-            memory = await self._reach(control, welcome, same_host=same_host)
+            memory = await self._reach(control, welcome, spare, same_host=same_host)
             reshard = reshard_between(welcome.layout, self._registration.layout)
-            link = Link(key, control, welcome, memory, reshard, _board(control))
+            link = Link(key, control, welcome, memory, reshard, _board(control, spare))
+            if control.closed:
+                await link.close()
+                raise PeerLost("the connection to the producer's sidecar ended")
+            if self._direct is not None and link.copied_whole:
+                self._direct.give(key, link.layout, spare)
         except BaseException:
             control.close("no pull is possible")
             raise
-        if control.closed:
-            await link.close()
-            raise PeerLost("the connection to the producer's sidecar ended")
+        finally:
+            spare.close()
         self._links[key] = link
         control.on_closed = lambda why: self._lost(link, why)
         self._metrics.link_opened(link.memory.transport, link.name)
@@ -254,7 +268,7 @@ class PeerTable:
         if fault:
             raise Refusal("incompatible", fault)
 
-    async def _reach(self, control: PeerControl, welcome: PeerWelcome, *, same_host: bool) -> PeerMemory:
+    async def _reach(self, control: PeerControl, welcome: PeerWelcome, spare: Spare, *, same_host: bool) -> PeerMemory:
         """The producer's pool over the best transport that works. Raises Refusal."""
         names = common(self._identity.transports, welcome.transports, same_host=same_host)
         failure = Refusal(
@@ -269,7 +283,9 @@ class PeerTable:
                     assert isinstance(opened, RegionOpened)
                     if opened.num_bytes < welcome.layout.pool_bytes:
                         raise Refusal("incompatible", f"the producer's region has only {opened.num_bytes} bytes")
-                    return await self._transports[name].open(self._registration, opened, control.take_fd())
+                    fd = control.take_fd()
+                    spare.keep_pool(fd)
+                    return await self._transports[name].open(self._registration, opened, fd)
             except TimeoutError:
                 failure = PeerLost(f"opening {name} took longer than {self._config.open_timeout_s:g} s")
             except PeerLost:
@@ -290,6 +306,8 @@ class PeerTable:
     def _forget(self, link: Link, why: str) -> asyncio.Task[None]:
         if self._links.get(link.key) is link:
             del self._links[link.key]
+            if self._direct is not None:
+                self._direct.take_back(link.key)
             self._metrics.link_closed(link.memory.transport, link.name)
             logger.info("peer_disconnected peer=%s reason=%s", link.name, why)
         for reader in list(link.readers):
@@ -315,9 +333,10 @@ class PeerTable:
                     self.cut(link, "idle")
 
 
-def _board(control: PeerControl) -> BoardView | None:
+def _board(control: PeerControl, spare: Spare) -> BoardView | None:
     """What came with the pool, if it can be mapped; leases are claimed without it."""
     fd = control.take_board_fd()
+    spare.keep_board(fd)
     try:
         return None if fd is None else BoardView(fd)
     except OSError as error:

@@ -86,6 +86,7 @@ CHANGES = {
     6: "register_pool: memory of the sidecar's own process by address, device memory by an IPC key",
     7: "a push may begin with the first of its blocks: mark_ready and computed bring the others",
     8: "sources name blocks; on one host region_opened brings a lease board, by which leases are read without a claim",
+    9: "register_pool: direct; pool_opened, pool_closed and read_directly: an engine copies small transfers itself",
 }
 """What each version changed; an end speaks exactly one."""
 PROTOCOL_VERSION = max(CHANGES)
@@ -143,6 +144,8 @@ class RegisterPool(Message, tag="register_pool", frozen=True):
     memory: PoolMemory | None = None
     staged: bool = False
     """The pool is a buffer that stands for the engine's KV: its blocks are slots."""
+    direct: bool = False
+    """The engine reads producers on this host itself, where it is given their pools (see PoolOpened)."""
 
 
 class PoolRegistered(Message, tag="pool_registered", frozen=True):
@@ -294,6 +297,34 @@ class PullEnded(Message, tag="pull_ended", frozen=True):
     peer: str
 
 
+class PoolOpened(Message, tag="pool_opened", frozen=True):
+    """A producer on this host: the descriptors of its pool and its lease board come with this frame, in this order."""
+
+    host: str
+    port: int
+    engine_id: str
+    epoch: str
+    layout: KvLayout
+
+
+class PoolClosed(Message, tag="pool_closed", frozen=True):
+    """It can be reached no more, or has not been read for long."""
+
+    host: str
+    port: int
+    engine_id: str
+    epoch: str
+
+
+class ReadDirectly(Message, tag="read_directly", frozen=True):
+    """The engine has copied a lease's blocks itself, and it was valid until then: release it, and count."""
+
+    source: PullSource
+    num_blocks: Natural
+    num_bytes: Natural
+    seconds: Seconds
+
+
 class SidecarLost(msgspec.Struct, frozen=True):
     """Made by the client when the connection has ended: every offer is void, every pull has been reported."""
 
@@ -312,9 +343,12 @@ class _AnyHello(msgspec.Struct):
 
 FromEngine = (
     EngineHello | RegisterPool | JoinPool | OfferBlocks | PushBlocks | MarkReady | Revoke | Pull | Land | Abandon | Drop
-    | StoreRequest
+    | StoreRequest | ReadDirectly
 )  # fmt: skip
-ToEngine = SidecarHello | Refused | PoolRegistered | Offer | Landing | CallFailed | OfferEnded | PullEnded | StoreEvent
+ToEngine = (
+    SidecarHello | Refused | PoolRegistered | Offer | Landing | CallFailed | OfferEnded | PullEnded | StoreEvent
+    | PoolOpened | PoolClosed
+)  # fmt: skip
 FromConsumer = PeerHello | OpenRegion | Claim | Heartbeat | Release | Deliver
 ToConsumer = PeerWelcome | Refused | RegionOpened | Claimed | Computed | Withdrawn | Done | CallRefused
 

@@ -21,9 +21,13 @@ _libc.mmap.argtypes = (
     ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long,
 )  # fmt: skip
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_MADV_POPULATE_READ = 22
+"""linux/mman.h, since 5.14."""
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 F_ADD_SEALS = 1033
+F_GET_SEALS = 1034
 F_SEAL_SHRINK = 0x0002
 """linux/fcntl.h; Python 3.11 names them only in part."""
 
@@ -33,15 +37,23 @@ class Region:
 
     on_host = True
 
-    def __init__(self, fd: int, num_bytes: int, *, writable: bool) -> None:
-        """Map the first `num_bytes` of `fd`, which stays the caller's. Raises OSError."""
+    def __init__(self, fd: int, num_bytes: int, *, writable: bool, faulted_in: bool = True) -> None:
+        """Map the first `num_bytes` of `fd`, which stays the caller's. Raises OSError.
+
+        Without `faulted_in` the pages come when `fault_in` or a first touch wants them.
+        """
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        address = _libc.mmap(None, num_bytes, protection, mmap.MAP_SHARED | mmap.MAP_POPULATE, fd, 0)
+        flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if faulted_in else 0)
+        address = _libc.mmap(None, num_bytes, protection, flags, fd, 0)
         if address in (None, _MAP_FAILED):
             code = ctypes.get_errno()
             raise OSError(code, f"cannot map {num_bytes} bytes: {os.strerror(code)}")
         self.address: int = address
         self.num_bytes = num_bytes
+
+    def fault_in(self, start: int, num_bytes: int) -> None:
+        """Have these pages, to read, before their first touch; a kernel that can't leaves them to it."""
+        _libc.madvise(self.address + start, min(num_bytes, self.num_bytes - start), _MADV_POPULATE_READ)
 
     def access(self) -> HostAccess:
         """The mapped bytes, for sockets."""

@@ -44,6 +44,7 @@ class Registration:
         self.region = region
         self.engine_socket = engine_socket
         self.staged = False
+        self.direct = False
         self.retired = False
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from sidecar.config import SidecarConfig
 from sidecar.errors import FrameError, PeerLost, Refusal
 from sidecar.metrics import SidecarMetrics
 from sidecar.peers import PeerTable
-from sidecar.protocol import Pull, PullEnded, PullSource
+from sidecar.protocol import Pull, PullEnded, PullSource, ReadDirectly
 from sidecar.reading import Consumer, Reading
 from sidecar.registration import Registration
 from sidecar.reshard import select_sources
@@ -120,6 +120,17 @@ class TransferTable:
         task = asyncio.ensure_future(self._drop(source))
         self._drops.add(task)
         task.add_done_callback(self._drops.discard)
+
+    def read_directly(self, read: ReadDirectly) -> None:
+        """The engine has read a lease without us, by the producer's board: tell the producer, and count."""
+        source = read.source
+        link = self._peers.live(source)
+        if link is not None and not link.control.closed:
+            link.release(source, "read")
+        else:
+            self.drop(source)
+        peer = f"{source.engine_id}@{source.host}:{source.port}"
+        self._metrics.pull_ended("ok", "shm", peer, read.num_blocks, read.num_bytes, read.seconds)
 
     async def drain(self, timeout_s: float) -> None:
         """Let pulls end by themselves for at most `timeout_s`."""

@@ -32,4 +32,4 @@ class SharedMemory:
 def enter_shared(client: SidecarClient, pool: Pool, layout: KvLayout) -> str:
     """Hand the pool's descriptor over. Raises SidecarError."""
     assert pool.fd is not None, "the pool was not allocated as shared memory"
-    return client.register_pool(pool.fd, layout, staged=pool.staged)
+    return client.register_pool(pool.fd, layout, staged=pool.staged, address=pool.address)

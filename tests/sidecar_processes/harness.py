@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import mmap
 import os
@@ -125,16 +126,24 @@ class Sidecar:
 class FakeEngine:
     """A pool filled with random bytes and the client of its sidecar."""
 
-    def __init__(self, sidecar: Sidecar, layout: KvLayout | None = None, *, seed: int | None = None) -> None:
+    def __init__(
+        self, sidecar: Sidecar, layout: KvLayout | None = None, *, seed: int | None = None, direct: bool = False,
+        sealable: bool = True,
+    ) -> None:  # fmt: skip
+        """`direct`: small pulls are copied by its client (see sidecar.direct); others of ours leave all to the sidecar,
+        whose way is what most of these tests are about."""
         self.layout = layout or a_layout()
-        self.fd = os.memfd_create(f"pool-{sidecar.name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        flags = os.MFD_CLOEXEC | (os.MFD_ALLOW_SEALING if sealable else 0)
+        self.fd = os.memfd_create(f"pool-{sidecar.name}", flags)
         os.ftruncate(self.fd, self.layout.pool_bytes)
         self.pool = mmap.mmap(self.fd, self.layout.pool_bytes)
         self.pool[:] = random.Random(seed).randbytes(self.layout.pool_bytes)
         self.events: list[Event] = []
         self._happened = threading.Event()
         self.client = SidecarClient.connect(sidecar.socket_path, on_event=self._happened.set)
-        self.epoch = self.client.register_pool(self.fd, self.layout)
+        self._first = ctypes.c_char.from_buffer(self.pool)
+        self.address = ctypes.addressof(self._first) if direct else 0
+        self.epoch = self.client.register_pool(self.fd, self.layout, address=self.address)
 
     def __enter__(self) -> FakeEngine:
         return self
@@ -146,6 +155,7 @@ class FakeEngine:
 
     def close(self) -> None:
         self.client.close()
+        del self._first
         self.pool.close()
         with contextlib.suppress(OSError):
             os.close(self.fd)

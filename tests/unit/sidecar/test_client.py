@@ -307,3 +307,11 @@ def test_landings_of_a_lost_sidecar_are_reported_once(open_client: Open) -> None
     events = wait_for_events(client, len(reported) + 1)
     assert {event.pull_id for event in events if isinstance(event, PullEnded)} == reported
     assert [event.reason for event in events if isinstance(event, PullEnded)] == ["sidecar_lost"] * len(reported)
+
+
+def test_a_pool_without_its_descriptors_is_nonsense(open_client: Open) -> None:
+    opened = protocol.PoolOpened("h", 1, "p", "ep", LAYOUT)
+    client, _ = open_client(lambda message: [opened])
+    client.drop(SOURCE)
+    (lost,) = wait_for_events(client, 1)
+    assert isinstance(lost, SidecarLost) and "descriptors were expected" in lost.message
