@@ -144,8 +144,8 @@ class Daemon:
         config, metrics = self._config, self.metrics
         epoch, layout = registration.epoch, registration.layout
         offers = Offers(config, epoch, layout.num_blocks, metrics, session.send, layout.num_layers, self._board)
-        # A limit on copying holds only for what this process copies.
-        may_read = registration.direct and not config.copy_bytes_per_s
+        # A limit on copying holds only for what this process copies; ranks that read one lease together claim it.
+        may_read = registration.direct and layout.tp_size == 1 and not config.copy_bytes_per_s
         direct = DirectPools(session.hand_over, session.send) if may_read else None
         peers = PeerTable(config, self.identity, registration, self.transports, metrics, direct)
         landings = Landings(config, epoch, layout.num_blocks, metrics, session.send)

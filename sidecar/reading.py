@@ -140,8 +140,8 @@ class Reading:
         """
         source = self.source
         packed = source.packed_block_ids
-        if not packed or len(packed) % 8 or len(self._request.sources) != 1:
-            return
+        if not packed or len(packed) % 8 or len(self._request.sources) != 1 or self._reader.num_readers != 1:
+            return  # with several readers, each claims: the first to have read would end the lease for the others
         link = self._consumer.peers.live(source)
         if link is None or link.board is None or link.reshard is not None or link.control.closed:
             return

@@ -59,6 +59,29 @@ def test_the_producer_sidecar_is_not_asked_before_the_pull_has_ended(
     assert consumer.pull(source, ALL).reason == "released"
 
 
+@pytest.mark.parametrize("direct", [False, True])
+def test_ranks_that_hold_the_same_heads_all_read_a_lease(directory: Path, direct: bool) -> None:
+    """As with MLA, whose latent every rank holds: whoever is first must not end the lease for the others."""
+    one_head = {"num_kv_heads": 1, "total_kv_heads": 1}
+    layouts = [a_layout(tp_size=2, tp_rank=rank, **one_head) for rank in (0, 1)]
+    with (
+        Sidecar(directory, "p", "shm") as p,
+        Sidecar(directory, "d0", "shm", "--engine-id", "d") as d0,
+        Sidecar(directory, "d1", "shm", "--engine-id", "d", "--rank", "1") as d1,
+        FakeEngine(p, a_layout(**one_head), seed=1) as producer,
+        FakeEngine(d0, layouts[0], seed=2, direct=direct) as first,
+        FakeEngine(d1, layouts[1], seed=3, direct=direct) as second,
+    ):
+        for number in range(2):  # the second finds the board at hand
+            offer, source = producer.offer([1, 2])
+            for rank in (first, second):
+                assert rank.pull(source, [4, 3], pull_id=f"request-{number}").ok
+                assert [rank.block(4), rank.block(3)] == [producer.block(1), producer.block(2)]
+                for engine in (rank, producer, producer):  # till what is told of the read has been heard
+                    engine.offer([0])
+            assert producer.offer_ended(offer.transfer_id) == "consumed"
+
+
 def test_an_offer_that_expires_while_its_sidecar_is_stopped_is_not_read(
     ends: tuple[Sidecar, FakeEngine, FakeEngine],
 ) -> None:
