@@ -12,12 +12,13 @@ engine hears of it. For a sidecar that is stopped each mark carries the time at 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import threading
 import time
 from hashlib import blake2b
 
-from sidecar.regions import Region, forbid_shrinking
+from sidecar.regions import Region, forbid_shrinking, size_of
 
 NUM_SLOTS = 16_384
 """A mark whose slot is taken is not posted; its lease has to be claimed."""
@@ -109,6 +110,8 @@ class BoardView:
     def __init__(self, fd: int) -> None:
         """`fd` is taken over. Raises OSError."""
         try:
+            if size_of(fd) < BOARD_BYTES:
+                raise OSError(errno.EINVAL, f"a lease board has {BOARD_BYTES} bytes, this has {size_of(fd)}")
             self._region = Region(fd, BOARD_BYTES, writable=False)
         finally:
             os.close(fd)

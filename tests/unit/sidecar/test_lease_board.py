@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from sidecar.lease_board import NUM_SLOTS, BoardView, LeaseBoard, mark_of
+from sidecar.lease_board import BOARD_BYTES, NUM_SLOTS, BoardView, LeaseBoard, mark_of
 from sidecar.message import pack_block_ids
 from sidecar.regions import reopen_read_only
 
@@ -49,6 +49,16 @@ def test_a_mark_names_transfer_token_and_blocks(other: tuple[str, str, list[int]
     transfer_id, token, block_ids = other
     assert mark_of(transfer_id, token, pack_block_ids(block_ids)) != MARK
     assert MARK and MARK < 1 << 64
+
+
+def test_a_board_that_is_too_small_is_not_looked_at() -> None:
+    """To touch what lies beyond it would end this process."""
+    fd = os.memfd_create("board", os.MFD_CLOEXEC)
+    os.ftruncate(fd, BOARD_BYTES - 1)
+    with pytest.raises(OSError, match="a lease board has"):
+        BoardView(fd)
+    with pytest.raises(OSError):
+        os.fstat(fd)
 
 
 def test_a_taken_slot_is_not_written_over(board: LeaseBoard, view: BoardView) -> None:
