@@ -78,7 +78,8 @@ class SidecarClient:
     def connect(
         cls, socket_path: str, *, on_event: Callable[[], object] | None = None, timeout_s: float = 10.0
     ) -> SidecarClient:
-        """Connect and exchange hellos. `on_event` is called on the reader thread when `poll` has something.
+        """Connect and exchange hellos. `on_event` is called when `poll` has something: on the reader thread, and by
+        `pull` on its caller's, where that has copied.
 
         Raises SidecarUnavailable, or its child VersionMismatch.
         """
@@ -366,7 +367,8 @@ class SidecarClient:
                 self._events.append(message)
             return asked
         if isinstance(message, protocol.PoolOpened):
-            self._direct.opened(message, self._incoming.take_fds(2))
+            if fds := self._incoming.take_fds(2):
+                self._direct.opened(message, fds)
         elif isinstance(message, protocol.PoolClosed):
             self._direct.closed(message)
         if isinstance(message, PoolRegistered | Offer | Landing | protocol.CallFailed):

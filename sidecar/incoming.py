@@ -21,19 +21,29 @@ class Incoming:
         self._sock = sock
         self._decoder = decoder
         self._fds: deque[int] = deque()
+        self._short_of_fds = False
 
     def frames(self) -> list[bytes] | None:
         """Those that are whole after the next read; None at the stream's end. Raises OSError or FrameError."""
-        chunk, ancillary, _, _ = self._sock.recvmsg(READ_BYTES, _FDS_SPACE, socket.MSG_CMSG_CLOEXEC)
+        chunk, ancillary, flags, _ = self._sock.recvmsg(READ_BYTES, _FDS_SPACE, socket.MSG_CMSG_CLOEXEC)
         for level, kind, packed in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 numbers = array.array("i")
                 numbers.frombytes(packed[: len(packed) - len(packed) % numbers.itemsize])
                 self._fds.extend(numbers)
+        if flags & socket.MSG_CTRUNC:
+            self._short_of_fds = True
+        if self._short_of_fds:
+            self.close()
         return self._decoder.feed(chunk) if chunk else None
 
     def take_fds(self, num_fds: int) -> tuple[int, ...]:
-        """The descriptors that came with the frame being handled, now the caller's. Raises FrameError."""
+        """The descriptors that came with the frame being handled, now the caller's. Raises FrameError.
+
+        Empty, for good, once this process could not take one in: to which frame the others belong is not known then.
+        """
+        if self._short_of_fds:
+            return ()
         if len(self._fds) < num_fds:
             raise FrameError("descriptors were expected with this message")
         return tuple(self._fds.popleft() for _ in range(num_fds))
