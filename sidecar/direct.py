@@ -8,6 +8,7 @@ the copy is as good as the sidecar's; what it does not show is left to the sidec
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -30,8 +31,8 @@ logger = logging.getLogger(__name__)
 
 MAX_BYTES = 8 << 20
 """Of one read, which blocks its caller: about a millisecond of copying. The sidecar copies what is larger."""
-FAULT_IN_BYTES = 16 << 20
-"""At a time: how long letting go of a pool may wait, about 5 ms."""
+FAULT_IN_BYTES = 2 << 20
+"""At a time: letting go of a pool waits for it, and so does whoever maps memory in the engine's process (0.2 ms)."""
 
 Key = tuple[str, int, str, str]
 """Host, port, engine id, epoch."""
@@ -53,7 +54,12 @@ class _Near:
             raise
         self._closing = False
         self._faulting_in = threading.Thread(target=self._fault_in, name="fault-in-pool", daemon=True)
-        self._faulting_in.start()
+        try:
+            self._faulting_in.start()
+        except RuntimeError as error:  # at the limit of threads
+            self.pool.close()
+            self.board.close()
+            raise OSError(errno.EAGAIN, str(error)) from error
 
     def close(self) -> None:
         self._closing = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import threading
 from collections.abc import Iterator
 
 import msgspec
@@ -41,6 +42,10 @@ class Pool:
 
     def first_bytes(self, num_blocks: int) -> list[int]:
         return [self.memory[block_id * BLOCK_BYTES] for block_id in range(num_blocks)]
+
+
+def _no_thread(thread: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
 
 
 @pytest.fixture
@@ -113,12 +118,21 @@ def test_nothing_is_read_of_a_producer_or_into_a_pool_that_is_gone(reads: Direct
     assert reads.read(SOURCE, [0], 0) is None
 
 
-@pytest.mark.parametrize("fault", ["it may shrink", "it is too small", "it is no memory"])
-def test_a_pool_that_could_end_this_process_is_not_mapped(board: LeaseBoard, ours: Pool, fault: str) -> None:
+@pytest.mark.parametrize(
+    "fault", ["it may shrink", "it is too small", "it is no memory", "its board is too small", "no threads are left"]
+)
+def test_a_pool_that_could_end_this_process_or_cannot_be_had_is_left(
+    board: LeaseBoard, ours: Pool, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reads = DirectReads()
     reads.begin(ours.address, LAYOUT)
-    pool = Pool(0, LAYOUT.pool_bytes // 2 if "small" in fault else LAYOUT.pool_bytes, sealed="shrink" not in fault)
-    fds = (os.open("/dev/null", os.O_RDONLY) if "no memory" in fault else os.dup(pool.fd), os.dup(board.fd))
+    pool = Pool(
+        0, LAYOUT.pool_bytes // 2 if "it is too small" in fault else LAYOUT.pool_bytes, sealed="shrink" not in fault
+    )
+    its_board = Pool(0, 8 * BLOCK_BYTES).fd if "board" in fault else board.fd
+    fds = (os.open("/dev/null", os.O_RDONLY) if "no memory" in fault else os.dup(pool.fd), os.dup(its_board))
+    if "threads" in fault:
+        monkeypatch.setattr(threading.Thread, "start", _no_thread)
     reads.opened(PoolOpened(*KEY, LAYOUT), fds)
     assert reads.read(SOURCE, [0], 0) is None
     for fd in fds:
