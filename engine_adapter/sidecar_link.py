@@ -49,8 +49,8 @@ Enter = Callable[[SidecarClient], str]
 
 
 class SidecarLink:
-    """One connection at a time to the sidecar at `socket_path`. One thread uses it; `wake` is called on others, by `pull`
-    also on that one, and may call `poll` where nothing is pulled."""
+    """One connection at a time to the sidecar at `socket_path`. One thread uses it; `wake` is called on others (by
+    `pull` on that one too) and may call `poll` where nothing is pulled."""
 
     def __init__(
         self, socket_path: str, enter: Enter, wake: Callable[[], object], fence_grace_s: float = FENCE_GRACE_S

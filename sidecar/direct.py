@@ -47,6 +47,7 @@ class _Near:
             raise OSError(0, "it might shrink under a copy")
         self.layout = layout
         self.pool = Region(pool_fd, layout.pool_bytes, writable=False, faulted_in=False)
+        self.pool.keep_here()
         try:
             self.board = BoardView(os.dup(board_fd))
         except OSError:

@@ -22,8 +22,10 @@ _libc.mmap.argtypes = (
 )  # fmt: skip
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_MADV_DONTFORK = 10
+_MADV_DONTDUMP = 16
 _MADV_POPULATE_READ = 22
-"""linux/mman.h, since 5.14."""
+"""linux/mman.h, the last since 5.14."""
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 F_ADD_SEALS = 1033
@@ -54,6 +56,11 @@ class Region:
     def fault_in(self, start: int, num_bytes: int) -> None:
         """Have these pages, to read, before their first touch; a kernel that can't leaves them to it."""
         _libc.madvise(self.address + start, min(num_bytes, self.num_bytes - start), _MADV_POPULATE_READ)
+
+    def keep_here(self) -> None:
+        """Leave it out of forked children, in which it would outlive its maker, and of core dumps."""
+        for advice in (_MADV_DONTFORK, _MADV_DONTDUMP):
+            _libc.madvise(self.address, self.num_bytes, advice)
 
     def access(self) -> HostAccess:
         """The mapped bytes, for sockets."""

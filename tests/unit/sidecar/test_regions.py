@@ -36,6 +36,17 @@ def test_two_mappings_share_their_bytes_and_closing_unmaps(memory: int) -> None:
     assert mapped(memory) == 0
 
 
+def test_a_mapping_that_is_kept_here_is_not_in_a_child(memory: int) -> None:
+    region = Region(memory, SIZE, writable=False)
+    for expected in (1, 0):
+        child = os.fork()
+        if child == 0:
+            os._exit(mapped(memory))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == expected
+        region.keep_here()
+    region.close()
+
+
 def test_memory_that_cannot_be_mapped_is_an_error(memory: int) -> None:
     read_only = reopen_read_only(memory)
     try:
