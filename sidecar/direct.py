@@ -71,9 +71,8 @@ class _Near:
     def _fault_in(self) -> None:
         """Reads do not wait for it: until it is through some pay for their first touches."""
         for start in range(0, self.pool.num_bytes, FAULT_IN_BYTES):
-            if self._closing:
+            if self._closing or not self.pool.fault_in(start, FAULT_IN_BYTES):
                 return
-            self.pool.fault_in(start, FAULT_IN_BYTES)
 
 
 class DirectReads:

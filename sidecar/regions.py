@@ -53,9 +53,10 @@ class Region:
         self.address: int = address
         self.num_bytes = num_bytes
 
-    def fault_in(self, start: int, num_bytes: int) -> None:
-        """Have these pages, to read, before their first touch; a kernel that can't leaves them to it."""
-        _libc.madvise(self.address + start, min(num_bytes, self.num_bytes - start), _MADV_POPULATE_READ)
+    def fault_in(self, start: int, num_bytes: int) -> bool:
+        """Have these pages, to read, before their first touch; False where the kernel can't, and leaves them to it."""
+        end = min(start + num_bytes, self.num_bytes)
+        return _libc.madvise(self.address + start, end - start, _MADV_POPULATE_READ) == 0
 
     def keep_here(self) -> None:
         """Leave it out of forked children, in which it would outlive its maker, and of core dumps."""

@@ -36,6 +36,20 @@ def test_two_mappings_share_their_bytes_and_closing_unmaps(memory: int) -> None:
     assert mapped(memory) == 0
 
 
+@pytest.mark.parametrize("kernel_can", [True, False])
+def test_pages_are_faulted_in_before_their_first_touch(
+    memory: int, kernel_can: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not kernel_can:
+        monkeypatch.setattr("sidecar.regions._MADV_POPULATE_READ", 9999)
+    os.pwrite(memory, b"last", SIZE - 4)
+    region = Region(memory, SIZE, writable=False, faulted_in=False)
+    could = region.fault_in(SIZE - 8192, SIZE)
+    assert kernel_can or not could
+    assert ctypes.string_at(region.address + SIZE - 4, 4) == b"last"
+    region.close()
+
+
 def test_a_mapping_that_is_kept_here_is_not_in_a_child(memory: int) -> None:
     region = Region(memory, SIZE, writable=False)
     for expected in (1, 0):
