@@ -110,18 +110,18 @@ class DirectReads:
 
     def closed(self, message: PoolClosed) -> None:
         """The producer is gone, or idle."""
-        with self._lock:
+        with self._lock:  # which reads hold
             near = self._near.pop((message.host, message.port, message.engine_id, message.epoch), None)
-            if near is not None:
-                near.close()
+        if near is not None:
+            near.close()
 
     def close(self) -> None:
         """Forget every producer, and our pool. Idempotent."""
         with self._lock:
             self._layout = None
-            for near in self._near.values():
-                near.close()
-            self._near.clear()
+            known, self._near = self._near, {}
+        for near in known.values():
+            near.close()
 
     def read(self, source: PullSource, local_block_ids: Sequence[int], first_block: int) -> ReadDirectly | None:
         """Copy the lease's blocks from `first_block` on; None where that is for the sidecar to do.

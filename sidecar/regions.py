@@ -26,6 +26,8 @@ _MADV_DONTFORK = 10
 _MADV_DONTDUMP = 16
 _MADV_POPULATE_READ = 22
 """linux/mman.h, the last since 5.14."""
+_UNMAP_BYTES = 1 << 30
+"""At a time, about 25 ms, in which no other thread of the process can map memory. The largest page is no larger."""
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 F_ADD_SEALS = 1033
@@ -56,7 +58,8 @@ class Region:
     def fault_in(self, start: int, num_bytes: int) -> bool:
         """Have these pages, to read, before their first touch; False where the kernel can't, and leaves them to it."""
         end = min(start + num_bytes, self.num_bytes)
-        return _libc.madvise(self.address + start, end - start, _MADV_POPULATE_READ) == 0
+        failed: int = _libc.madvise(self.address + start, end - start, _MADV_POPULATE_READ)
+        return not failed
 
     def keep_here(self) -> None:
         """Leave it out of forked children, in which it would outlive its maker, and of core dumps."""
@@ -69,9 +72,9 @@ class Region:
 
     def close(self) -> None:
         """Unmap; nobody may be copying any more. Idempotent."""
-        if self.num_bytes:
-            _libc.munmap(self.address, self.num_bytes)
-            self.num_bytes = 0
+        num_bytes, self.num_bytes = self.num_bytes, 0
+        for start in range(0, num_bytes, _UNMAP_BYTES):
+            _libc.munmap(self.address + start, min(_UNMAP_BYTES, num_bytes - start))
 
 
 def reopen_read_only(fd: int) -> int:

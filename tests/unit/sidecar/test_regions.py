@@ -61,6 +61,15 @@ def test_a_mapping_that_is_kept_here_is_not_in_a_child(memory: int) -> None:
     region.close()
 
 
+def test_a_large_mapping_is_undone_in_pieces(memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sidecar.regions._UNMAP_BYTES", 3 * 4096)
+    region = Region(memory, SIZE - 4096, writable=False)
+    assert mapped(memory) == 1
+    region.close()
+    region.close()
+    assert mapped(memory) == 0
+
+
 def test_memory_that_cannot_be_mapped_is_an_error(memory: int) -> None:
     read_only = reopen_read_only(memory)
     try:
