@@ -44,6 +44,8 @@ SHAPES = [
     (256 << 10, 8 * MIB), (256 << 10, 64 * MIB), (MIB, 8 * MIB), (MIB, 64 * MIB),
 ]  # fmt: skip
 """(bytes a block, bytes a transfer)."""
+SETTLE_S = 0.5
+"""After the first contact, in which the consumer's engine faults the producer's pool in."""
 BAR = 0.85
 TCP_BAR = 0.7
 MOONCAKE_BAR = 3.0
@@ -152,6 +154,8 @@ def measure_shape(directory: Path, transport: str, order: str, block_bytes: int,
         copies, transfers = [], []
         num_blocks = num_bytes // block_bytes
         for number in range(rounds + 2):
+            if number == 2:
+                time.sleep(SETTLE_S)
             remote = choose(order, producer.num_blocks, num_blocks)
             local = choose(order, consumer.num_blocks, num_blocks)
             copy_s = plain_copy(producer, consumer, remote, local, block_bytes)
