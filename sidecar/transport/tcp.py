@@ -33,13 +33,14 @@ from functools import partial
 from sidecar.config import SidecarConfig, split_address
 from sidecar.connection import end_when_gone
 from sidecar.errors import Refusal, StartError
-from sidecar.memory.contract import MemoryFault, PoolAccess, PoolRegion
+from sidecar.memory.contract import MemoryFault, PoolRegion
 from sidecar.protocol import RegionOpened
 from sidecar.registration import Registration
 from sidecar.server import Listener, listen_tcp
-from sidecar.spans import Spans, check_spans
+from sidecar.spans import Spans
 from sidecar.transport.contract import COPIED, STOPPED, PendingCopy, Served
-from sidecar.transport.tcp_wire import CHUNK_BYTES, DataFault, Pace, fill, pieces, receive, send, set_stall
+from sidecar.transport.tcp_spans import SpanStream, move, pairs
+from sidecar.transport.tcp_wire import DataFault, Pace, Stop, receive, send, set_stall
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,6 @@ class _Serving:
             raise Refusal("transport", str(error)) from error
         self.secret = secrets.token_hex(SECRET_BYTES // 2)
         self.session = f"{host} {sock.getsockname()[1]} {self.secret}"
-        self._num_bytes = registration.region.num_bytes
         self._region = registration.region
         self._lock = threading.Lock()
         self._open: dict[socket.socket, threading.Thread] = {}
@@ -110,9 +110,9 @@ class _Serving:
             send(sock, [memoryview(_ANSWER.pack(GRANTED, 0))])
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, 0))  # it may idle
             end_when_gone(sock, self._gone_s)
-            pool = self._region.access()
+            stream = SpanStream(self._region)
             while header := receive(sock, _COUNT.size, may_end=True):
-                if not self._answer(sock, pool, _COUNT.unpack(header)[0]):
+                if not self._answer(sock, stream, _COUNT.unpack(header)[0]):
                     return
         except (DataFault, MemoryFault) as fault:
             logger.info("data_connection_ended reason=%s", fault)
@@ -121,19 +121,16 @@ class _Serving:
                 del self._open[sock]
                 sock.close()
 
-    def _answer(self, sock: socket.socket, pool: PoolAccess, num_spans: int) -> bool:
+    def _answer(self, sock: socket.socket, stream: SpanStream, num_spans: int) -> bool:
         """Stream one request's spans; False if it was refused."""
         if num_spans > MAX_SPANS:
             return _refuse(sock, f"{num_spans} spans were asked for, the limit is {MAX_SPANS}")
         asked = array("Q", receive(sock, 16 * num_spans))
-        starts, lengths = asked[0::2], asked[1::2]
         try:
-            check_spans(Spans(starts, [0] * num_spans, lengths), self._num_bytes, self._num_bytes)
+            num_bytes = stream.total(asked)
         except Refusal as refusal:
             return _refuse(sock, refusal.message)
-        send(sock, [memoryview(_ANSWER.pack(GRANTED, sum(lengths)))])
-        for piece in pieces(list(zip(starts, lengths, strict=True)), CHUNK_BYTES):
-            send(sock, pool.to_send(piece))
+        stream.send(sock, _ANSWER.pack(GRANTED, num_bytes), asked)
         return True
 
 
@@ -149,7 +146,7 @@ class TcpCopy(PendingCopy):
     def __init__(self, spans: Spans) -> None:
         super().__init__()
         self.spans = spans
-        self.stopped = threading.Event()
+        self.stopped = Stop()
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()
         self._sock: socket.socket | None = None
@@ -223,13 +220,13 @@ class TcpMemory:
             await asyncio.wait([copy.ended for copy in self._copies])
 
     def _work(self) -> None:
-        pool = self._local.access()
+        stream = SpanStream(self._local)
         while (copy := self._waiting.get()) is not None:
             outcome = STOPPED
             try:
                 if not copy.stopped.is_set():
                     sock = self._idle_sockets.pop() if self._idle_sockets else self._connect(copy.begin)
-                    if self._run(copy, sock, pool):
+                    if self._run(copy, sock, stream):
                         outcome = COPIED
             except (DataFault, MemoryFault) as fault:
                 if not copy.stopped.is_set():
@@ -239,12 +236,12 @@ class TcpMemory:
                 outcome = self.broken = f"internal error: {error!r}"
             copy.end(outcome)
 
-    def _run(self, copy: TcpCopy, sock: socket.socket, pool: PoolAccess) -> bool:
+    def _run(self, copy: TcpCopy, sock: socket.socket, stream: SpanStream) -> bool:
         """Ask and receive; the connection is kept only if it all came. Raises DataFault."""
         complete = False
         try:
             if copy.begin(sock):
-                complete = self._transfer(copy, sock, pool)
+                complete = self._transfer(copy, sock, stream)
         finally:
             if copy.leave() and complete:
                 self._idle_sockets.append(sock)
@@ -252,27 +249,22 @@ class TcpMemory:
                 sock.close()
         return complete
 
-    def _transfer(self, copy: TcpCopy, sock: socket.socket, pool: PoolAccess) -> bool:
+    def _transfer(self, copy: TcpCopy, sock: socket.socket, stream: SpanStream) -> bool:
         spans = copy.spans
+        if len(spans) <= MAX_SPANS:
+            return self._request(spans, copy, sock, stream)
         parts = (spans.part(first, first + MAX_SPANS) for first in range(0, len(spans), MAX_SPANS))
-        return all(self._request(part, copy, sock, pool) for part in parts)
+        return all(self._request(part, copy, sock, stream) for part in parts)
 
-    def _request(self, spans: Spans, copy: TcpCopy, sock: socket.socket, pool: PoolAccess) -> bool:
+    def _request(self, spans: Spans, copy: TcpCopy, sock: socket.socket, stream: SpanStream) -> bool:
         """As many spans as the producer takes at once; False if stopped meanwhile. Raises DataFault."""
-        asked = array("Q", bytes(16 * len(spans)))
-        asked[0::2], asked[1::2] = array("Q", spans.remote), array("Q", spans.lengths)
-        send(sock, [memoryview(_COUNT.pack(len(spans))), memoryview(asked).cast("B")])
+        wanted = pairs(spans.remote, spans.lengths)
+        send(sock, [memoryview(_COUNT.pack(len(spans))), memoryview(wanted).cast("B")])
+        move(wanted, spans.local)  # while the answer is on its way
         number = _granted(sock)
         if number != spans.num_bytes:
             raise DataFault(f"the producer would send {number} bytes instead of {spans.num_bytes}")
-        local = list(zip(spans.local, spans.lengths, strict=True))
-        for piece in pieces(local, self._pace.chunk_bytes):
-            num_bytes = sum(length for _, length in piece)
-            if not self._pace.wait(num_bytes, copy.stopped):
-                return False
-            fill(sock, pool.to_fill(piece), num_bytes)
-            pool.filled(piece)
-        return True
+        return stream.receive(sock, wanted, self._pace, copy.stopped)
 
 
 class TcpTransport:

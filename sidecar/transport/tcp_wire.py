@@ -8,6 +8,7 @@ import threading
 import time
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from ctypes import c_int32
 from itertools import accumulate
 
 CHUNK_BYTES = 1 << 20
@@ -92,20 +93,32 @@ def _rest(views: list[memoryview], count: int) -> list[memoryview]:
     return [views[index][count - (ends[index] - len(views[index])) :], *views[index + 1 :]]
 
 
+class Stop(threading.Event):
+    """Set when a copy is to end; `flag` says it to C."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flag = c_int32(0)
+
+    def set(self) -> None:
+        self.flag.value = 1
+        super().set()
+
+
 class Pace:
     """Shares a cap on bytes a second between threads; 0: none."""
 
     def __init__(self, bytes_per_s: int) -> None:
-        self._bytes_per_s = bytes_per_s
+        self.bytes_per_s = bytes_per_s
         self._free_at = 0.0
         self._lock = threading.Lock()
         self.chunk_bytes = min(CHUNK_BYTES, max(4096, bytes_per_s // 50)) if bytes_per_s else CHUNK_BYTES
 
     def wait(self, num_bytes: int, stopped: threading.Event) -> bool:
         """Wait for the turn of `num_bytes`; False if stopped meanwhile."""
-        if not self._bytes_per_s:
+        if not self.bytes_per_s:
             return not stopped.is_set()
         with self._lock:
             start = max(time.monotonic(), self._free_at)
-            self._free_at = start + num_bytes / self._bytes_per_s
+            self._free_at = start + num_bytes / self.bytes_per_s
         return not stopped.wait(max(0.0, start - time.monotonic()))
