@@ -1,4 +1,7 @@
-"""Blocking sockets and a mapped pool: bytes go straight between them, many spans a call. Used by transport/tcp.py."""
+"""What both ends of a data connection have in common: see transport/tcp.py for who says what.
+
+Blocking sockets and a mapped pool: bytes go straight between them, many spans a call.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,16 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from ctypes import c_int32
 from itertools import accumulate
+
+MAGIC = b"BATONKV2"
+SECRET_BYTES = 32
+GRANTED, REFUSED, NOT_LEASED = 0, 1, 2
+LOST, HELD = b"\0", b"\1"
+ANSWER = struct.Struct("<BQ")
+REQUEST = struct.Struct("<IQ")
+MAX_SPANS = 1 << 20
+"""Spans a request, 16 MiB of them; a transfer of more sends several requests."""
+MAX_REFUSAL_BYTES = 4096
 
 CHUNK_BYTES = 1 << 20
 """A call to the kernel moves this much at most: how long a stop waits, and how finely a cap is kept."""
@@ -49,6 +62,15 @@ def receive(sock: socket.socket, num_bytes: int, *, may_end: bool = False) -> by
     """Exactly `num_bytes`; b"" at an end that is allowed. Raises DataFault."""
     received = bytearray(num_bytes)
     return bytes(received) if fill(sock, [memoryview(received)], num_bytes, may_end=may_end) else b""
+
+
+def receive_answer(sock: socket.socket) -> tuple[int, int]:
+    """GRANTED or NOT_LEASED, and the number that comes with it. Raises DataFault."""
+    status, number = ANSWER.unpack(receive(sock, ANSWER.size))
+    if status not in (GRANTED, NOT_LEASED):
+        text = receive(sock, min(number, MAX_REFUSAL_BYTES)).decode(errors="replace")
+        raise DataFault(f"the producer refused: {text}")
+    return status, number
 
 
 def fill(sock: socket.socket, views: list[memoryview], num_bytes: int, *, may_end: bool = False) -> bool:
