@@ -5,7 +5,7 @@ A data connection carries, in this order, the last three for each transfer:
     consumer   MAGIC, secret (32 bytes)       once, answered by GRANTED and whether marks are checked, or REFUSED
     consumer   number of spans, mark or 0, then (offset, bytes) of each
     producer   GRANTED and the sum of the bytes, NOT_LEASED, or REFUSED, the length of a sentence and the sentence
-    producer   the bytes, one span after the other; and where there is a mark, HELD or LOST
+    producer   the bytes, one span after the other, then HELD or LOST
 
 Numbers are little-endian, as every machine that this runs on. The secret comes over the control connection, which has
 checked who asks. Both ends use blocking calls in threads, which run without the interpreter's lock, straight between
@@ -50,8 +50,8 @@ from sidecar.transport.tcp_wire import (
     DataFault,
     Pace,
     Stop,
-    receive,
     receive_answer,
+    receive_ending,
     send,
     set_stall,
 )  # fmt: skip
@@ -226,7 +226,7 @@ class TcpMemory:
             raise DataFault(f"the producer would send {number} bytes instead of {spans.num_bytes}")
         if not stream.receive(sock, wanted, self._pace, copy.stopped):
             return STOPPED
-        return VOID if copy.mark and receive(sock, len(HELD)) != HELD else COPIED
+        return VOID if receive_ending(sock, number) != HELD and copy.mark else COPIED
 
 
 class TcpTransport:

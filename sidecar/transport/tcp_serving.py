@@ -20,19 +20,19 @@ from sidecar.registration import Registration
 from sidecar.server import Listener, listen_tcp
 from sidecar.transport.tcp_spans import SpanStream
 from sidecar.transport.tcp_wire import (
-    ANSWER,
     GRANTED,
     HELD,
     LOST,
     MAGIC,
-    MAX_REFUSAL_BYTES,
     MAX_SPANS,
     NOT_LEASED,
-    REFUSED,
     REQUEST,
     SECRET_BYTES,
     DataFault,
+    answer,
+    ending,
     receive,
+    refusal,
     send,
     set_stall,
 )  # fmt: skip
@@ -94,7 +94,7 @@ class Serving:
             if not hmac.compare_digest(hello, MAGIC + self.secret.encode()):
                 _refuse(sock, "the data connection's token is wrong")
                 return
-            send(sock, [memoryview(ANSWER.pack(GRANTED, self._board is not None))])
+            send(sock, [memoryview(answer(GRANTED, self._board is not None))])
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, 0))  # it may idle
             end_when_gone(sock, self._gone_s)
             stream = SpanStream(self._region)
@@ -115,14 +115,13 @@ class Serving:
         asked = array("Q", receive(sock, 16 * num_spans))
         try:
             num_bytes = stream.total(asked)
-        except Refusal as refusal:
-            return _refuse(sock, refusal.message)
+        except Refusal as refused:
+            return _refuse(sock, refused.message)
         if mark and not self._holds(mark):
-            send(sock, [memoryview(ANSWER.pack(NOT_LEASED, 0))])
+            send(sock, [memoryview(answer(NOT_LEASED, 0))])
             return True
-        stream.send(sock, ANSWER.pack(GRANTED, num_bytes), asked)
-        if mark:
-            send(sock, [memoryview(HELD if self._holds(mark) else LOST)])
+        stream.send(sock, answer(GRANTED, num_bytes), asked)
+        send(sock, [memoryview(ending(num_bytes, HELD if mark and self._holds(mark) else LOST))])
         return True
 
     def _holds(self, mark: int) -> bool:
@@ -130,6 +129,5 @@ class Serving:
 
 
 def _refuse(sock: socket.socket, why: str) -> bool:
-    text = why.encode()[:MAX_REFUSAL_BYTES]
-    send(sock, [memoryview(ANSWER.pack(REFUSED, len(text)) + text)])
+    send(sock, [memoryview(refusal(why))])
     return False

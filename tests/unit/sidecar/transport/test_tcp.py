@@ -27,20 +27,25 @@ from sidecar.transport import tcp, tcp_serving, tcp_spans
 from sidecar.transport.contract import COPIED, STOPPED, VOID
 from sidecar.transport.tcp import TcpMemory, TcpTransport
 from sidecar.transport.tcp_wire import (
-    ANSWER,
     GRANTED,
     HELD,
     LOST,
     MAGIC,
     MAX_VIEWS,
     NOT_LEASED,
+    PAGE_BYTES,
     REQUEST,
     SECRET_BYTES,
     DataFault,
     Pace,
     Stop,
+    answer,
+    ending,
     pieces,
     receive,
+    receive_answer,
+    receive_ending,
+    refusal,
     send,
 )  # fmt: skip
 
@@ -106,10 +111,10 @@ def scripted(*answers: bytes, then_wait: bool = False) -> Iterator[str]:
                 connection, _ = listener.accept()
                 with connection:
                     connection.recv(len(MAGIC) + SECRET_BYTES, socket.MSG_WAITALL)
-                    connection.sendall(struct.pack("<BQ", GRANTED, 0))
-                    for answer in answers:
+                    connection.sendall(answer(GRANTED, 0))
+                    for said in answers:
                         connection.recv(65536)
-                        connection.sendall(answer)
+                        connection.sendall(said)
                     if then_wait:
                         over.wait(TIMEOUT_S)
 
@@ -205,15 +210,42 @@ async def test_a_transfer_of_more_spans_than_a_request_holds_sends_several(
 async def test_too_many_spans_in_a_request_are_refused(ends: Ends) -> None:
     host, port, secret = ends.session.split()
 
-    def ask() -> bytes:
+    def ask() -> None:
         with socket.create_connection((host, int(port)), TIMEOUT_S) as sock:
             sock.setblocking(True)
             send(sock, [memoryview(MAGIC + secret.encode())])
-            receive(sock, 9)
+            receive_answer(sock)
             send(sock, [memoryview(REQUEST.pack(0xFFFFFFFF, 0))])
-            return receive(sock, 9)
+            with pytest.raises(DataFault, match=f"refused: {0xFFFFFFFF} spans were asked for"):
+                receive_answer(sock)
 
-    assert (await asyncio.to_thread(ask))[0] != GRANTED
+    await asyncio.to_thread(ask)
+
+
+@pytest.mark.parametrize("lengths", [[1], [PAGE_BYTES], [PAGE_BYTES - 1, 2], [5000, 70_000]], ids=str)
+async def test_whatever_is_asked_for_the_producer_sends_whole_pages(ends: Ends, lengths: list[int]) -> None:
+    host, port, secret = ends.session.split()
+
+    def ask() -> int:
+        with socket.create_connection((host, int(port)), TIMEOUT_S) as sock:
+            sock.setblocking(True)
+            spans = b"".join(struct.pack("<QQ", 7, length) for length in lengths)
+            send(sock, [memoryview(MAGIC + secret.encode() + REQUEST.pack(len(lengths), 0) + spans)])
+            sock.shutdown(socket.SHUT_WR)
+            return sum(len(chunk) for chunk in iter(lambda: sock.recv(1 << 16), b""))
+
+    assert await asyncio.to_thread(ask) == 3 * PAGE_BYTES + -(-sum(lengths) // PAGE_BYTES) * PAGE_BYTES
+
+
+def test_a_refusal_of_any_length_is_an_answer() -> None:
+    for text in ("", "x", "no " * 5000):
+        page = refusal(text)
+        assert len(page) == PAGE_BYTES == len(answer(GRANTED, 1 << 63))
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            theirs.sendall(page)
+            with pytest.raises(DataFault, match="the producer refused: " + text[:1000]):
+                receive_answer(ours)
 
 
 async def test_a_read_by_a_mark_that_stands_is_a_good_one(ends: Ends) -> None:
@@ -245,13 +277,13 @@ async def test_a_mark_that_goes_while_its_blocks_are_read_voids_the_read(ends: E
         sock.setblocking(True)
         spans = struct.pack("<QQ", 0, POOL_BYTES) * num_spans
         send(sock, [memoryview(MAGIC + secret.encode() + REQUEST.pack(num_spans, MARK) + spans)])
-        assert ANSWER.unpack(receive(sock, ANSWER.size)) == (GRANTED, 1)
-        assert ANSWER.unpack(receive(sock, ANSWER.size)) == (GRANTED, num_spans * POOL_BYTES)
+        assert receive_answer(sock) == (GRANTED, 1)
+        assert receive_answer(sock) == (GRANTED, num_spans * POOL_BYTES)
 
     def drain(sock: socket.socket) -> bytes:
         for _ in range(num_spans):
             assert receive(sock, POOL_BYTES) == ends.content
-        return receive(sock, 1)
+        return receive_ending(sock, num_spans * POOL_BYTES)
 
     with socket.create_connection((host, int(port)), TIMEOUT_S) as sock:
         await asyncio.to_thread(ask, sock)
@@ -264,7 +296,7 @@ async def test_a_mark_that_goes_while_its_blocks_are_read_voids_the_read(ends: E
 
 @pytest.mark.parametrize(("last", "expected"), [(HELD, COPIED), (LOST, VOID), (b"\7", VOID)])
 async def test_only_what_was_held_to_the_end_counts(ends: Ends, last: bytes, expected: str) -> None:
-    with scripted(ANSWER.pack(GRANTED, 5000) + b"x" * 5000 + last) as session:
+    with scripted(answer(GRANTED, 5000) + b"x" * 5000 + ending(5000, last)) as session:
         memory = await ends.open(session)
         assert not memory.checks_marks
         assert await outcome(memory, Spans([0], [0], [5000]), MARK) == expected
@@ -272,7 +304,7 @@ async def test_only_what_was_held_to_the_end_counts(ends: Ends, last: bytes, exp
 
 
 async def test_what_was_not_read_by_a_mark_cannot_be_void(ends: Ends) -> None:
-    with scripted(ANSWER.pack(NOT_LEASED, 0), then_wait=True) as session:
+    with scripted(answer(NOT_LEASED, 0), then_wait=True) as session:
         memory = await ends.open(session)
         assert await outcome(memory, Spans([0], [0], [5000])) not in (COPIED, VOID)
         assert memory.broken
@@ -334,7 +366,7 @@ async def test_a_cap_is_kept(ends: Ends, bytes_per_s: int) -> None:
 
 @pytest.mark.parametrize("sent", [0, 1, 5000])
 async def test_a_truncated_stream_is_a_failure(ends: Ends, sent: int) -> None:
-    with scripted(struct.pack("<BQ", GRANTED, 10_000) + b"x" * sent) as session:
+    with scripted(answer(GRANTED, 10_000) + b"x" * sent) as session:
         memory = await ends.open(session)
         assert await outcome(memory, Spans([0], [0], [10_000])) != COPIED
         assert memory.broken
@@ -343,7 +375,7 @@ async def test_a_truncated_stream_is_a_failure(ends: Ends, sent: int) -> None:
 
 
 async def test_an_answer_of_another_length_is_a_failure_before_a_byte_is_taken(ends: Ends) -> None:
-    with scripted(struct.pack("<BQ", GRANTED, 9_999) + b"x" * 9_999) as session:
+    with scripted(answer(GRANTED, 9_999) + b"x" * 9_999) as session:
         memory = await ends.open(session)
         assert "instead of 10000" in await outcome(memory, Spans([0], [0], [10_000]))
         assert not any(ends.read())
@@ -351,7 +383,7 @@ async def test_an_answer_of_another_length_is_a_failure_before_a_byte_is_taken(e
 
 
 async def test_a_stop_in_the_middle_ends_the_copy_and_not_a_byte_follows(ends: Ends) -> None:
-    with scripted(struct.pack("<BQ", GRANTED, 10_000) + b"x" * 5000, then_wait=True) as session:
+    with scripted(answer(GRANTED, 10_000) + b"x" * 5000, then_wait=True) as session:
         memory = await ends.open(session)
         copy = memory.read(Spans([0], [0], [10_000]))
         await asyncio.to_thread(first_byte_written, ends)
@@ -363,7 +395,7 @@ async def test_a_stop_in_the_middle_ends_the_copy_and_not_a_byte_follows(ends: E
 
 
 async def test_closing_ends_what_runs_and_what_waits(ends: Ends) -> None:
-    with scripted(struct.pack("<BQ", GRANTED, 10_000), then_wait=True) as session:
+    with scripted(answer(GRANTED, 10_000), then_wait=True) as session:
         memory = await ends.open(session)
         copies = [memory.read(Spans([0], [0], [10_000])) for _ in range(20)]
         await asyncio.wait_for(memory.close(), TIMEOUT_S)
@@ -375,7 +407,7 @@ async def test_a_reader_that_does_not_read_is_cut_off_when_the_pool_goes(ends: E
     with socket.create_connection((host, int(port)), TIMEOUT_S) as sock:
         request = REQUEST.pack(64, 0) + struct.pack("<QQ", 0, POOL_BYTES) * 64
         await asyncio.to_thread(sock.sendall, MAGIC + secret.encode() + request)
-        await asyncio.to_thread(sock.recv, 18, socket.MSG_WAITALL)
+        await asyncio.to_thread(sock.recv, 2 * PAGE_BYTES, socket.MSG_WAITALL)
         await asyncio.wait_for(ends.transport.retire(ends.producer), TIMEOUT_S)
     ends.session = (await ends.transport.serve(ends.producer)).session
     memory = await ends.open()
