@@ -33,7 +33,7 @@ MAX_UNCLAIMED_S = 0.05
 """Of copying. What takes longer is claimed first: a claim keeps others away and lives past the offer's expiry."""
 COPY_BYTES_PER_S = 5 << 30
 """Where the config sets no limit; about what an older server's core copies."""
-WIRE_BYTES_PER_S = 1 << 30
+WIRE_BYTES_PER_S = 2 << 30
 """Likewise between hosts."""
 MAX_PLANNED_AT_ONCE = 20_000
 """Pieces planned on the event loop: some 10 ms. More are planned in a thread, so that other pulls' leases live on."""

@@ -35,6 +35,7 @@ from sidecar.transport.tcp_wire import (
     refusal,
     send,
     set_stall,
+    spare_pacing,
 )  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -90,6 +91,7 @@ class Serving:
     def _serve(self, sock: socket.socket) -> None:
         try:
             set_stall(sock, self._stall_s)
+            spare_pacing(sock)
             hello = receive(sock, len(MAGIC) + SECRET_BYTES)
             if not hmac.compare_digest(hello, MAGIC + self.secret.encode()):
                 _refuse(sock, "the data connection's token is wrong")

@@ -5,6 +5,7 @@ Blocking sockets and a mapped pool: bytes go straight between them, many spans a
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 import threading
@@ -58,6 +59,13 @@ def set_stall(sock: socket.socket, seconds: float) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def spare_pacing(sock: socket.socket) -> None:
+    """To a peer on this host nothing is lost and no queue builds up: bbr's timers would only cost time."""
+    with contextlib.suppress(OSError):
+        if sock.getpeername()[0] == sock.getsockname()[0]:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
 
 
 def receive(sock: socket.socket, num_bytes: int, *, may_end: bool = False) -> bytes:

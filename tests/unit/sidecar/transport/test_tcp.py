@@ -47,6 +47,7 @@ from sidecar.transport.tcp_wire import (
     receive_ending,
     refusal,
     send,
+    spare_pacing,
 )  # fmt: skip
 
 POOL_BYTES = 4 << 20
@@ -235,6 +236,20 @@ async def test_whatever_is_asked_for_the_producer_sends_whole_pages(ends: Ends, 
             return sum(len(chunk) for chunk in iter(lambda: sock.recv(1 << 16), b""))
 
     assert await asyncio.to_thread(ask) == 3 * PAGE_BYTES + -(-sum(lengths) // PAGE_BYTES) * PAGE_BYTES
+
+
+def test_only_to_a_peer_on_this_host_pacing_is_spared() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        for source in ("127.0.0.1", "127.0.0.2"):
+            with socket.create_connection(listener.getsockname(), TIMEOUT_S, (source, 0)) as ours:
+                theirs, _ = listener.accept()
+                with theirs:
+                    before = theirs.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+                    spare_pacing(theirs)
+                    after = theirs.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+                    assert after == before or (source == "127.0.0.1" and after.startswith(b"reno"))
+    with socket.socket() as unconnected:
+        spare_pacing(unconnected)
 
 
 def test_a_refusal_of_any_length_is_an_answer() -> None:
