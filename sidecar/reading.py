@@ -1,7 +1,6 @@
 """One lease that a pull reads: reach the producer's rank, claim, copy, release.
 
-Where the blocks are known and the producer's board says whether they are leased, it copies at once instead, see
-`begin`.
+Where its blocks are known and the producer's board says whether they are leased, it is copied at once, see `begin`.
 
 A reading waits for one thing at a time; `interrupt` ends that wait, whoever has a reason: its pull was abandoned or out
 of time, its peer or its lease was lost, another of its pull's readings failed. `copy` and `confirm` return or raise
@@ -139,9 +138,8 @@ class Reading:
 
         A mark stands for this transfer, its token and these very blocks, from the offer until before the producer's
         engine hears of the lease's end, and never again (see lease_board). So blocks whose mark is there after they
-        were copied were not written meanwhile; on one host we look, else the producer does. What the board does not
-        show then is as if it had not been copied: our blocks are ours to write until the pull is reported, and the
-        claim tells what became of the lease.
+        were copied were not written meanwhile; on one host we look, else the producer does. What it does not show then
+        is as if it had not been copied: our blocks are ours until the pull is reported, and the claim tells the rest.
         """
         source = self.source
         packed = source.packed_block_ids

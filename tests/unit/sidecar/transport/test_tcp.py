@@ -241,7 +241,7 @@ async def test_whatever_is_asked_for_the_producer_sends_whole_pages(ends: Ends, 
 def test_only_to_a_peer_on_this_host_pacing_is_spared() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         for source in ("127.0.0.1", "127.0.0.2"):
-            with socket.create_connection(listener.getsockname(), TIMEOUT_S, (source, 0)) as ours:
+            with socket.create_connection(listener.getsockname(), TIMEOUT_S, (source, 0)):
                 theirs, _ = listener.accept()
                 with theirs:
                     before = theirs.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
