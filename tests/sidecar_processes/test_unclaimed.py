@@ -89,6 +89,23 @@ def test_ranks_that_hold_the_same_heads_all_read_a_lease(directory: Path, direct
             assert producer.offer_ended(offer.transfer_id) == "consumed"
 
 
+@pytest.mark.parametrize("ends", ["tcp"], indirect=True)
+def test_over_tcp_a_producer_sidecar_that_is_stopped_is_given_up_before_its_data_is(
+    ends: tuple[Sidecar, FakeEngine, FakeEngine],
+) -> None:
+    """Nothing was claimed, so nothing beats for a lease; the sidecar is asked whether it is there all the same."""
+    sidecar, producer, consumer = ends
+    _, source = producer.offer(ALL)
+    sidecar.process.send_signal(signal.SIGSTOP)
+    try:
+        started = time.monotonic()
+        consumer.client.pull("waits", source, ALL)
+        assert consumer.pull_ended("waits").reason == "unreachable"
+        assert time.monotonic() - started < 9.5  # the stall limit of a data connection is 10 s
+    finally:
+        sidecar.process.send_signal(signal.SIGCONT)
+
+
 @BOTH
 def test_an_offer_that_expires_while_its_sidecar_is_stopped_is_not_read(
     ends: tuple[Sidecar, FakeEngine, FakeEngine],
