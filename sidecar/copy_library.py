@@ -1,4 +1,4 @@
-"""`native/copy_moves.c` as ctypes has it. It was built if there was a C compiler at installation."""
+"""`native/*.c` as ctypes has them. They were built if there was a C compiler at installation."""
 
 from __future__ import annotations
 
@@ -13,16 +13,24 @@ CopyMoves = Callable[[int, int, int, int, int, int], None]
 of 64-bit columns. The interpreter's lock is released."""
 
 
-def copy_moves() -> CopyMoves | None:
-    """None where it was not built or does not load (another system)."""
+def native_library(name: str) -> ctypes.CDLL | None:
+    """The sidecar's library of that name; None where it was not built or does not load (another system)."""
     for suffix in EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name(f"_copy_moves{suffix}")
+        path = Path(__file__).with_name(f"{name}{suffix}")
         if path.exists():
             try:
-                found = ctypes.CDLL(str(path)).copy_moves
-            except (OSError, AttributeError):
+                return ctypes.CDLL(str(path))
+            except OSError:
                 return None
-            found.argtypes, found.restype = (*(c_void_p,) * 5, c_int64), None
-            copy: CopyMoves = found
-            return copy
     return None
+
+
+def copy_moves() -> CopyMoves | None:
+    """None where there is no such library."""
+    library = native_library("_copy_moves")
+    found = getattr(library, "copy_moves", None)
+    if found is None:
+        return None
+    found.argtypes, found.restype = (*(c_void_p,) * 5, c_int64), None
+    copy: CopyMoves = found
+    return copy

@@ -71,9 +71,10 @@ class Daemon:
         self._sockets: list[socket.socket] = []
         self._executor = CopyExecutor(config.copy_threads, config.copy_bytes_per_s)
         self._store: BlockStore | None = None
+        self._board = _lease_board() if config.transport != "mooncake" else None
         try:
             self._store = open_store(config, StoreMetrics(self.metrics.registry), advertised)
-            self.transports = available_transports(config, self._executor, advertised)
+            self.transports = available_transports(config, self._executor, advertised, self._board)
             self._peer_sock = self._keep(listen_tcp(host, port, "--listen"))
             self._metrics_sock = self._keep(listen_tcp(host, config.metrics_port, "--metrics-port"))
             peer_socket = f"pd-sidecar-{secrets.token_hex(16)}"
@@ -83,11 +84,12 @@ class Daemon:
             for sock in self._sockets:
                 sock.close()
             self._executor.close()
+            if self._board is not None:
+                self._board.close()
             if self._store is not None:
                 self._store.close()
             raise
         self._keep(self._engine_socket.sock)
-        self._board = _lease_board() if "shm" in self.transports else None
         self.store_tiers = self._store.names if self._store else ()
         self.identity = Identity(
             config.engine_id, config.rank, secrets.token_hex(8), boot_id(), advertised,

@@ -1,4 +1,4 @@
-"""Which leases are valid now, in shared memory: a consumer on this host sees it without asking.
+"""Which leases are valid now, in shared memory: a consumer on this host sees it without asking, as do our own threads.
 
 A producer's sidecar posts a mark for each offer and takes it off before its engine hears that the lease has ended. A
 mark names a lease by its secret token and its blocks. So who sees a mark, copies those blocks, and sees the mark again,
@@ -43,7 +43,7 @@ def mark_of(transfer_id: str, token: str, packed_block_ids: bytes) -> int:
 
 
 class LeaseBoard:
-    """The producer's end. Made, used and closed on one thread."""
+    """The producer's end. Made, used and closed on one thread; any may ask what it `holds`."""
 
     def __init__(self) -> None:
         """Raises OSError where there is no such board to be had."""
@@ -57,6 +57,7 @@ class LeaseBoard:
             raise
         self._words = (ctypes.c_uint64 * _WORDS).from_address(self._region.address)
         self._lock = ctypes.c_void_p(self._region.address)
+        self._mapped = threading.Lock()
         try:
             self._hold()
         except OSError:
@@ -79,8 +80,17 @@ class LeaseBoard:
         if self._words[slot] == mark:
             self._words[slot] = 0
 
+    def holds(self, mark: int) -> bool:
+        """Whether the lease is valid now."""
+        with self._mapped:
+            return bool(self._region.num_bytes) and _holds(self._words, mark)
+
     def close(self) -> None:
         """Every mark is void. Idempotent."""
+        with self._mapped:
+            self._close()
+
+    def _close(self) -> None:
         if self._region.num_bytes:
             ctypes.memset(self._region.address + 8 * _FIRST, 0, 8 * (_WORDS - _FIRST))
             _libc.pthread_mutex_unlock(self._lock)
@@ -119,14 +129,16 @@ class BoardView:
 
     def holds(self, mark: int) -> bool:
         """Whether the lease is valid now; False also where nobody knows."""
-        if not self._region.num_bytes:
-            return False
-        words, slot = self._words, _slot(mark)
-        return words[slot] == mark and words[slot + 1] > time.monotonic_ns() and words[0] & _TID_MASK != 0
+        return bool(self._region.num_bytes) and _holds(self._words, mark)
 
     def close(self) -> None:
         """Idempotent."""
         self._region.close()
+
+
+def _holds(words: ctypes.Array[ctypes.c_uint64], mark: int) -> bool:
+    slot = _slot(mark)
+    return words[slot] == mark and words[slot + 1] > time.monotonic_ns() and words[0] & _TID_MASK != 0
 
 
 def _slot(mark: int) -> int:

@@ -36,4 +36,4 @@ class PullSource(msgspec.Struct, frozen=True):
     epoch: str
     num_blocks: int
     packed_block_ids: bytes = b""
-    """What the offer is said to hold (see pack_block_ids): a consumer on its host may begin by it, see lease_board."""
+    """What the offer is said to hold (see pack_block_ids): a consumer may begin to read by it, see lease_board."""

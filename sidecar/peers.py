@@ -101,13 +101,16 @@ class Link:
         return self.control.call(lambda call_id: Release(call_id, source.transfer_id, source.token, outcome))
 
     def beat(self) -> None:
-        """One heartbeat for each lease claimed here; a pull whose lease is lost is interrupted."""
+        """One heartbeat for each lease claimed here; a pull whose lease is lost is interrupted.
+
+        What is read without a claim has no lease to lose, but where the producer sends it, it has to be there.
+        """
         for reader in self.readers:
-            if not reader.claimed:
+            if not reader.claimed and self.board is not None:
                 continue
             source = reader.source
             answer = self.control.call(partial(Heartbeat, transfer_id=source.transfer_id, token=source.token))
-            answer.add_done_callback(partial(self._beaten, reader))
+            answer.add_done_callback(partial(self._beaten, reader, reader.claimed))
 
     async def close(self) -> None:
         """When this returns, nothing of the peer writes here."""
@@ -116,9 +119,9 @@ class Link:
             self.board.close()
 
     @staticmethod
-    def _beaten(reader: Reading, done: Answer) -> None:
+    def _beaten(reader: Reading, claimed: bool, done: Answer) -> None:
         refusal = None if done.cancelled() else done.exception()
-        if isinstance(refusal, Refusal) and not isinstance(refusal, PeerLost):
+        if claimed and isinstance(refusal, Refusal) and not isinstance(refusal, PeerLost):
             reader.interrupt(refusal.reason, refusal.message)
 
 

@@ -87,6 +87,7 @@ CHANGES = {
     7: "a push may begin with the first of its blocks: mark_ready and computed bring the others",
     8: "sources name blocks; on one host region_opened brings a lease board, by which leases are read without a claim",
     9: "register_pool: direct; pool_opened, pool_closed and read_directly: an engine copies small transfers itself",
+    10: "tcp: a read names the mark of its lease, which the producer checks, and needs no claim then",
 }
 """What each version changed; an end speaks exactly one."""
 PROTOCOL_VERSION = max(CHANGES)

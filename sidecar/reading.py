@@ -1,6 +1,6 @@
 """One lease that a pull reads: reach the producer's rank, claim, copy, release.
 
-Where both are on one host and the blocks are known, it copies at once instead, see `begin`.
+Where its blocks are known and the producer's board says whether they are leased, it is copied at once, see `begin`.
 
 A reading waits for one thing at a time; `interrupt` ends that wait, whoever has a reason: its pull was abandoned or out
 of time, its peer or its lease was lost, another of its pull's readings failed. `copy` and `confirm` return or raise
@@ -26,12 +26,14 @@ from sidecar.registration import Registration
 from sidecar.reshard import Source
 from sidecar.spans import Destination, Spans, check_spans
 from sidecar.transfer import Happening, Progress, State
-from sidecar.transport.contract import COPIED, PendingCopy
+from sidecar.transport.contract import COPIED, VOID, PendingCopy
 
 MAX_UNCLAIMED_S = 0.05
 """Of copying. What takes longer is claimed first: a claim keeps others away and lives past the offer's expiry."""
 COPY_BYTES_PER_S = 5 << 30
 """Where the config sets no limit; about what an older server's core copies."""
+WIRE_BYTES_PER_S = 2 << 30
+"""Likewise between hosts."""
 MAX_PLANNED_AT_ONCE = 20_000
 """Pieces planned on the event loop: some 10 ms. More are planned in a thread, so that other pulls' leases live on."""
 
@@ -54,10 +56,11 @@ class Consumer:
 
 @dataclass(frozen=True, slots=True)
 class _Unclaimed:
-    """A copy that is worth something if `mark` still stands on `board` when it has ended."""
+    """A copy that is worth something if `mark` still stands on the board when it has ended: `board`, or else the copy's
+    outcome says so."""
 
     link: Link
-    board: BoardView
+    board: BoardView | None
     mark: int
     num_bytes: int
     copy: PendingCopy
@@ -131,32 +134,36 @@ class Reading:
         self.progress.step(Happening.COPIED)
 
     def begin(self) -> None:
-        """Begin to copy by the producer's board, with no word to its sidecar before, if that can be; then `copy`.
+        """Begin to copy by the producer's board, without a claim, if that can be; then `copy`.
 
         A mark stands for this transfer, its token and these very blocks, from the offer until before the producer's
         engine hears of the lease's end, and never again (see lease_board). So blocks whose mark is there after they
-        were copied were not written meanwhile. What the board does not show then is as if it had not been copied: our
-        blocks are ours to write until the pull is reported, and the claim tells what became of the lease.
+        were copied were not written meanwhile; on one host we look, else the producer does. What it does not show then
+        is as if it had not been copied: our blocks are ours until the pull is reported, and the claim tells the rest.
         """
         source = self.source
         packed = source.packed_block_ids
         if not packed or len(packed) % 8 or len(self._request.sources) != 1 or self._reader.num_readers != 1:
             return  # with several readers, each claims: the first to have read would end the lease for the others
         link = self._consumer.peers.live(source)
-        if link is None or link.board is None or link.reshard is not None or link.control.closed:
+        if link is None or link.reshard is not None or link.control.closed:
+            return
+        board, bytes_per_s = link.board, self._consumer.config.copy_bytes_per_s
+        if board is None and not link.memory.checks_marks:
             return
         mark = mark_of(source.transfer_id, source.token, packed)
-        if not link.board.holds(mark):
+        if board is not None and not board.holds(mark):
             return
         try:
             self._check_rank(link)
             destination = Destination(self._consumer.registration.layout, self._request.local_block_ids)
             spans = self._plan(link, array("Q", packed), destination)
             num_bytes = spans.num_bytes
-            copies_s = num_bytes / (self._consumer.config.copy_bytes_per_s or COPY_BYTES_PER_S)
+            copies_s = num_bytes / (bytes_per_s or (WIRE_BYTES_PER_S if board is None else COPY_BYTES_PER_S))
             if not 0 < copies_s <= MAX_UNCLAIMED_S:
                 return
-            self._unclaimed = _Unclaimed(link, link.board, mark, num_bytes, link.memory.read(spans))
+            copy = link.memory.read(spans, mark if board is None else 0)
+            self._unclaimed = _Unclaimed(link, board, mark, num_bytes, copy)
         except Refusal:
             return  # the claim says it again, and lets the lease go
         self.transport = link.memory.transport
@@ -166,7 +173,7 @@ class Reading:
     async def _copy_unclaimed(self, begun: _Unclaimed) -> bool:
         """What `begin` began; False if it is void, and the lease has to be claimed."""
         try:
-            await self._copied(begun.link, begun.copy)
+            outcome = await self._copied(begun.link, begun.copy, (COPIED, VOID))
         except Refusal:
             if self.progress.state is not State.ENDED:
                 self.progress.step(Happening.FAILED)
@@ -175,7 +182,7 @@ class Reading:
             raise
         finally:
             begun.link.readers.discard(self)
-        if not begun.board.holds(begun.mark):
+        if outcome == VOID or (begun.board is not None and not begun.board.holds(begun.mark)):
             self.progress.step(Happening.VOID)
             return False
         self._link, self.num_bytes = begun.link, begun.num_bytes
@@ -352,8 +359,8 @@ class Reading:
             raise PeerLost(f"the connection to {link.name} ended")
         await self._copied(link, link.memory.read(spans))
 
-    async def _copied(self, link: Link, copy: PendingCopy) -> None:
-        """The copy's end. Raises Refusal when nothing writes any more."""
+    async def _copied(self, link: Link, copy: PendingCopy, good: tuple[str, ...] = (COPIED,)) -> str:
+        """The copy's end, one that is `good`. Raises Refusal when nothing writes any more."""
         peers = self._consumer.peers
         try:
             outcome = await self._wait(copy.ended)
@@ -366,9 +373,10 @@ class Reading:
                 await copy.ended
             self.progress.step(Happening.STOPPED)
             raise
-        if outcome != COPIED:
+        if outcome not in good:
             await peers.cut(link, outcome)
             raise Refusal("transport", outcome)
+        return outcome
 
     def _fail(self, link: Link) -> None:
         """After the claim: give the lease back, or drop it if nobody wants it."""

@@ -13,10 +13,12 @@ from sidecar.spans import Spans
 
 COPIED = ""
 STOPPED = "stopped"
+VOID = "void"
+"""All came, or nothing, but the lease that the read named was not valid all the time."""
 
 
 class PendingCopy:
-    """A copy under way. `ended` resolves to COPIED, STOPPED or what went wrong, when nothing writes any more."""
+    """A copy under way. `ended` resolves to COPIED, STOPPED, VOID or what went wrong, when nothing writes any more."""
 
     def __init__(self) -> None:
         self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -34,14 +36,20 @@ class PeerMemory(Protocol):
     """One producer's pool as this consumer reads it."""
 
     transport: str
+    checks_marks: bool
+    """Whether a read may name a lease by its mark (see lease_board), which the producer then checks."""
 
     @property
     def broken(self) -> str:
         """Why no further read can work; "" if it can."""
         ...
 
-    def read(self, spans: Spans) -> PendingCopy:
-        """Begin copying bounds-checked spans. Raises Refusal("transport") if it is broken."""
+    def read(self, spans: Spans, mark: int = 0) -> PendingCopy:
+        """Begin copying bounds-checked spans. Raises Refusal("transport") if it is broken.
+
+        With a `mark` the copy ends in VOID unless that stood on the producer's board before the first byte was read
+        from its pool and after the last.
+        """
         ...
 
     async def close(self) -> None:

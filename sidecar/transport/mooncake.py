@@ -52,9 +52,12 @@ MAX_SPAN_BYTES = 1 << 20
 """A span is one request on one of four lanes; smaller pieces let the lanes share a long one."""
 SPAN_COST_S = 15e-6
 """What a span costs whatever its size (measured)."""
-FIRST_RATE_BYTES_PER_S = 1 << 30
+FIRST_RATE_BYTES_PER_S = 2 << 30
+MAX_RATE_BYTES_PER_S = 16 << 30
 SLEPT_SHARE = 0.85
 """Of the expected time; the rest is waited for by a spinning status call."""
+OVERSLEPT_S = 200e-6
+"""A status call that is through in less had nothing to wait for: the batch was over before, nobody knows when."""
 MAX_FRAME_BYTES = 256 << 20
 
 
@@ -238,11 +241,15 @@ class _Reader:
             raise EngineFault(f"Mooncake refused a batch of {len(batch)} spans, {num_bytes} bytes")
         fixed_s = len(batch) * SPAN_COST_S
         time.sleep(SLEPT_SHARE * (fixed_s + num_bytes / self._rate))
+        woken_at = time.monotonic()
         status = self._engine.get_batch_transfer_status([batch_id])
         if status != 0:
             raise EngineFault(f"Mooncake failed a batch of {len(batch)} spans, {num_bytes} bytes (status {status})")
-        took_s = time.monotonic() - started_at
-        if num_bytes >= 1 << 18:
+        ended_at = time.monotonic()
+        took_s = ended_at - started_at
+        if num_bytes >= 1 << 18 and ended_at - woken_at < OVERSLEPT_S:
+            self._rate = min(1.5 * self._rate, float(MAX_RATE_BYTES_PER_S))
+        elif num_bytes >= 1 << 18:
             self._rate += 0.3 * (num_bytes / max(took_s - fixed_s, took_s / 4) - self._rate)
         if self._start.bytes_per_s:
             time.sleep(max(0.0, num_bytes / self._start.bytes_per_s - took_s))

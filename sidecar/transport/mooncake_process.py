@@ -138,6 +138,7 @@ class MooncakeMemory:
     """See contract.PeerMemory."""
 
     transport = "mooncake"
+    checks_marks = False
 
     def __init__(self, process: EngineProcess) -> None:
         self._process = process
@@ -147,7 +148,7 @@ class MooncakeMemory:
     def broken(self) -> str:
         return self._process.failed.result() if self._process.failed.done() else ""
 
-    def read(self, spans: Spans) -> PendingCopy:
+    def read(self, spans: Spans, mark: int = 0) -> PendingCopy:
         if self.broken:
             raise Refusal("transport", self.broken)
         copy_id, self._next_copy_id = self._next_copy_id, self._next_copy_id + 1

@@ -6,6 +6,7 @@ import logging
 
 from sidecar.config import SidecarConfig
 from sidecar.copy_executor import CopyExecutor
+from sidecar.lease_board import LeaseBoard
 from sidecar.transport import mooncake
 from sidecar.transport.contract import Transport
 from sidecar.transport.mooncake_process import MooncakeTransport, check_runs
@@ -15,7 +16,9 @@ from sidecar.transport.tcp import TcpTransport
 logger = logging.getLogger(__name__)
 
 
-def available_transports(config: SidecarConfig, executor: CopyExecutor, host: str) -> dict[str, Transport]:
+def available_transports(
+    config: SidecarConfig, executor: CopyExecutor, host: str, board: LeaseBoard | None = None
+) -> dict[str, Transport]:
     """Those that config and machine allow. Raises StartError if the one asked for cannot be, with what is missing.
 
     With "auto" Mooncake is looked for but not started: it is when the first peer from another host asks for it. It
@@ -28,7 +31,7 @@ def available_transports(config: SidecarConfig, executor: CopyExecutor, host: st
     if config.transport in ("auto", "shm"):
         transports.append(ShmTransport(executor))
     if config.transport in ("auto", "tcp"):
-        transports.append(TcpTransport(config, host))
+        transports.append(TcpTransport(config, host, board))
     if config.transport == "auto":
         lacking = mooncake.missing()
         if not lacking:

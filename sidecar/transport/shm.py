@@ -109,8 +109,9 @@ class ShmMemory:
         self._copies: set[_ShmCopy] = set()
 
     broken = ""
+    checks_marks = False  # the reader sees the board itself
 
-    def read(self, spans: Spans) -> PendingCopy:
+    def read(self, spans: Spans, mark: int = 0) -> PendingCopy:
         moves = Moves(self._local.address, spans.local, self._remote.address, spans.remote, spans.lengths, spans.each)
         copy = _ShmCopy(self._executor, moves)
         self._copies.add(copy)

@@ -2,154 +2,81 @@
 
 A data connection carries, in this order, the last three for each transfer:
 
-    consumer   MAGIC, secret (32 bytes)                         once, answered by GRANTED or REFUSED
-    consumer   number of spans, then (offset, bytes) of each
-    producer   GRANTED and the sum of the bytes, or REFUSED, the length of a sentence and the sentence
-    producer   the bytes, one span after the other
+    consumer   MAGIC, secret (32 bytes)       once, answered by GRANTED and whether marks are checked, or REFUSED
+    consumer   number of spans, mark or 0, then (offset, bytes) of each
+    producer   GRANTED and the sum of the bytes, NOT_LEASED, or REFUSED, the length of a sentence and the sentence
+    producer   the bytes, one span after the other, then HELD or LOST
 
 Numbers are little-endian, as every machine that this runs on. The secret comes over the control connection, which has
-checked who asks. Both ends use blocking calls in threads: sendmsg and recvmsg_into run without the interpreter's lock,
-straight between socket and pool, and what waits unsent is at most the kernel's buffers. A transfer has a connection of
-its own while it lasts, so that none holds back another. A stopped copy shuts its connection down, and has ended when
-its thread is out of the kernel: then nothing writes.
+checked who asks. Both ends use blocking calls in threads, which run without the interpreter's lock, straight between
+socket and pool, and what waits unsent is at most the kernel's buffers. A transfer has a connection of its own while it
+lasts, so that none holds back another. A stopped copy shuts its connection down, and has ended when its thread is out
+of the kernel: then nothing writes.
+
+A mark stands for a lease that is read without a claim (see lease_board). It has to be on the producer's board before
+the first byte is read from the pool, and HELD says that it still was after the last: so all the bytes were leased, and
+two round trips are saved.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import logging
 import os
 import queue
-import secrets
 import socket
-import struct
 import threading
-from array import array
 from collections.abc import Callable
 from functools import partial
 
 from sidecar.config import SidecarConfig, split_address
 from sidecar.connection import end_when_gone
-from sidecar.errors import Refusal, StartError
-from sidecar.memory.contract import MemoryFault, PoolAccess, PoolRegion
+from sidecar.errors import Refusal
+from sidecar.lease_board import LeaseBoard
+from sidecar.memory.contract import MemoryFault, PoolRegion
 from sidecar.protocol import RegionOpened
 from sidecar.registration import Registration
-from sidecar.server import Listener, listen_tcp
-from sidecar.spans import Spans, check_spans
-from sidecar.transport.contract import COPIED, STOPPED, PendingCopy, Served
-from sidecar.transport.tcp_wire import CHUNK_BYTES, DataFault, Pace, fill, pieces, receive, send, set_stall
+from sidecar.spans import Spans
+from sidecar.transport.contract import COPIED, STOPPED, VOID, PendingCopy, Served
+from sidecar.transport.tcp_serving import Serving
+from sidecar.transport.tcp_spans import SpanStream, move, pairs
+from sidecar.transport.tcp_wire import (
+    HELD,
+    MAGIC,
+    MAX_SPANS,
+    NOT_LEASED,
+    REQUEST,
+    DataFault,
+    Pace,
+    Stop,
+    receive_answer,
+    receive_ending,
+    send,
+    set_stall,
+)  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
-MAGIC = b"BATONKV1"
-SECRET_BYTES = 32
-GRANTED, REFUSED = 0, 1
-_ANSWER = struct.Struct("<BQ")
-_COUNT = struct.Struct("<I")
-
-MAX_SPANS = 1 << 20
-"""Spans a request, 16 MiB of them; a transfer of more sends several requests."""
+MAX_EARLY_SPANS = 2048
+"""A request of no more is sent by the event loop's thread: the producer begins before a thread of ours is awake."""
 MAX_STREAMS = 8
 """Connections to one producer: transfers beyond it wait for one."""
-MAX_SERVED = 512
-"""Connections, and so threads, that read from one pool."""
-MAX_REFUSAL_BYTES = 4096
-
-
-class _Serving:
-    """Our pool as peers read it: a listener, and a thread for each connection."""
-
-    def __init__(self, registration: Registration, listen_host: str, host: str, config: SidecarConfig) -> None:
-        """Raises Refusal("transport")."""
-        self._stall_s, self._gone_s = config.stall_timeout_s, config.peer_gone_s
-        try:
-            sock = listen_tcp(listen_host, 0, "tcp data port on")
-        except StartError as error:
-            raise Refusal("transport", str(error)) from error
-        self.secret = secrets.token_hex(SECRET_BYTES // 2)
-        self.session = f"{host} {sock.getsockname()[1]} {self.secret}"
-        self._num_bytes = registration.region.num_bytes
-        self._region = registration.region
-        self._lock = threading.Lock()
-        self._open: dict[socket.socket, threading.Thread] = {}
-        self._listener = Listener(sock, self._accepted)
-
-    def _accepted(self, sock: socket.socket) -> None:
-        with self._lock:
-            if len(self._open) >= MAX_SERVED:
-                logger.warning("data_connection_refused limit=%d", MAX_SERVED)
-                sock.close()
-                return
-            thread = threading.Thread(target=self._serve, args=(sock,), name="tcp-serve", daemon=True)
-            try:
-                thread.start()
-            except RuntimeError:
-                logger.error("data_connection_refused error=no thread can be started")
-                sock.close()
-                return
-            self._open[sock] = thread
-
-    def close(self) -> list[threading.Thread]:
-        """Cut every reader off; the pool may be unmapped when the threads have ended."""
-        self._listener.close()
-        with self._lock:
-            for sock in self._open:
-                with contextlib.suppress(OSError):
-                    sock.shutdown(socket.SHUT_RDWR)
-            return list(self._open.values())
-
-    def _serve(self, sock: socket.socket) -> None:
-        try:
-            set_stall(sock, self._stall_s)
-            hello = receive(sock, len(MAGIC) + SECRET_BYTES)
-            if not hmac.compare_digest(hello, MAGIC + self.secret.encode()):
-                _refuse(sock, "the data connection's token is wrong")
-                return
-            send(sock, [memoryview(_ANSWER.pack(GRANTED, 0))])
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, 0))  # it may idle
-            end_when_gone(sock, self._gone_s)
-            pool = self._region.access()
-            while header := receive(sock, _COUNT.size, may_end=True):
-                if not self._answer(sock, pool, _COUNT.unpack(header)[0]):
-                    return
-        except (DataFault, MemoryFault) as fault:
-            logger.info("data_connection_ended reason=%s", fault)
-        finally:
-            with self._lock:
-                del self._open[sock]
-                sock.close()
-
-    def _answer(self, sock: socket.socket, pool: PoolAccess, num_spans: int) -> bool:
-        """Stream one request's spans; False if it was refused."""
-        if num_spans > MAX_SPANS:
-            return _refuse(sock, f"{num_spans} spans were asked for, the limit is {MAX_SPANS}")
-        asked = array("Q", receive(sock, 16 * num_spans))
-        starts, lengths = asked[0::2], asked[1::2]
-        try:
-            check_spans(Spans(starts, [0] * num_spans, lengths), self._num_bytes, self._num_bytes)
-        except Refusal as refusal:
-            return _refuse(sock, refusal.message)
-        send(sock, [memoryview(_ANSWER.pack(GRANTED, sum(lengths)))])
-        for piece in pieces(list(zip(starts, lengths, strict=True)), CHUNK_BYTES):
-            send(sock, pool.to_send(piece))
-        return True
-
-
-def _refuse(sock: socket.socket, why: str) -> bool:
-    text = why.encode()[:MAX_REFUSAL_BYTES]
-    send(sock, [memoryview(_ANSWER.pack(REFUSED, len(text)) + text)])
-    return False
 
 
 class TcpCopy(PendingCopy):
-    """One transfer's copy; its thread calls `begin`, `leave` and `end`."""
+    """One transfer's copy; its thread calls `begin`, `leave` and `end`.
 
-    def __init__(self, spans: Spans) -> None:
+    `early` is the connection over which it has been asked for already, but for `unsent`.
+    """
+
+    def __init__(self, spans: Spans, mark: int) -> None:
         super().__init__()
         self.spans = spans
-        self.stopped = threading.Event()
+        self.mark = mark
+        self.early: socket.socket | None = None
+        self.unsent = b""
+        self.stopped = Stop()
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()
         self._sock: socket.socket | None = None
@@ -178,7 +105,7 @@ class TcpCopy(PendingCopy):
             self._loop.call_soon_threadsafe(self._finish, outcome)
 
 
-Connect = Callable[[Callable[[socket.socket], object]], socket.socket]
+Connect = Callable[[Callable[[socket.socket], object]], tuple[socket.socket, bool]]
 
 
 class TcpMemory:
@@ -186,7 +113,10 @@ class TcpMemory:
 
     transport = "tcp"
 
-    def __init__(self, local: PoolRegion, pace: Pace, connect: Connect, first: socket.socket) -> None:
+    def __init__(
+        self, local: PoolRegion, pace: Pace, connect: Connect, first: socket.socket, *, checks_marks: bool
+    ) -> None:
+        self.checks_marks = checks_marks
         self._local = local
         self._pace = pace
         self._connect = connect
@@ -196,18 +126,34 @@ class TcpMemory:
         self._threads: list[threading.Thread] = []
         self.broken = ""
 
-    def read(self, spans: Spans) -> PendingCopy:
+    def read(self, spans: Spans, mark: int = 0) -> PendingCopy:
         if self.broken:
             raise Refusal("transport", self.broken)
-        copy = TcpCopy(spans)
+        copy = TcpCopy(spans, mark)
         self._copies.add(copy)
         copy.ended.add_done_callback(lambda _: self._copies.discard(copy))
         if len(self._copies) > len(self._threads) < MAX_STREAMS:
             thread = threading.Thread(target=self._work, name="tcp-read", daemon=True)
             self._threads.append(thread)
             thread.start()
+        if (
+            self._idle_sockets
+            and len(self._copies) <= len(self._threads)
+            and len(spans) <= min(MAX_EARLY_SPANS, MAX_SPANS)
+        ):
+            self._ask_early(copy, self._idle_sockets.pop())
         self._waiting.put(copy)
         return copy
+
+    @staticmethod
+    def _ask_early(copy: TcpCopy, sock: socket.socket) -> None:
+        """Send the request, as far as the kernel takes it at once; there is a thread free for the answer."""
+        request = b"".join((REQUEST.pack(len(copy.spans), copy.mark), pairs(copy.spans.remote, copy.spans.lengths)))
+        sent = 0
+        with contextlib.suppress(OSError):  # the thread comes upon it again
+            sent = sock.send(request, socket.MSG_DONTWAIT)
+        copy.begin(sock)
+        copy.early, copy.unsent = sock, request[sent:]
 
     async def close(self) -> None:
         self.broken = self.broken or "its connection to the producer was closed"
@@ -223,14 +169,15 @@ class TcpMemory:
             await asyncio.wait([copy.ended for copy in self._copies])
 
     def _work(self) -> None:
-        pool = self._local.access()
+        stream = SpanStream(self._local)
         while (copy := self._waiting.get()) is not None:
             outcome = STOPPED
             try:
-                if not copy.stopped.is_set():
-                    sock = self._idle_sockets.pop() if self._idle_sockets else self._connect(copy.begin)
-                    if self._run(copy, sock, pool):
-                        outcome = COPIED
+                if copy.early is not None:
+                    outcome = self._run(copy, copy.early, stream)
+                elif not copy.stopped.is_set():
+                    sock = self._idle_sockets.pop() if self._idle_sockets else self._connect(copy.begin)[0]
+                    outcome = self._run(copy, sock, stream)
             except (DataFault, MemoryFault) as fault:
                 if not copy.stopped.is_set():
                     outcome = self.broken = str(fault)
@@ -239,40 +186,47 @@ class TcpMemory:
                 outcome = self.broken = f"internal error: {error!r}"
             copy.end(outcome)
 
-    def _run(self, copy: TcpCopy, sock: socket.socket, pool: PoolAccess) -> bool:
+    def _run(self, copy: TcpCopy, sock: socket.socket, stream: SpanStream) -> str:
         """Ask and receive; the connection is kept only if it all came. Raises DataFault."""
-        complete = False
+        outcome = STOPPED
         try:
             if copy.begin(sock):
-                complete = self._transfer(copy, sock, pool)
+                outcome = self._transfer(copy, sock, stream)
         finally:
-            if copy.leave() and complete:
+            if copy.leave() and outcome != STOPPED:
                 self._idle_sockets.append(sock)
             else:
                 sock.close()
-        return complete
+        return outcome
 
-    def _transfer(self, copy: TcpCopy, sock: socket.socket, pool: PoolAccess) -> bool:
+    def _transfer(self, copy: TcpCopy, sock: socket.socket, stream: SpanStream) -> str:
+        """COPIED, STOPPED or VOID. Raises DataFault, MemoryFault."""
         spans = copy.spans
-        parts = (spans.part(first, first + MAX_SPANS) for first in range(0, len(spans), MAX_SPANS))
-        return all(self._request(part, copy, sock, pool) for part in parts)
+        if len(spans) <= MAX_SPANS:
+            return self._request(spans, copy, sock, stream)
+        outcome = COPIED
+        for first in range(0, len(spans), MAX_SPANS):
+            if outcome == COPIED:
+                outcome = self._request(spans.part(first, first + MAX_SPANS), copy, sock, stream)
+        return outcome
 
-    def _request(self, spans: Spans, copy: TcpCopy, sock: socket.socket, pool: PoolAccess) -> bool:
-        """As many spans as the producer takes at once; False if stopped meanwhile. Raises DataFault."""
-        asked = array("Q", bytes(16 * len(spans)))
-        asked[0::2], asked[1::2] = array("Q", spans.remote), array("Q", spans.lengths)
-        send(sock, [memoryview(_COUNT.pack(len(spans))), memoryview(asked).cast("B")])
-        number = _granted(sock)
+    def _request(self, spans: Spans, copy: TcpCopy, sock: socket.socket, stream: SpanStream) -> str:
+        """As many spans as the producer takes at once."""
+        if copy.early is None:
+            wanted = pairs(spans.remote, spans.lengths)
+            send(sock, [memoryview(REQUEST.pack(len(spans), copy.mark)), memoryview(wanted).cast("B")])
+            move(wanted, spans.local)  # while the answer is on its way
+        else:
+            send(sock, [memoryview(copy.unsent)])
+            wanted = pairs(spans.local, spans.lengths)
+        status, number = receive_answer(sock)
+        if status == NOT_LEASED and copy.mark:
+            return VOID
         if number != spans.num_bytes:
             raise DataFault(f"the producer would send {number} bytes instead of {spans.num_bytes}")
-        local = list(zip(spans.local, spans.lengths, strict=True))
-        for piece in pieces(local, self._pace.chunk_bytes):
-            num_bytes = sum(length for _, length in piece)
-            if not self._pace.wait(num_bytes, copy.stopped):
-                return False
-            fill(sock, pool.to_fill(piece), num_bytes)
-            pool.filled(piece)
-        return True
+        if not stream.receive(sock, wanted, self._pace, copy.stopped):
+            return STOPPED
+        return VOID if receive_ending(sock, number) != HELD and copy.mark else COPIED
 
 
 class TcpTransport:
@@ -281,12 +235,14 @@ class TcpTransport:
     name = "tcp"
     needs_same_host = False
 
-    def __init__(self, config: SidecarConfig, host: str) -> None:
+    def __init__(self, config: SidecarConfig, host: str, board: LeaseBoard | None = None) -> None:
+        """`board`: which leases of our pools are valid; without it each has to be claimed."""
+        self._board = board
         self._listen_host = split_address(config.listen)[0]
         self._host = host
         self._config = config
         self._pace = Pace(config.copy_bytes_per_s)
-        self._serving: dict[str, _Serving] = {}
+        self._serving: dict[str, Serving] = {}
 
     def registered(self, registration: Registration) -> None:
         """A listener costs nothing: it is made for the first peer that asks."""
@@ -294,7 +250,7 @@ class TcpTransport:
     async def serve(self, registration: Registration) -> Served:
         serving = self._serving.get(registration.epoch)
         if serving is None:
-            serving = _Serving(registration, self._listen_host, self._host, self._config)
+            serving = Serving(registration, self._listen_host, self._host, self._config, self._board)
             self._serving[registration.epoch] = serving
         return Served(serving.session)
 
@@ -308,13 +264,13 @@ class TcpTransport:
             raise Refusal("transport", "the producer's data address makes no sense") from error
         connecting = asyncio.ensure_future(asyncio.to_thread(connect, lambda _: None))
         try:
-            first = await asyncio.shield(connecting)
+            first, checks_marks = await asyncio.shield(connecting)
         except asyncio.CancelledError:
             connecting.add_done_callback(_close_result)
             raise
         except DataFault as fault:
             raise Refusal("transport", str(fault)) from fault
-        return TcpMemory(registration.region, self._pace, connect, first)
+        return TcpMemory(registration.region, self._pace, connect, first, checks_marks=checks_marks)
 
     async def retire(self, registration: Registration) -> None:
         serving = self._serving.pop(registration.epoch, None)
@@ -328,8 +284,11 @@ class TcpTransport:
 
 def _connect(
     host: str, port: int, secret: bytes, config: SidecarConfig, begin: Callable[[socket.socket], object]
-) -> socket.socket:
-    """A data connection, its hello answered; `begin` may shut it down from when it has it. Raises DataFault."""
+) -> tuple[socket.socket, bool]:
+    """A data connection, its hello answered, and whether marks are checked at its other end. Raises DataFault.
+
+    `begin` may shut it down from when it has it.
+    """
     try:
         sock = socket.create_connection((host, port), config.connect_timeout_s)
     except (OSError, OverflowError) as error:
@@ -339,24 +298,15 @@ def _connect(
         end_when_gone(sock, config.peer_gone_s)
         begin(sock)
         send(sock, [memoryview(MAGIC + secret)])
-        _granted(sock)
+        _, checks_marks = receive_answer(sock)
         set_stall(sock, config.stall_timeout_s)
     except BaseException:
         sock.close()
         raise
-    return sock
+    return sock, bool(checks_marks)
 
 
-def _granted(sock: socket.socket) -> int:
-    """The bytes that the producer will send. Raises DataFault."""
-    status, number = _ANSWER.unpack(receive(sock, _ANSWER.size))
-    if status != GRANTED:
-        text = receive(sock, min(number, MAX_REFUSAL_BYTES)).decode(errors="replace")
-        raise DataFault(f"the producer refused: {text}")
-    return int(number)
-
-
-def _close_result(done: asyncio.Future[socket.socket]) -> None:
+def _close_result(done: asyncio.Future[tuple[socket.socket, bool]]) -> None:
     """The one who asked has left."""
     if not done.cancelled() and done.exception() is None:
-        done.result().close()
+        done.result()[0].close()

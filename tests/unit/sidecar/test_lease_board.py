@@ -34,9 +34,10 @@ def test_a_mark_is_seen_from_posting_to_taking_off(board: LeaseBoard, view: Boar
     assert not view.holds(MARK)
     assert board.post(MARK, 60.0)
     assert view.holds(MARK) and not view.holds(MARK + NUM_SLOTS)
+    assert board.holds(MARK) and not board.holds(MARK + NUM_SLOTS)
     board.take_off(MARK)
     board.take_off(MARK)
-    assert not view.holds(MARK)
+    assert not view.holds(MARK) and not board.holds(MARK)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,7 @@ def test_a_closed_board_holds_nothing(view: BoardView, board: LeaseBoard) -> Non
     assert board.post(MARK, 60.0)
     board.close()
     board.close()
-    assert not view.holds(MARK)
+    assert not view.holds(MARK) and not board.holds(MARK)
 
 
 def test_a_closed_view_knows_nothing(board: LeaseBoard) -> None:

@@ -13,7 +13,7 @@ from sidecar.errors import Refusal
 from sidecar.lease_board import BoardView, LeaseBoard, mark_of
 from sidecar.protocol import Claimed, Done, Pull, PullEnded, PullSource, pack_block_ids
 from sidecar.regions import reopen_read_only
-from sidecar.transport.contract import COPIED
+from sidecar.transport.contract import COPIED, VOID
 from tests.unit.sidecar.test_transfer_table import SOURCE, Stage
 
 KNOWN = msgspec.structs.replace(SOURCE, packed_block_ids=pack_block_ids([0, 1]))
@@ -96,6 +96,57 @@ async def test_what_the_board_no_longer_shows_is_copied_again_under_the_claim(st
     stage.producer.gates["release"].set_result(Done(2))
     assert (await stage.end()).ok
     assert stage.producer.said == ["consumed"]
+
+
+@pytest.fixture
+async def remote() -> Any:
+    """A stage whose producer looks at its board itself."""
+    stage = Known()
+    producer: Any = stage.producer
+    producer.board, producer.memory.checks_marks = None, True
+    yield stage
+    stage.close()
+
+
+async def test_over_tcp_the_mark_is_sent_along_and_nothing_else_asked(remote: Known) -> None:
+    remote.pull()
+    assert remote.copying and remote.producer.marks == [MARK] and remote.producer.num_claims == 0
+    remote.producer.gates["copy"].set_result(COPIED)
+    ended = await remote.end()
+    assert remote.said_when_reported == [] and remote.producer.said == ["read"]
+    assert (ended.ok, ended.num_blocks, ended.num_bytes) == (True, 2, 20) and not remote.producer.readers
+
+
+async def test_what_the_producer_found_no_longer_leased_is_copied_again_under_the_claim(remote: Known) -> None:
+    remote.pull()
+    remote.producer.gates["copy"].set_result(VOID)
+    await remote.producer.reached["claim"].wait()
+    remote.producer.reached["copy"].clear()
+    remote.producer.gates["claim"].set_result(Claimed(1, [0, 1], 32, 5.0))
+    await remote.producer.reached["copy"].wait()
+    assert remote.producer.marks == [MARK, 0] and remote.reported == []
+    remote.producer.gates["copy"].set_result(COPIED)
+    await remote.producer.reached["release"].wait()
+    remote.producer.gates["release"].set_result(Done(2))
+    assert (await remote.end()).ok and remote.producer.said == ["consumed"]
+
+
+async def test_a_claimed_copy_that_ends_in_void_is_no_copy(remote: Known) -> None:
+    remote.pull(SOURCE)
+    await remote.producer.reached["claim"].wait()
+    remote.producer.gates["claim"].set_result(Claimed(1, [0, 1], 32, 5.0))
+    await remote.producer.reached["copy"].wait()
+    remote.producer.gates["copy"].set_result(VOID)
+    assert (await remote.end()).reason == "transport"
+
+
+async def test_a_transport_that_checks_no_marks_reads_under_the_claim(remote: Known) -> None:
+    producer: Any = remote.producer
+    producer.memory.checks_marks = False
+    remote.pull()
+    await remote.producer.reached["claim"].wait()
+    assert not remote.copying
+    await remote.table.close("the end")
 
 
 def unknown_sources() -> Iterator[Any]:

@@ -41,11 +41,12 @@ class Producer:
         self.said: list[str] = []
         self.reached = {step: asyncio.Event() for step in STEPS}
         self.gates: dict[str, asyncio.Future[Any]] = {}
+        self.marks: list[int] = []
         self.num_claims = 0
         self.stubborn = False
         self.name, self.layout, self.num_bytes = "p@h:1", LAYOUT, LAYOUT.pool_bytes
         self.control = SimpleNamespace(closed=False)
-        self.memory = SimpleNamespace(transport="shm", read=self.read)
+        self.memory = SimpleNamespace(transport="shm", checks_marks=False, read=self.read)
         self.reshard = None
         self.readers: set[object] = set()
         self.copy: Copy | None = None
@@ -70,7 +71,8 @@ class Producer:
     def follow(self, source: PullSource, follower: Any) -> None:
         self.follower = follower
 
-    def read(self, spans: object) -> Copy:
+    def read(self, spans: object, mark: int = 0) -> Copy:
+        self.marks.append(mark)
         self.copy = Copy(self)
         self.gates["copy"] = self.copy.ended
         self.reached["copy"].set()
