@@ -45,12 +45,6 @@ def fleet() -> Iterator[Engines]:
     started.process.stop()
 
 
-@pytest.fixture
-def engines(fleet: Engines) -> Engines:
-    fleet.reset()
-    return fleet
-
-
 def test_each_worker_sees_what_the_other_holds(start_proxy: StartProxy, engines: Engines) -> None:
     """Three long streams in one worker leave the other one decoder, and then none: its request waits for one."""
     proxy = start_proxy("--workers", "2", "--decoder-max-streams", "1")

@@ -34,12 +34,6 @@ def fleet() -> Iterator[Engines]:
     started.process.stop()
 
 
-@pytest.fixture
-def engines(fleet: Engines) -> Engines:
-    fleet.reset()
-    return fleet
-
-
 def spread(proxy: Proxy, engines: Engines, num_clients: int = 6, num_each: int = 25) -> float:
     """The coefficient of variation of requests per decoder. All are alike, so that the decoders show one speed."""
     engines.reset()
