@@ -228,8 +228,8 @@ class SidecarClient:
 
     @property
     def unresponsive(self) -> bool:
-        """True once a call went unanswered: the connection is given up, and its end has not been seen yet."""
-        return bool(self._broken)
+        """True once a call or word of a read went unanswered; the connection's end has not been seen yet."""
+        return bool(self._broken) or self._direct.is_unheard(CALL_TIMEOUT_S)
 
     def fence(self) -> None:
         """Kill the sidecar's process, so that it writes no more whatever state it is in; SidecarLost follows.
@@ -371,6 +371,8 @@ class SidecarClient:
                 self._direct.opened(message, fds)
         elif isinstance(message, protocol.PoolClosed):
             self._direct.closed(message)
+        elif isinstance(message, protocol.ReadHeard):
+            self._direct.heard()
         if isinstance(message, PoolRegistered | Offer | Landing | protocol.CallFailed):
             self._calls.answered(message)
         return False

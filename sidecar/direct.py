@@ -33,6 +33,7 @@ MAX_BYTES = 8 << 20
 """Of one read, which blocks its caller: about a millisecond of copying. The sidecar copies what is larger."""
 FAULT_IN_BYTES = 2 << 20
 """At a time: letting go of a pool waits for it, and so does whoever maps memory in the engine's process (0.2 ms)."""
+ASK_EVERY_S = 1.0
 
 Key = tuple[str, int, str, str]
 """Host, port, engine id, epoch."""
@@ -83,6 +84,7 @@ class DirectReads:
         self._layout: KvLayout | None = None
         self._address = 0
         self._near: dict[Key, _Near] = {}
+        self._asked_at = self._heard_at = self._doubted_at = 0.0
 
     @staticmethod
     def possible() -> bool:
@@ -132,8 +134,27 @@ class DirectReads:
         num_bytes = self._read(source, local_block_ids, first_block)
         if not num_bytes:
             return None
-        source = msgspec.structs.replace(source, packed_block_ids=b"")
-        return ReadDirectly(source, len(local_block_ids), num_bytes, time.monotonic() - began)
+        source, now = msgspec.structs.replace(source, packed_block_ids=b""), time.monotonic()
+        asks = not self._asked_at and now - self._heard_at > ASK_EVERY_S
+        if asks:
+            self._asked_at = now
+        return ReadDirectly(source, len(local_block_ids), num_bytes, now - began, asks)
+
+    def heard(self) -> None:
+        """The sidecar has answered."""
+        self._asked_at, self._heard_at = 0.0, time.monotonic()
+
+    def is_unheard(self, limit_s: float) -> bool:
+        """Whether the sidecar has been asked `limit_s` ago whether it hears of our reads, and has not answered.
+
+        It is doubted for a while first: after a pause of our own process its answer lies there unread.
+        """
+        now = time.monotonic()
+        if not self._asked_at or now - self._asked_at < limit_s:
+            self._doubted_at = 0.0
+            return False
+        self._doubted_at = self._doubted_at or now
+        return now - self._doubted_at > ASK_EVERY_S
 
     def _read(self, source: PullSource, local_block_ids: Sequence[int], first_block: int) -> int:
         """The bytes."""

@@ -32,6 +32,7 @@ from sidecar.protocol import (
     PullEnded,
     PushBlocks,
     ReadDirectly,
+    ReadHeard,
     Refused,
     RegisterPool,
     Revoke,
@@ -143,6 +144,8 @@ class EngineSession:
                 tenancy.pulls.abandon(message.pull_id)
         elif isinstance(message, ReadDirectly):
             tenancy.pulls.read_directly(message)
+            if message.wants_answer:
+                self.send(ReadHeard())
         else:
             tenancy.pulls.drop(message.source)
 

@@ -324,6 +324,12 @@ class ReadDirectly(Message, tag="read_directly", frozen=True):
     num_blocks: Natural
     num_bytes: Natural
     seconds: Seconds
+    wants_answer: bool = False
+    """ReadHeard is to follow: an engine that needs no other answer would not notice a sidecar that hangs."""
+
+
+class ReadHeard(Message, tag="read_heard", frozen=True):
+    """A ReadDirectly that wanted an answer has come."""
 
 
 class SidecarLost(msgspec.Struct, frozen=True):
@@ -348,7 +354,7 @@ FromEngine = (
 )  # fmt: skip
 ToEngine = (
     SidecarHello | Refused | PoolRegistered | Offer | Landing | CallFailed | OfferEnded | PullEnded | StoreEvent
-    | PoolOpened | PoolClosed
+    | PoolOpened | PoolClosed | ReadHeard
 )  # fmt: skip
 FromConsumer = PeerHello | OpenRegion | Claim | Heartbeat | Release | Deliver
 ToConsumer = PeerWelcome | Refused | RegionOpened | Claimed | Computed | Withdrawn | Done | CallRefused

@@ -258,3 +258,24 @@ def test_a_stopped_sidecar_hears_of_direct_reads_when_it_goes_on(ends: Ends) -> 
         assert ends.consumer.pull(source, [number]).ok
     ends.d.process.send_signal(signal.SIGCONT)
     assert [ends.producer.offer_ended(offer.transfer_id) for offer in offers] == ["consumed"] * 20
+
+
+def test_a_sidecar_that_does_not_hear_of_direct_reads_is_found_out(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else would tell an engine whose pulls all end without it. One that answers is never doubted."""
+    monkeypatch.setattr("sidecar.client.CALL_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("sidecar.direct.ASK_EVERY_S", 0.2)
+
+    def doubted_within(seconds: float) -> bool:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            _, source = ends.producer.offer([1])
+            assert ends.consumer.pull(source, [1]).ok
+            if ends.consumer.client.unresponsive:
+                return True
+            time.sleep(0.02)
+        return False
+
+    assert not doubted_within(2)
+    with paused(ends.d.process.pid):
+        assert doubted_within(10)
+    eventually(lambda: not ends.consumer.client.unresponsive, 10)
