@@ -136,12 +136,9 @@ class TcpMemory:
             thread = threading.Thread(target=self._work, name="tcp-read", daemon=True)
             self._threads.append(thread)
             thread.start()
-        if (
-            self._idle_sockets
-            and len(self._copies) <= len(self._threads)
-            and len(spans) <= min(MAX_EARLY_SPANS, MAX_SPANS)
-        ):
-            self._ask_early(copy, self._idle_sockets.pop())
+        thread_is_free = len(self._copies) <= len(self._threads)
+        if thread_is_free and len(spans) <= min(MAX_EARLY_SPANS, MAX_SPANS) and (sock := self._idle_socket()):
+            self._ask_early(copy, sock)
         self._waiting.put(copy)
         return copy
 
@@ -163,10 +160,17 @@ class TcpMemory:
             self._waiting.put(None)
         for thread in self._threads:
             await asyncio.to_thread(thread.join)
-        while self._idle_sockets:
-            self._idle_sockets.pop().close()
+        while sock := self._idle_socket():
+            sock.close()
         while self._copies:
             await asyncio.wait([copy.ended for copy in self._copies])
+
+    def _idle_socket(self) -> socket.socket | None:
+        """On any thread."""
+        try:
+            return self._idle_sockets.pop()
+        except IndexError:
+            return None
 
     def _work(self) -> None:
         stream = SpanStream(self._local)
@@ -176,8 +180,7 @@ class TcpMemory:
                 if copy.early is not None:
                     outcome = self._run(copy, copy.early, stream)
                 elif not copy.stopped.is_set():
-                    sock = self._idle_sockets.pop() if self._idle_sockets else self._connect(copy.begin)[0]
-                    outcome = self._run(copy, sock, stream)
+                    outcome = self._run(copy, self._idle_socket() or self._connect(copy.begin)[0], stream)
             except (DataFault, MemoryFault) as fault:
                 if not copy.stopped.is_set():
                     outcome = self.broken = str(fault)
