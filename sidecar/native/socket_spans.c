@@ -1,5 +1,5 @@
 /* Many spans of mapped memory to and from a blocking socket in one call, without the interpreter's lock. Thousands of
- * steps of Python between the calls to the kernel would leave the other end waiting. See transport/tcp_library.py. */
+ * steps of Python between the calls to the kernel would leave the other end waiting. See transport/tcp_spans.py. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <stdint.h>
