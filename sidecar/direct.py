@@ -23,6 +23,7 @@ from sidecar.copy_executor import Moves, copies_natively
 from sidecar.errors import Refusal
 from sidecar.layout import KvLayout
 from sidecar.lease_board import BoardView, mark_of
+from sidecar.message import ProducerKey
 from sidecar.protocol import PoolClosed, PoolOpened, PullSource, ReadDirectly
 from sidecar.regions import F_GET_SEALS, F_SEAL_SHRINK, Region, size_of
 from sidecar.spans import Destination, check_spans
@@ -34,9 +35,6 @@ MAX_BYTES = 8 << 20
 FAULT_IN_BYTES = 2 << 20
 """At a time: letting go of a pool waits for it, and so does whoever maps memory in the engine's process (0.2 ms)."""
 ASK_EVERY_S = 1.0
-
-Key = tuple[str, int, str, str]
-"""Host, port, engine id, epoch."""
 
 
 class _Near:
@@ -83,7 +81,7 @@ class DirectReads:
         self._lock = threading.Lock()
         self._layout: KvLayout | None = None
         self._address = 0
-        self._near: dict[Key, _Near] = {}
+        self._near: dict[ProducerKey, _Near] = {}
         self._asked_at = self._heard_at = self._doubted_at = 0.0
 
     @staticmethod
@@ -160,7 +158,7 @@ class DirectReads:
         """The bytes."""
         packed = source.packed_block_ids
         with self._lock:
-            near = self._near.get((source.host, source.port, source.engine_id, source.epoch))
+            near = self._near.get(source.producer)
             if near is None or self._layout is None or not packed or len(packed) % 8:
                 return 0
             if len(local_block_ids) * self._layout.block_bytes > MAX_BYTES:

@@ -10,10 +10,8 @@ import os
 from collections.abc import Callable, Sequence
 
 from sidecar.layout import KvLayout
+from sidecar.message import ProducerKey
 from sidecar.protocol import Message, PoolClosed, PoolOpened
-
-Key = tuple[str, int, str, str]
-"""Host, port, engine id, epoch."""
 
 
 class DirectPools:
@@ -24,15 +22,15 @@ class DirectPools:
     ) -> None:  # fmt: skip
         self._hand_over = hand_over
         self._send = send
-        self._given: set[Key] = set()
+        self._given: set[ProducerKey] = set()
 
-    def give(self, key: Key, layout: KvLayout, spare: Spare) -> None:
+    def give(self, key: ProducerKey, layout: KvLayout, spare: Spare) -> None:
         """A producer has been reached whose blocks are copied whole, and from one rank."""
         fds = spare.fds()
         if fds and self._hand_over(PoolOpened(*key, layout), fds):
             self._given.add(key)
 
-    def take_back(self, key: Key) -> None:
+    def take_back(self, key: ProducerKey) -> None:
         """It is gone, or idle; the next contact gives it anew."""
         if key in self._given:
             self._given.discard(key)

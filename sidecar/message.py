@@ -25,6 +25,10 @@ class Message(msgspec.Struct, tag_field="type", frozen=True):
     """What travels in a frame."""
 
 
+ProducerKey = tuple[str, int, str, str]
+"""Host, port, engine id, epoch: one registration of a producer."""
+
+
 class PullSource(msgspec.Struct, frozen=True):
     """Where a lease lies: the producer's sidecar and what it said in its offer."""
 
@@ -37,3 +41,7 @@ class PullSource(msgspec.Struct, frozen=True):
     num_blocks: int
     packed_block_ids: bytes = b""
     """What the offer is said to hold (see pack_block_ids): a consumer may begin to read by it, see lease_board."""
+
+    @property
+    def producer(self) -> ProducerKey:
+        return (self.host, self.port, self.engine_id, self.epoch)

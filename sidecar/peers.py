@@ -18,6 +18,7 @@ from sidecar.errors import PeerLost, Refusal
 from sidecar.layout import layout_fault, mismatch, push_fault
 from sidecar.lease_board import BoardView
 from sidecar.leases import Reader
+from sidecar.message import ProducerKey
 from sidecar.metrics import SidecarMetrics
 from sidecar.peer_control import Answer, PeerControl, dial
 from sidecar.protocol import (
@@ -41,9 +42,6 @@ from sidecar.transport.contract import PeerMemory, Transport, common
 
 logger = logging.getLogger(__name__)
 
-Key = tuple[str, int, str, str]
-"""Host, port, engine id, epoch."""
-
 
 class Reading(Protocol):
     """A read under way, as its link sees it."""
@@ -61,7 +59,7 @@ class Link:
     """
 
     def __init__(
-        self, key: Key, control: PeerControl, welcome: PeerWelcome, memory: PeerMemory, reshard: Reshard | None,
+        self, key: ProducerKey, control: PeerControl, welcome: PeerWelcome, memory: PeerMemory, reshard: Reshard | None,
         board: BoardView | None = None,
     ) -> None:  # fmt: skip
         self.key = key
@@ -144,15 +142,15 @@ class PeerTable:
         self._registration = registration
         self._transports = transports
         self._metrics = metrics
-        self._links: dict[Key, Link] = {}
-        self._connecting: dict[Key, asyncio.Task[Link]] = {}
+        self._links: dict[ProducerKey, Link] = {}
+        self._connecting: dict[ProducerKey, asyncio.Task[Link]] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self._ticker = asyncio.ensure_future(self._tick())
 
     def live(self, source: PullSource) -> Link | None:
         """The pooled link to `source`'s producer, if there is one."""
-        link = self._links.get(_key(source))
+        link = self._links.get(source.producer)
         if link is None:
             return None
         if link.memory.broken:
@@ -163,7 +161,7 @@ class PeerTable:
 
     def connect(self, source: PullSource) -> asyncio.Task[Link]:
         """Begin to reach the producer, or join those who wait already. Its result raises Refusal."""
-        key = _key(source)
+        key = source.producer
         task = self._connecting.get(key)
         if task is None:
             task = asyncio.ensure_future(self._connect(key))
@@ -199,7 +197,9 @@ class PeerTable:
         if link is not None:
             await link.release(source, "dropped")
             return
-        control, _ = await dial((source.host, source.port), self._hello(_key(source)), self._config.connect_timeout_s)
+        control, _ = await dial(
+            (source.host, source.port), self._hello(source.producer), self._config.connect_timeout_s
+        )
         try:
             async with asyncio.timeout(self._config.answer_timeout_s):
                 await control.call(lambda call_id: Release(call_id, source.transfer_id, source.token, "dropped"))
@@ -220,14 +220,14 @@ class PeerTable:
         while self._closing:
             await asyncio.wait(self._closing)
 
-    def _hello(self, key: Key) -> PeerHello:
+    def _hello(self, key: ProducerKey) -> PeerHello:
         identity = self._identity
         return PeerHello(
             PROTOCOL_VERSION, identity.engine_id, identity.rank, identity.sidecar_epoch, identity.boot_id,
             identity.transports, key[2], key[3], self._registration.layout,
         )  # fmt: skip
 
-    async def _connect(self, key: Key) -> Link:
+    async def _connect(self, key: ProducerKey) -> Link:
         if len(self._links) >= self._config.max_peers:
             raise PeerLost(f"{self._config.max_peers} peers are connected, which is the limit")
         hello = self._hello(key)
@@ -298,7 +298,7 @@ class PeerTable:
             logger.warning("transport_failed transport=%s error=%s", name, failure.message)
         raise failure
 
-    def _connected(self, key: Key, done: asyncio.Task[Link]) -> None:
+    def _connected(self, key: ProducerKey, done: asyncio.Task[Link]) -> None:
         self._connecting.pop(key, None)
         if not done.cancelled():
             done.exception()
@@ -345,7 +345,3 @@ def _board(control: PeerControl, spare: Spare) -> BoardView | None:
     except OSError as error:
         logger.warning("lease_board_not_mapped error=%s", error)
         return None
-
-
-def _key(source: PullSource) -> Key:
-    return (source.host, source.port, source.engine_id, source.epoch)
